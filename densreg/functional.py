@@ -1,0 +1,488 @@
+"""Differentiable functions on logits and scores, right to every order, eager and under ``torch.compile``.
+
+Each order of differentiation is a Function of its own on a raw operator of :mod:`densreg.ops`. They are marked
+``allow_in_graph``: Dynamo would otherwise trace a Function's forward and backward separately and drop the second order
+without a word, whenever ``torch.autograd.grad`` is called inside the compiled region (seen on torch 2.11 to 2.15).
+AOTAutograd then differentiates them as it finds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from densreg import ops
+
+# --------------------------------------------------------------------------------------------------------------------
+# vmap: the operators take any number of rows, so a batch of calls is one call with more rows
+
+
+def _fold(info: Any, in_dims: tuple, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """[N, B, ...] (or [B, ...], repeated N times) -> [N * B, ...]."""
+    folded: list[Tensor | None] = []
+    for tensor, dim in zip(tensors, in_dims, strict=False):
+        if tensor is not None:
+            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            tensor = tensor.flatten(0, 1)
+        folded.append(tensor)
+    return folded
+
+
+def _unfold(info: Any, tensor: Tensor) -> Tensor:
+    """[N * B, ...] -> [N, B, ...]."""
+    return tensor.unflatten(0, (info.batch_size, tensor.shape[0] // max(info.batch_size, 1)))
+
+
+def _unfold_present(info: Any, tensors: Sequence[Tensor], present: Sequence[bool]) -> tuple[tuple, tuple]:
+    """:func:`_unfold` and the out_dims of several outputs; those that were not asked for have no batch."""
+    outputs = tuple(_unfold(info, t) if here else t for t, here in zip(tensors, present, strict=True))
+    return outputs, tuple(0 if here else None for here in present)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# log density, cross-entropy, softmax
+
+
+def _target_distribution(like: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
+    """q [B, C], a zero row where the target is ignored; only derivatives of third order and jvp need it whole."""
+    ignored = (target == ignore_index).unsqueeze(1)
+    q = torch.full_like(like, label_smoothing / like.shape[1])
+    index = target.unsqueeze(1).masked_fill(ignored, 0)
+    return q.scatter_add(1, index, torch.full_like(q[:, :1], 1 - label_smoothing)).masked_fill(ignored, 0)
+
+
+@torch._dynamo.allow_in_graph
+class _Softmax(Function):
+    """Order 0: (log_density, cross_entropy, scale * softmax) of the logits. See :func:`densreg.ops.softmax`."""
+
+    @staticmethod
+    def forward(logits, target, label_smoothing, ignore_index, need_softmax, scale):
+        return ops.softmax(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, *ctx.options, ctx.need_softmax, ctx.scale = inputs
+        ctx.set_materialize_grads(False)
+        # A softmax that was not written is computed again from the logits, should a derivative be wanted after all.
+        source = output[2] if ctx.need_softmax else logits
+        ctx.save_for_backward(source, target)
+        ctx.save_for_forward(source, target)
+        absent = [t for t, here in ((output[1], target is not None), (output[2], ctx.need_softmax)) if not here]
+        ctx.mark_non_differentiable(*absent)
+
+    @staticmethod
+    def _saved(ctx):
+        source, target = ctx.saved_tensors
+        if not ctx.need_softmax:
+            source = _Softmax.apply(source, None, 0.0, -100, True, ctx.scale)[2]
+        return source, target
+
+    @staticmethod
+    def backward(ctx, grad_log_density, grad_cross_entropy, grad_softmax):
+        softmax, target = _Softmax._saved(ctx)
+        if target is None:
+            grad_cross_entropy = None
+        if not ctx.need_softmax:
+            grad_softmax = None
+        grad = None
+        if not (grad_log_density is None and grad_cross_entropy is None and grad_softmax is None):
+            grad = _SoftmaxBackward.apply(
+                softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, *ctx.options, ctx.scale
+            )
+        return grad, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, logits, *_):
+        softmax, target = _Softmax._saved(ctx)
+        p = softmax.to(ops.accumulation_dtype(softmax.dtype)) / ctx.scale
+        centred = logits - (p * logits).sum(1, keepdim=True)
+        log_density = (p * logits).sum(1)
+        cross_entropy = y = None
+        if target is not None:
+            q = _target_distribution(p, target, *ctx.options)
+            cross_entropy = (log_density - (q * logits).sum(1)).masked_fill(target == ctx.options[1], 0)
+        if ctx.need_softmax:
+            y = (softmax * centred).to(softmax.dtype)
+        return log_density, cross_entropy, y
+
+    @staticmethod
+    def vmap(info, in_dims, logits, target, label_smoothing, ignore_index, need_softmax, scale):
+        logits, target = _fold(info, in_dims, (logits, target))
+        outputs = _Softmax.apply(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+        return _unfold_present(info, outputs, (True, target is not None, need_softmax))
+
+
+@torch._dynamo.allow_in_graph
+class _SoftmaxBackward(Function):
+    """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`."""
+
+    @staticmethod
+    def forward(
+        softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale
+    ):
+        return ops.softmax_backward(
+            softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, label_smoothing, ignore_index, ctx.scale = inputs
+        ctx.options = (label_smoothing, ignore_index)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _saved(ctx):
+        """P, q, l, a, U in the accumulation dtype; q, l, a and U may be None."""
+        softmax, target, l, a, u = ctx.saved_tensors
+        p = softmax.to(ops.accumulation_dtype(softmax.dtype)) / ctx.scale
+        q = None
+        if a is not None:
+            q = _target_distribution(p, target, *ctx.options)
+            a = a.masked_fill(target == ctx.options[1], 0)
+        return p, q, l, a, None if u is None else u.to(p.dtype) * ctx.scale
+
+    @staticmethod
+    def backward(ctx, v):
+        # Orders two and three, in differentiable torch. out = (l + a) P - a q + P (U - <P, U>); P counts as free here:
+        # what goes into it continues through _Softmax.
+        softmax = ctx.saved_tensors[0]
+        p, q, l, a, u = _SoftmaxBackward._saved(ctx)
+        v_dot_p = (p * v).sum(1)
+        grads: list[Tensor | None] = [None] * 8
+        if ctx.needs_input_grad[0]:
+            weight = torch.zeros_like(v_dot_p)
+            if l is not None:
+                weight = weight + l
+            if a is not None:
+                weight = weight + a
+            grad = weight.unsqueeze(1) * v
+            if u is not None:
+                p_dot_u = (p * u).sum(1, keepdim=True)
+                grad = grad + v * u - p_dot_u * v - v_dot_p.unsqueeze(1) * u
+            grads[0] = (grad / ctx.scale).to(softmax.dtype)
+        if l is not None and ctx.needs_input_grad[2]:
+            grads[2] = v_dot_p
+        if a is not None and ctx.needs_input_grad[3]:
+            ignored = ctx.saved_tensors[1] == ctx.options[1]
+            grads[3] = (v_dot_p - (q * v).sum(1)).masked_fill(ignored, 0)
+        if u is not None and ctx.needs_input_grad[4]:
+            grads[4] = _SoftmaxBackward.apply(softmax, None, None, None, v, *ctx.options, ctx.scale)
+        return tuple(grads)
+
+    @staticmethod
+    def jvp(ctx, softmax, _target, grad_log_density, grad_cross_entropy, grad_softmax, *_):
+        p, q, l, a, u = _SoftmaxBackward._saved(ctx)
+        tangent = torch.zeros_like(p)
+        dp = None if softmax is None else softmax.to(p.dtype) / ctx.scale
+        if l is not None:
+            if grad_log_density is not None:
+                tangent = tangent + grad_log_density.unsqueeze(1) * p
+            if dp is not None:
+                tangent = tangent + l.unsqueeze(1) * dp
+        if a is not None:
+            if grad_cross_entropy is not None:
+                da = grad_cross_entropy.masked_fill(ctx.saved_tensors[1] == ctx.options[1], 0)
+                tangent = tangent + da.unsqueeze(1) * (p - q)
+            if dp is not None:
+                tangent = tangent + a.unsqueeze(1) * dp
+        if u is not None:
+            if grad_softmax is not None:
+                du = grad_softmax.to(p.dtype) * ctx.scale
+                tangent = tangent + p * (du - (p * du).sum(1, keepdim=True))
+            if dp is not None:
+                p_dot_u = (p * u).sum(1, keepdim=True)
+                tangent = tangent + dp * (u - p_dot_u) - p * (dp * u).sum(1, keepdim=True)
+        return tangent.to(ctx.saved_tensors[0].dtype)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _unfold(info, _SoftmaxBackward.apply(*_fold(info, in_dims, args[:5]), *args[5:])), 0
+
+
+@torch._dynamo.allow_in_graph
+class _LogSoftmaxDifference(Function):
+    """(f_k - log_softmax_k(f), softmax); its gradient is that of the log density, for every k."""
+
+    @staticmethod
+    def forward(logits, k, need_softmax):
+        return ops.log_softmax_difference(logits, k, need_softmax)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, _, ctx.need_softmax = inputs
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.scale = (0.0, -100), 1.0
+        source = output[1] if ctx.need_softmax else logits
+        ctx.save_for_backward(source, None)
+        ctx.save_for_forward(source, None)
+        if not ctx.need_softmax:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, grad_difference, grad_softmax):
+        return _Softmax.backward(ctx, grad_difference, None, grad_softmax)[0], None, None
+
+    @staticmethod
+    def jvp(ctx, logits, *_):
+        difference, _, softmax = _Softmax.jvp(ctx, logits)
+        return difference, softmax
+
+    @staticmethod
+    def vmap(info, in_dims, logits, k, need_softmax):
+        logits, k = _fold(info, in_dims, (logits, k))
+        return _unfold_present(info, _LogSoftmaxDifference.apply(logits, k, need_softmax), (True, need_softmax))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# p-norm
+
+
+@torch._dynamo.allow_in_graph
+class _PNorm(Function):
+    """Order 0: (norm, peak, root) of the rows. See :func:`densreg.ops.pnorm`."""
+
+    @staticmethod
+    def forward(g, p):
+        return ops.pnorm(g, p)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        g, ctx.p = inputs
+        _, peak, root = output
+        ctx.mark_non_differentiable(peak, root)
+        ctx.save_for_backward(g, peak, root)
+        ctx.save_for_forward(g, peak, root)
+
+    @staticmethod
+    def backward(ctx, grad, _peak, _root):
+        return _PNormBackward.apply(grad, *ctx.saved_tensors, ctx.p), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        g, peak, root = ctx.saved_tensors
+        dual = _PNormBackward.apply(torch.ones_like(peak), g, peak, root, ctx.p)
+        return (dual.to(peak.dtype) * tangent).flatten(1).sum(1), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, g, p):
+        return _unfold_present(info, _PNorm.apply(*_fold(info, in_dims, (g,)), p), (True, True, True))
+
+
+@torch._dynamo.allow_in_graph
+class _PNormBackward(Function):
+    """Order 1: ``grad * d||g||_p / dg``. See :func:`densreg.ops.pnorm_backward`."""
+
+    @staticmethod
+    def forward(grad, g, peak, root, p):
+        return ops.pnorm_backward(grad, g, peak, root, p)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.p = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _hessian_times(ctx, v):
+        """H v with H = (p - 1) / N (diag((|g| / N)^(p-2)) - D D^T), D the dual direction; also D."""
+        _, g, peak, root = ctx.saved_tensors
+        norm = ops._per_row(_PNorm.apply(g, ctx.p)[0], g)
+        dual = _PNormBackward.apply(torch.ones_like(peak), g, peak, root, ctx.p).to(norm.dtype)
+        v = v.to(norm.dtype)
+        if ctx.p in (1, math.inf):  # piecewise linear
+            return torch.zeros_like(v), dual
+        along = (dual * v).flatten(1).sum(1)
+        norm = norm.masked_fill(norm == 0, 1)
+        curvature = (g.to(norm.dtype).abs() / norm).pow(ctx.p - 2)
+        product = (ctx.p - 1) / norm * (curvature * v - dual * ops._per_row(along, g))
+        # The norm has no derivative at a zero row, whose subgradient here is 0; nor a second one.
+        return product.masked_fill(ops._per_row(peak, g) == 0, 0), dual
+
+    @staticmethod
+    def backward(ctx, v):
+        grad, g = ctx.saved_tensors[:2]
+        product, dual = _PNormBackward._hessian_times(ctx, v)
+        grad_grad = (dual * v).flatten(1).sum(1) if ctx.needs_input_grad[0] else None
+        grad_g = (ops._per_row(grad, g) * product).to(g.dtype) if ctx.needs_input_grad[1] else None
+        return grad_grad, grad_g, None, None, None
+
+    @staticmethod
+    def jvp(ctx, grad_tangent, g_tangent, *_):
+        grad, g = ctx.saved_tensors[:2]
+        product, dual = _PNormBackward._hessian_times(ctx, torch.zeros_like(g) if g_tangent is None else g_tangent)
+        tangent = ops._per_row(grad, g) * product
+        if grad_tangent is not None:
+            tangent = tangent + ops._per_row(grad_tangent, g) * dual
+        return tangent.to(g.dtype)
+
+    @staticmethod
+    def vmap(info, in_dims, grad, g, peak, root, p):
+        return _unfold(info, _PNormBackward.apply(*_fold(info, in_dims, (grad, g, peak, root)), p)), 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# public
+
+
+def check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape [batch, classes] with at least one class, got {list(logits.shape)}")
+
+
+def check_target(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> None:
+    """Raise unless target and options fit the logits; the range of the classes is checked by the operator."""
+    _check_class_index("target", logits, target)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
+def _check_class_index(name: str, logits: Tensor, index: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(index).__name__}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name} must hold int64 class indices, got {index.dtype}")
+    if index.shape != logits.shape[:1]:
+        raise ValueError(f"{name} must have shape [{logits.shape[0]}], one class a row, got {list(index.shape)}")
+    if index.device != logits.device:
+        raise ValueError(f"{name} is on {index.device}, the logits are on {logits.device}: wanted the same device")
+
+
+def class_index(logits: Tensor, k: int | Tensor) -> Tensor:
+    """k as [B] int64 classes of the logits; raises where it is neither that nor a class."""
+    if isinstance(k, int):
+        if not 0 <= k < logits.shape[1]:
+            raise ValueError(f"k must be a class in [0, {logits.shape[1]}), got {k}")
+        return torch.full(logits.shape[:1], k, device=logits.device)
+    _check_class_index("k", logits, k)
+    return k
+
+
+def check_order(p: float) -> float:
+    """The norm's order as a float, 1 <= p <= inf."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"p must be a number, got {type(p).__name__}")
+    if not p >= 1:
+        raise ValueError(f"p must be at least 1 (inf included), got {p}")
+    return float(p)
+
+
+def _needs_gradient(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def softmax(
+    logits: Tensor,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    need_softmax: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The differentiable form of :func:`densreg.ops.softmax`: one read of the logits for all that follows.
+
+    The softmax is the cotangent of the input score's backward. Its own gradient, which the double backward brings,
+    and those of the log density and the cross-entropy go into the logits together, in one pass.
+    """
+    check_logits(logits)
+    if target is not None:
+        check_target(logits, target, label_smoothing, ignore_index)
+    return _Softmax.apply(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+
+
+def log_density(logits: Tensor) -> Tensor:
+    """Log marginal density of each input up to a constant: ``logsumexp(logits, 1)``, that is log p(x) + log Z.
+
+    Differentiable to every order. Plain ``torch.func`` transforms (grad, jvp, vmap) work on it.
+
+    Args:
+        logits: [B, C], fp16, bf16, fp32 or fp64.
+
+    Returns:
+        [B], float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: logits of another dtype or rank.
+    """
+    check_logits(logits)
+    return _Softmax.apply(logits, None, 0.0, -100, _needs_gradient(logits), 1.0)[0]
+
+
+def log_softmax_difference(logits: Tensor, k: int | Tensor) -> Tensor:
+    """``f_k - log_softmax_k(f)``, which is the log density for every class k.
+
+    The paper differentiates it, with k drawn at random, in its "stable and efficient" step, as an approximation of
+    ``grad f_k - grad log_softmax_k``; both are equal to ``grad logsumexp(f)``.
+
+    Args:
+        logits: [B, C], fp16, bf16, fp32 or fp64.
+        k: a class, or [B] int64 classes, in [0, C).
+
+    Returns:
+        [B], float32 (float64 for float64 logits). Differentiable to every order.
+
+    Raises:
+        TypeError, ValueError: logits of another dtype or rank; k of another dtype, shape, device or range (on CUDA a
+        tensor with a class out of range is not detected: the result does not depend on k).
+    """
+    check_logits(logits)
+    return _LogSoftmaxDifference.apply(logits, class_index(logits, k), _needs_gradient(logits))[0]
+
+
+def density_cross_entropy(
+    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and log density of each row, from one read of the logits.
+
+    Args:
+        logits: [B, C], fp16, bf16, fp32 or fp64.
+        target: [B] int64 classes in [0, C), or ``ignore_index``.
+        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: a target with this value has cross-entropy 0 and no gradient from it.
+
+    Returns:
+        ``(cross_entropy [B], log_density [B])``, float32 (float64 for float64 logits). Differentiable to every order.
+
+    Raises:
+        TypeError, ValueError: what was given and what is wanted. On CUDA a target out of range is a device assert.
+    """
+    check_logits(logits)
+    check_target(logits, target, label_smoothing, ignore_index)
+    log_p, cross_entropy, _ = _Softmax.apply(
+        logits, target, label_smoothing, ignore_index, _needs_gradient(logits), 1.0
+    )
+    return cross_entropy, log_p
+
+
+def pnorm(g: Tensor, p: float = 2) -> Tensor:
+    """p-norm of each row, with no over- or underflow on the way and no NaN gradient at zero rows.
+
+    Args:
+        g: [B, ...], fp16, bf16, fp32 or fp64, any memory format; the norm is over all dimensions but the first.
+        p: 1 <= p <= inf.
+
+    Returns:
+        [B], float32 (float64 for float64 g). Differentiable to every order; a zero row has gradient 0, p = 1 has
+        gradient 0 at 0, and p = inf shares the gradient between ties, as in torch.
+
+    Raises:
+        TypeError, ValueError: what was given and what is wanted.
+    """
+    if not isinstance(g, Tensor):
+        raise TypeError(f"g must be a tensor, got {type(g).__name__}")
+    if not g.is_floating_point():
+        raise TypeError(f"g must be floating point, got {g.dtype}")
+    if g.ndim < 2:
+        raise ValueError(f"g must have shape [batch, ...], got {list(g.shape)}")
+    return _PNorm.apply(g, check_order(p))[0]

@@ -1,0 +1,203 @@
+"""Classifiers by name, and the checkpoints of a run."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from densreg.penalty import density_penalty
+
+SMALL_IMAGE = 64
+"""Up to this size ResNets get the stem of the CIFAR papers: a 3x3 convolution of stride 1 and no pooling."""
+
+OWN_MODELS = ("mlp", "vgg11", "resnet18")
+
+
+class ModelError(ValueError):
+    """The model is unknown or does not fit the images; the message is one line for the user."""
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` per channel, as the model's first layer: its inputs, and so their scores, are pixels.
+
+    One-channel images are repeated for models that want ``channels``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / self.std).expand(-1, self.channels, -1, -1)
+
+
+def mlp(classes: int, image_shape: Sequence[int], width: int = 512) -> nn.Module:
+    """Multilayer perceptron with two hidden layers of ``width`` ReLU units."""
+    pixels = int(torch.Size(image_shape).numel())
+    hidden = [nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
+
+
+def vgg11(classes: int, image_shape: Sequence[int]) -> nn.Module:
+    """torchvision's VGG11 for small images: the poolings that the image size allows, global pooling, one linear layer."""
+    from torchvision.models.vgg import make_layers
+
+    layers: list[str | int] = []
+    side = min(image_shape[1:])
+    for layer in [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]:
+        if layer == "M":
+            if side < 2:
+                continue
+            side //= 2
+        layers.append(layer)
+    features = make_layers(layers)  # type: ignore[arg-type]
+    if image_shape[0] != 3:
+        features[0] = nn.Conv2d(image_shape[0], 64, 3, padding=1)
+    model = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+    for module in model.modules():  # as torchvision's VGG does
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def resnet18(classes: int, image_shape: Sequence[int]) -> nn.Module:
+    """torchvision's ResNet-18; for images up to 64x64 with the stem of the CIFAR papers."""
+    from torchvision.models import resnet18 as build
+
+    model = build(num_classes=classes)
+    channels = image_shape[0]
+    if max(image_shape[1:]) <= SMALL_IMAGE:
+        model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()  # type: ignore[assignment]
+    elif channels != 3:
+        model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    if model.conv1.in_channels != 3 or model.conv1.stride == (1, 1):
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def torchvision_names() -> list[str]:
+    """Names of torchvision's classifiers."""
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def check_name(name: str) -> str:
+    """The name of a model that :func:`build` knows.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    if name in OWN_MODELS:
+        return name
+    known = torchvision_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, sorted({*OWN_MODELS, *known}), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ModelError(f"unknown model {name!r}; wanted {', '.join(OWN_MODELS)} or a torchvision classifier{hint}")
+    return name
+
+
+def build(
+    name: str,
+    classes: int,
+    image_shape: Sequence[int],
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+) -> nn.Module:
+    """A classifier with fresh weights that takes pixels in [0, 1].
+
+    Args:
+        name: "mlp" (two hidden layers of 512), "vgg11", "resnet18" (for small images), or the name of any torchvision
+            classifier, which is built as it is; grey images are repeated in its three channels.
+        classes: number of classes.
+        image_shape: (channels, H, W).
+        mean, std: of the pixels, per channel, for the first layer.
+
+    Raises:
+        ModelError: unknown name.
+    """
+    check_name(name)
+    channels = image_shape[0]
+    if name in OWN_MODELS:
+        body = {"mlp": mlp, "vgg11": vgg11, "resnet18": resnet18}[name](classes, image_shape)
+    else:
+        from torchvision.models import get_model
+
+        channels = 3
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GoogLeNet and Inception announce a change of their initialisation
+            body = get_model(name, weights=None, num_classes=classes)
+    return nn.Sequential(Normalize(mean, std, channels), body)
+
+
+def check_trainable(model: nn.Module, name: str, image_shape: Sequence[int], path: str | None) -> None:
+    """Raise ModelError unless a model takes such images and can be trained with the penalty; changes nothing in it.
+
+    Runs the penalty's own gradient on two random images; only the forward for ``path=None``.
+    """
+    device = next(model.parameters()).device
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            x = torch.rand(2, *image_shape, device=device, requires_grad=True)
+            logits = model(x)
+            if not isinstance(logits, Tensor):
+                raise ModelError(
+                    f"model {name!r} returns {type(logits).__name__} in training; wanted a tensor of logits"
+                )
+            if path is not None:
+                penalty = density_penalty(logits, x, path=path)
+                torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True)
+    except ModelError:
+        raise
+    except Exception as error:
+        size = "x".join(map(str, image_shape))
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"model {name!r} cannot be trained{' with the penalty' if path else ''} on {size} images: {reason}"
+        ) from error
+    finally:
+        model.load_state_dict(state)
+
+
+CONFIG, CHECKPOINT = "config.json", "checkpoint.pt"
+
+
+def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a run, in eval mode, and the run's configuration.
+
+    Args:
+        run_dir: what ``densreg train --out`` wrote.
+        device: where to put the model.
+
+    Raises:
+        ModelError: there is no run, or its files cannot be read.
+    """
+    run_dir = Path(run_dir)
+    try:
+        config = json.loads((run_dir / CONFIG).read_text())
+        saved = torch.load(run_dir / CHECKPOINT, map_location=device, weights_only=True)
+        spec = saved["spec"]
+        model = build(**spec)
+        model.load_state_dict(saved["model"])
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ModelError(f"no readable run in {run_dir}: {error}") from error
+    return model.to(device).eval(), config

@@ -1,0 +1,334 @@
+"""The operators of densreg: schema, fake implementation, plain-torch fallback, and which backend runs them.
+
+The operators are raw: they have no derivative of their own. :mod:`densreg.functional` gives them one, to every order,
+with :class:`torch.autograd.Function` (an operator with ``register_autograd`` answers ``torch.func.jvp`` with silent
+zeros, and cannot be called under ``torch.func.grad``). The wrappers below refuse a tensor that would need a gradient.
+
+Notation: logits ``f [B, C]``, row maximum ``m``, ``s = sum_i exp(f_i - m)``; ``L = m + log s`` is the log density,
+``P = exp(f - m) / s`` the softmax, ``q`` the target distribution (one-hot, smoothed), ``ce = sum_i q_i (L - f_i)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("densreg", "DEF")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which sums are taken: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _require_no_grad(name: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            f"densreg::{name} is a raw operator without a derivative; "
+            "use the functions of densreg.functional, which have one to every order"
+        )
+
+
+def _per_row(row: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1], to broadcast against a tensor of shape [B, ...]."""
+    return row.reshape(-1, *[1] * (like.ndim - 1))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# softmax: log density, cross-entropy and softmax, in one pass over the logits
+
+_library.define(
+    "softmax(Tensor logits, Tensor? target, float label_smoothing, int ignore_index, bool need_softmax, float scale)"
+    " -> (Tensor log_density, Tensor cross_entropy, Tensor softmax)"
+)
+
+
+def softmax(
+    logits: Tensor,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    need_softmax: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log density, cross-entropy and softmax of each row, from one read of the logits.
+
+    Args:
+        logits: [B, C], any floating dtype and strides.
+        target: [B] int64 class indices in [0, C) or equal to ``ignore_index``; ``None`` for no cross-entropy.
+        label_smoothing: weight in [0, 1] of the uniform distribution in the target.
+        ignore_index: the target that gives a cross-entropy and a gradient of zero.
+        need_softmax: whether to write the softmax.
+        scale: factor on the softmax, applied before it is rounded to the dtype of the logits.
+
+    Returns:
+        ``(log_density [B], cross_entropy [B], softmax [B, C])``, the first two in float32 (float64 for float64
+        logits), the softmax in the dtype of the logits. What was not asked for has shape [0].
+    """
+    _require_no_grad("softmax", logits)
+    return torch.ops.densreg.softmax.default(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+
+
+def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
+    # On CUDA this would synchronise: there the gather that follows asserts on the device, as in torch.
+    if target.device.type != "cpu":
+        return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if wrong.any():
+        raise ValueError(
+            f"target holds class {target[wrong][0].item()}; wanted classes in [0, {classes}) "
+            f"or ignore_index={ignore_index}"
+        )
+
+
+def _row_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row maximum m [B, 1], exp(f - m) [B, C], s [B, 1] and the log density [B], in the accumulation dtype."""
+    f = logits.to(accumulation_dtype(logits.dtype))
+    m = f.amax(1, keepdim=True)
+    e = (f - m).exp()
+    # torch.sum is blocked, torch.softmax keeps one running sum per lane: that costs digits from 100,000 classes up.
+    s = e.sum(1, keepdim=True)
+    # Rows whose maximum is infinite: f - m is NaN, and the log density is that maximum, as in torch.logsumexp.
+    log_density = torch.where(m.isinf(), m, m + s.log()).squeeze(1)
+    return m, e, s, log_density
+
+
+@torch.library.impl(_library, "softmax", "CompositeExplicitAutograd")
+@torch.no_grad()
+def _softmax_torch(
+    logits: Tensor,
+    target: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    need_softmax: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    m, e, s, log_density = _row_sums(logits)
+    cross_entropy = log_density.new_empty(0)
+    if target is not None:
+        _check_target(target, logits.shape[1], ignore_index)
+        ignored = target == ignore_index
+        log_s = s.log().squeeze(1)
+        m_row = m.squeeze(1)
+        f_y = logits.gather(1, target.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1).to(m.dtype)
+        # Not L - f_y: at logits of 1e4 the rounding of L would be all that is left.
+        cross_entropy = (m_row - f_y) + log_s
+        if label_smoothing > 0:
+            uniform = (m - logits.to(m.dtype)).mean(1) + log_s
+            cross_entropy = (1 - label_smoothing) * cross_entropy + label_smoothing * uniform
+        cross_entropy = cross_entropy.masked_fill(ignored, 0)
+    y = logits.new_empty(0)
+    if need_softmax:
+        y = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        y.copy_(e.div_(s).mul_(scale))
+    return log_density, cross_entropy, y
+
+
+@torch.library.register_fake("densreg::softmax", lib=_library)
+def _softmax_fake(logits, target, label_smoothing, ignore_index, need_softmax, scale):
+    row_dtype = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty(logits.shape[0], dtype=row_dtype),
+        logits.new_empty(0 if target is None else logits.shape[0], dtype=row_dtype),
+        logits.new_empty(logits.shape if need_softmax else 0),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# softmax_backward: everything that comes back goes into the logits in one pass
+
+_library.define(
+    "softmax_backward(Tensor softmax, Tensor? target, Tensor? grad_log_density, Tensor? grad_cross_entropy,"
+    " Tensor? grad_softmax, float label_smoothing, int ignore_index, float scale) -> Tensor"
+)
+
+
+def softmax_backward(
+    softmax: Tensor,
+    target: Tensor | None,
+    grad_log_density: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    grad_softmax: Tensor | None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+) -> Tensor:
+    """Gradient of the three outputs of :func:`softmax` in the logits, [B, C], in the dtype of the softmax.
+
+    With upstream gradients ``l [B]`` of the log density, ``a [B]`` of the cross-entropy and ``U [B, C]`` of the
+    softmax (which is what the double backward of the input score brings):
+    ``a (P - q) + l P + scale P (U - <P, U>)``. A gradient that is ``None`` counts as zero.
+
+    ``softmax`` is the output of the forward, that is ``scale * P``.
+    """
+    _require_no_grad("softmax_backward", softmax, grad_log_density, grad_cross_entropy, grad_softmax)
+    return torch.ops.densreg.softmax_backward.default(
+        softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale
+    )
+
+
+@torch.library.impl(_library, "softmax_backward", "CompositeExplicitAutograd")
+@torch.no_grad()
+def _softmax_backward_torch(
+    softmax: Tensor,
+    target: Tensor | None,
+    grad_log_density: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    grad_softmax: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    scale: float,
+) -> Tensor:
+    dtype = accumulation_dtype(softmax.dtype)
+    p = softmax.to(dtype) / scale
+    weight = torch.zeros_like(p[:, :1])
+    if grad_log_density is not None:
+        weight = weight + grad_log_density.to(dtype).unsqueeze(1)
+    if grad_softmax is not None:
+        u = grad_softmax.to(dtype) * scale
+        weight = weight + u - (p * u).sum(1, keepdim=True)
+    out = torch.empty_like(softmax, memory_format=torch.contiguous_format)
+    if grad_cross_entropy is None or target is None:
+        return out.copy_(p * weight)
+    ignored = target == ignore_index
+    a = grad_cross_entropy.to(dtype).masked_fill(ignored, 0).unsqueeze(1)
+    grad = p * (weight + a)
+    if label_smoothing > 0:
+        grad -= a * (label_smoothing / p.shape[1])
+    grad.scatter_add_(1, target.masked_fill(ignored, 0).unsqueeze(1), a * (label_smoothing - 1))
+    return out.copy_(grad)
+
+
+@torch.library.register_fake("densreg::softmax_backward", lib=_library)
+def _softmax_backward_fake(
+    softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale
+):
+    return torch.empty_like(softmax, memory_format=torch.contiguous_format)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# log_softmax_difference: f_k - log_softmax_k(f)
+
+_library.define(
+    "log_softmax_difference(Tensor logits, Tensor k, bool need_softmax) -> (Tensor difference, Tensor softmax)"
+)
+
+
+def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool = True) -> tuple[Tensor, Tensor]:
+    """``f_k - log_softmax_k(f)`` of each row, the integrand of the paper's "stable and efficient" gradient.
+
+    f_k cancels, so it is never added: a class at -inf, or 1e4 below the maximum, costs no digits.
+
+    Args:
+        logits: [B, C], any floating dtype and strides.
+        k: [B] int64 class indices in [0, C).
+        need_softmax: whether to write the softmax, which is the gradient of the difference in the logits.
+
+    Returns:
+        ``(difference [B], softmax [B, C])``, dtypes as in :func:`softmax`; a softmax not asked for has shape [0].
+    """
+    _require_no_grad("log_softmax_difference", logits)
+    return torch.ops.densreg.log_softmax_difference.default(logits, k, need_softmax)
+
+
+@torch.library.impl(_library, "log_softmax_difference", "CompositeExplicitAutograd")
+@torch.no_grad()
+def _log_softmax_difference_torch(logits: Tensor, k: Tensor, need_softmax: bool) -> tuple[Tensor, Tensor]:
+    if k.device.type == "cpu" and ((k < 0) | (k >= logits.shape[1])).any():
+        raise ValueError(f"k holds classes in [{k.min()}, {k.max()}]; wanted classes in [0, {logits.shape[1]})")
+    difference, _, y = _softmax_torch(logits, None, 0.0, -100, need_softmax, 1.0)
+    return difference, y
+
+
+@torch.library.register_fake("densreg::log_softmax_difference", lib=_library)
+def _log_softmax_difference_fake(logits, k, need_softmax):
+    return (
+        logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits.dtype)),
+        logits.new_empty(logits.shape if need_softmax else 0),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# pnorm: the p-norm of each row of the score
+
+_library.define("pnorm(Tensor g, float p) -> (Tensor norm, Tensor peak, Tensor root)")
+
+
+def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """p-norm of each row, scaled by the row's largest magnitude so that no power over- or underflows.
+
+    Args:
+        g: [B, ...], any floating dtype and memory format.
+        p: the order, 1 <= p <= inf.
+
+    Returns:
+        ``(norm [B], peak [B], root [B])`` in float32 (float64 for float64): ``peak = max_i |g_i|``,
+        ``root = (sum_i (|g_i| / peak)^p)^(1/p)`` and ``norm = peak * root``. For p = inf ``norm = peak``, and
+        ``root`` is the number of entries of that magnitude. ``peak`` and ``root`` are for :func:`pnorm_backward`.
+    """
+    _require_no_grad("pnorm", g)
+    return torch.ops.densreg.pnorm.default(g, p)
+
+
+@torch.library.impl(_library, "pnorm", "CompositeExplicitAutograd")
+@torch.no_grad()
+def _pnorm_torch(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    magnitude = g.to(accumulation_dtype(g.dtype)).abs()
+    if magnitude[:1].numel() == 0:  # no rows, or rows without entries
+        zero = magnitude.new_zeros(g.shape[0])
+        return zero, zero.clone(), torch.ones_like(zero)
+    dims = tuple(range(1, g.ndim))
+    peak = magnitude.amax(dims)
+    if p == float("inf"):
+        ties = (magnitude == _per_row(peak, g)).sum(dims).to(peak.dtype)
+        return peak.clone(), peak, ties.clamp_(min=1)  # a NaN equals nothing: torch's gradient there is 0
+    # Divided by the peak, not multiplied by its reciprocal: that is infinite for a subnormal peak.
+    ratio = magnitude / _per_row(peak, g)
+    if p == 1:
+        root = ratio.sum(dims)
+    elif p == 2:
+        root = ratio.square_().sum(dims).sqrt_()
+    else:
+        root = ratio.pow_(p).sum(dims).pow_(1 / p)
+    # 0 / 0 and inf / inf: such a row has the norm 0 or inf, and its gradient divides by one.
+    root = root.masked_fill((peak == 0) | peak.isinf(), 1)
+    return peak * root, peak, root
+
+
+@torch.library.register_fake("densreg::pnorm", lib=_library)
+def _pnorm_fake(g, p):
+    row = g.new_empty(g.shape[0], dtype=accumulation_dtype(g.dtype))
+    return row, torch.empty_like(row), torch.empty_like(row)
+
+
+_library.define("pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor root, float p) -> Tensor")
+
+
+def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, root: Tensor, p: float) -> Tensor:
+    """Gradient of :func:`pnorm` in g: ``grad sign(g) (|g| / norm)^(p-1)``, [B, ...], in the dtype of g.
+
+    A zero row has gradient 0; for p = inf the gradient is shared between the entries of largest magnitude.
+    """
+    _require_no_grad("pnorm_backward", grad, g, peak, root)
+    return torch.ops.densreg.pnorm_backward.default(grad, g, peak, root, p)
+
+
+@torch.library.impl(_library, "pnorm_backward", "CompositeExplicitAutograd")
+@torch.no_grad()
+def _pnorm_backward_torch(grad: Tensor, g: Tensor, peak: Tensor, root: Tensor, p: float) -> Tensor:
+    value = g.to(accumulation_dtype(g.dtype))
+    grad, peak, root = (_per_row(t, g) for t in (grad.to(value.dtype), peak, root))
+    if p == float("inf"):
+        dual = value.sgn() * (value.abs() == peak) / root
+    elif p == 1:
+        dual = value.sgn()
+    elif p == 2:
+        dual = value / peak.masked_fill(peak == 0, 1) / root
+    else:
+        dual = value.sgn() * (value.abs() / peak.masked_fill(peak == 0, 1) / root).pow_(p - 1)
+    return torch.empty_like(g).copy_(dual * grad)
+
+
+@torch.library.register_fake("densreg::pnorm_backward", lib=_library)
+def _pnorm_backward_fake(grad, g, peak, root, p):
+    return torch.empty_like(g)

@@ -1,0 +1,226 @@
+"""The input score grad_x log p(x) by every path of the paper, and by ours.
+
+All paths are the same function up to rounding: f_k - log_softmax_k(f) = logsumexp(f) for every class k, so what the
+paper derives as an approximation is an identity. They differ in cost and in overflow. F is one forward of the network;
+a plain training step costs 3F, the step with the penalty
+
+    path        log density that is differentiated           cost       overflow in float32
+    naive       log(sum(exp f))                              6F         from f ~ 88
+    inverse     -log(1 / sum(exp f))                         6F         from f ~ 88
+    max_shift   m + log(sum(exp(f - m))), m = max f          6F         never
+    per_class   sum_i w_i grad f_i, w = softmax(f)           (3C + 3)F  never
+    stable      grad f_k - grad log_softmax_k(f), random k   9F         never
+    taylor      f_k - log_softmax_k(f), random k             6F         never
+    fused       vector-Jacobian product with softmax(f)      6F         never
+
+The paper names "inverse" and does not define it: this is our reading. Half-precision logits are converted to float32
+first, on every path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from densreg import functional, ops
+
+Inputs = Tensor | Sequence[Tensor]
+Score = Tensor | tuple[Tensor, ...]
+
+FP16_SCALE = 1024.0
+"""Factor on the cotangent when the logits are fp16, where softmax and score would be subnormal from 20,000 classes."""
+
+_COMPILED_MODEL = (
+    "the logits come from a torch.compile'd model, whose backward cannot be differentiated again. Give densreg the "
+    "uncompiled model (compiled._orig_mod), or compile the whole training step, penalty included: "
+    "with torch._dynamo.config.patch(trace_autograd_ops=True): torch.compile(step, fullgraph=True)(x, y)"
+)
+_COMPILED_STEP = (
+    "densreg inside torch.compile needs Dynamo to trace torch.autograd.grad. Call the compiled step under "
+    "`with torch._dynamo.config.patch(trace_autograd_ops=True):`"
+)
+
+
+def cotangent_scale(logits: Tensor) -> float:
+    """Power of two by which the cotangent of the score is scaled; :func:`vjp` divides it out again in float32."""
+    return FP16_SCALE if logits.dtype == torch.float16 else 1.0
+
+
+def _graph(root: torch.autograd.graph.Node) -> Iterator[torch.autograd.graph.Node]:
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+
+
+def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
+    """The inputs as a tuple; raises where the score of logits in x cannot be taken and differentiated again."""
+    functional.check_logits(logits)
+    xs = (x,) if isinstance(x, Tensor) else tuple(x) if isinstance(x, Sequence) else ()
+    if not xs or not all(isinstance(xi, Tensor) for xi in xs):
+        raise TypeError(f"x must be a tensor or a non-empty sequence of tensors, got {x!r:.80}")
+    for i, xi in enumerate(xs):
+        name = "x" if isinstance(x, Tensor) else f"x[{i}]"
+        if not xi.is_floating_point():
+            raise TypeError(f"{name} must be floating point to have a score, got {xi.dtype}")
+        if xi.ndim < 2 or xi.shape[0] != logits.shape[0]:
+            raise ValueError(
+                f"{name} must have shape [{logits.shape[0]}, ...], the batch of the logits first, got {list(xi.shape)}"
+            )
+        if torch.is_grad_enabled() and not xi.requires_grad:
+            raise ValueError(f"{name} does not require grad: call x.requires_grad_() before logits = model(x)")
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "the score is a gradient and gradients are disabled (torch.no_grad or inference_mode): compute the logits "
+            "and the penalty under torch.enable_grad()"
+        )
+    if torch.compiler.is_compiling():
+        if not torch._dynamo.config.trace_autograd_ops:
+            raise RuntimeError(_COMPILED_STEP)
+    elif not logits.requires_grad:
+        raise ValueError("the logits carry no graph: compute them from x with gradients enabled, and do not detach")
+    elif any(node.name() == "CompiledFunctionBackward" for node in _graph(logits.grad_fn or _leaf(logits))):
+        raise RuntimeError(_COMPILED_MODEL)
+    return xs
+
+
+def _leaf(logits: Tensor) -> torch.autograd.graph.Node:
+    return torch.autograd.graph.get_gradient_edge(logits).node
+
+
+def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+    """``(d outputs / d x)^T cotangent / scale``, differentiable; in float32 for half inputs.
+
+    Raises:
+        ValueError: outputs do not depend on one of the inputs.
+        RuntimeError: the result cannot be differentiated again.
+    """
+    grads = torch.autograd.grad(outputs, x, grad_outputs=cotangent, create_graph=True, allow_unused=True)
+    for i, grad in enumerate(grads):
+        if grad is None:
+            name = "x" if len(x) == 1 else f"x[{i}]"
+            raise ValueError(
+                f"the logits do not depend on {name}: pass the very tensor that went into the model, "
+                "not a copy, a slice or a later version of it"
+            )
+        if not grad.requires_grad:
+            raise RuntimeError(
+                "the score cannot be differentiated again, so the penalty would train nothing: the backward of some "
+                "layer of the model (a custom autograd.Function?) runs outside autograd"
+            )
+    # Unscaled in float32: scores of 1e-5 would be subnormal in fp16.
+    return tuple(grad.to(ops.accumulation_dtype(grad.dtype)) / scale if scale != 1 else grad for grad in grads)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the paths: (logits [B, C], x, k [B]) -> score, a tuple shaped like x
+
+
+def _score_of(log_density: Tensor, x: tuple[Tensor, ...], scale: float) -> tuple[Tensor, ...]:
+    return vjp(log_density, x, torch.full_like(log_density, scale), scale)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(ops.accumulation_dtype(logits.dtype))
+
+
+def _class(f: Tensor, k: Tensor) -> Tensor:
+    return f.gather(1, k.unsqueeze(1)).squeeze(1)
+
+
+def naive(logits: Tensor, x: tuple[Tensor, ...], k: Tensor | None = None) -> tuple[Tensor, ...]:
+    return _score_of(_wide(logits).exp().sum(1).log(), x, cotangent_scale(logits))
+
+
+def inverse(logits: Tensor, x: tuple[Tensor, ...], k: Tensor | None = None) -> tuple[Tensor, ...]:
+    return _score_of(-(1 / _wide(logits).exp().sum(1)).log(), x, cotangent_scale(logits))
+
+
+def max_shift(logits: Tensor, x: tuple[Tensor, ...], k: Tensor | None = None) -> tuple[Tensor, ...]:
+    f = _wide(logits)
+    m = f.detach().amax(1, keepdim=True)
+    return _score_of((f - m).exp().sum(1).log() + m.squeeze(1), x, cotangent_scale(logits))
+
+
+def per_class(logits: Tensor, x: tuple[Tensor, ...], k: Tensor | None = None) -> tuple[Tensor, ...]:
+    # The weights are the cotangents: combined afterwards, the samples that BatchNorm couples would get each other's.
+    f = _wide(logits)
+    scale = cotangent_scale(logits)
+    e = (f - f.detach().amax(1, keepdim=True)).exp()
+    w = e / e.sum(1, keepdim=True)
+    total: tuple[Tensor, ...] | None = None
+    for i in range(f.shape[1]):
+        g = vjp(f[:, i], x, w[:, i] * scale, scale)
+        total = g if total is None else tuple(a + b for a, b in zip(total, g, strict=True))
+    assert total is not None  # check_logits: at least one class
+    return total
+
+
+def stable(logits: Tensor, x: tuple[Tensor, ...], k: Tensor) -> tuple[Tensor, ...]:
+    f = _wide(logits)
+    scale = cotangent_scale(logits)
+    of_logit = _score_of(_class(f, k), x, scale)
+    of_log_softmax = _score_of(_class(f.log_softmax(1), k), x, scale)
+    return tuple(a - b for a, b in zip(of_logit, of_log_softmax, strict=True))
+
+
+def taylor(logits: Tensor, x: tuple[Tensor, ...], k: Tensor) -> tuple[Tensor, ...]:
+    f = _wide(logits)
+    return _score_of(_class(f, k) - _class(f.log_softmax(1), k), x, cotangent_scale(logits))
+
+
+def fused(logits: Tensor, x: tuple[Tensor, ...], k: Tensor | None = None) -> tuple[Tensor, ...]:
+    scale = cotangent_scale(logits)
+    cotangent = functional.softmax(logits, scale=scale)[2]
+    return vjp(logits, x, cotangent, scale)
+
+
+PATHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    path.__name__: path for path in (naive, inverse, max_shift, per_class, stable, taylor, fused)
+}
+
+
+def check_path(path: str) -> str:
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}; got {path!r}")
+    return path
+
+
+def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor | None = None) -> Score:
+    """The input score ``grad_x log p(x) = J(x)^T softmax(f)``, differentiable once more.
+
+    Where samples see each other (BatchNorm in training mode) the row of sample b is the gradient of the batch's summed
+    log density in x_b.
+
+    Args:
+        logits: [B, C], computed from x; fp16, bf16, fp32 or fp64.
+        x: the model's input [B, ...], with ``requires_grad``, or a sequence of such inputs.
+        path: how to compute it, a name in the table of :mod:`densreg.paths`.
+        k: the class of ``stable`` and ``taylor``: an int, [B] int64 classes, or None for one drawn at random for each
+            sample from torch's global generator. The other paths have none.
+
+    Returns:
+        The score, of the shape, dtype and device of x; a tuple for a sequence. For fp16 logits it is float32: the
+        backward runs on a scaled cotangent, which is divided out in float32.
+
+    Raises:
+        TypeError, ValueError: what was given and what is wanted, among it an x that does not require grad and logits
+            that do not depend on x.
+        RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice.
+    """
+    xs = check_inputs(logits, x)
+    check_path(path)
+    score = PATHS[path](logits, xs, _random_class(logits, k) if path in ("stable", "taylor") else None)
+    return score[0] if isinstance(x, Tensor) else score
+
+
+def _random_class(logits: Tensor, k: int | Tensor | None) -> Tensor:
+    if k is None:
+        return torch.randint(logits.shape[1], logits.shape[:1], device=logits.device)
+    return functional.class_index(logits, k)

@@ -1,0 +1,119 @@
+"""The density penalty: the mean p-norm of the input score, to be added to a classifier's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from densreg import functional, ops, paths
+from densreg.paths import Inputs, Score
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _norm(score: Score, p: float, reduction: str) -> Tensor:
+    if not isinstance(score, Tensor):  # several inputs: one row of the joint score each
+        dtypes = [ops.accumulation_dtype(g.dtype) for g in score]
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        score = score[0] if len(score) == 1 else torch.cat([g.flatten(1).to(wide) for g in score], 1)
+    norm = functional.pnorm(score, p)
+    return norm.mean() if reduction == "mean" else norm.sum() if reduction == "sum" else norm
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+
+
+def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused", reduction: str = "mean") -> Tensor:
+    """``R = mean_b || grad_{x_b} logsumexp f(x_b) ||_p``, the density penalty (Yang et al., ECCV 2024).
+
+    Differentiable in the parameters, which is second order; not meant to be differentiated twice itself.
+
+        x.requires_grad_()
+        logits = model(x)
+        loss = F.cross_entropy(logits, y) + 0.1 * densreg.density_penalty(logits, x, p=2)
+        loss.backward()  # x.grad is filled too: ignore it
+
+    Args:
+        logits: [B, C], computed from x; fp16, bf16, fp32 or fp64.
+        x: the model's input [B, ...], with ``requires_grad``, or a sequence of inputs whose joint norm is taken.
+        p: order of the norm (not squared), 1 <= p <= inf.
+        path: a name in the table of :mod:`densreg.paths`.
+        reduction: "mean" or "sum" over the batch, or "none".
+
+    Returns:
+        A scalar, or [B] for "none"; float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: what was given and what is wanted.
+        RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice.
+    """
+    _check_reduction(reduction)
+    p = functional.check_order(p)
+    return _norm(paths.input_score(logits, x, path), p, reduction)
+
+
+def density_loss(
+    logits: Tensor,
+    target: Tensor,
+    x: Inputs,
+    coeff: float | Tensor,
+    p: float = 2,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``cross_entropy(f, y) + coeff * R``: the penalized loss, for which the logits are read once.
+
+    Args:
+        logits: [B, C], computed from x; fp16, bf16, fp32 or fp64.
+        target: [B] int64 classes in [0, C), or ``ignore_index``: such a sample has a penalty and no cross-entropy.
+        x: as in :func:`density_penalty`.
+        coeff: weight of the penalty, >= 0; as a tensor, it can change without recompiling a compiled step.
+        p: order of the norm, 1 <= p <= inf.
+        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: as there.
+
+    Returns:
+        ``(loss, cross_entropy, penalty)``, scalars; float32 (float64 for float64).
+
+    Raises:
+        As :func:`density_penalty`; ValueError for a negative or NaN ``coeff`` (a tensor's value is not read: that
+        would synchronise with the device).
+    """
+    if not isinstance(coeff, Tensor) and not coeff >= 0:
+        raise ValueError(f"coeff must be at least 0, got {coeff}")
+    p = functional.check_order(p)
+    xs = paths.check_inputs(logits, x)
+    scale = paths.cotangent_scale(logits)
+    _, ce, softmax = functional.softmax(logits, target, label_smoothing, ignore_index, scale=scale)
+    # As torch: the mean over the targets that count, NaN where there are none.
+    cross_entropy = ce.sum() / (target != ignore_index).sum()
+    penalty = _norm(paths.vjp(logits, xs, softmax, scale), p, "mean")
+    return cross_entropy + coeff * penalty, cross_entropy, penalty
+
+
+class DensityPenalty(torch.nn.Module):
+    """:func:`density_penalty` as a module: ``penalty(logits, x)``.
+
+    Args:
+        p: order of the norm, 1 <= p <= inf.
+        path: a name in the table of :mod:`densreg.paths`.
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        TypeError, ValueError: what was given and what is wanted.
+    """
+
+    def __init__(self, p: float = 2, path: str = "fused", reduction: str = "mean") -> None:
+        super().__init__()
+        _check_reduction(reduction)
+        self.p = functional.check_order(p)
+        self.path = paths.check_path(path)
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, x: Inputs) -> Tensor:
+        return density_penalty(logits, x, self.p, self.path, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, path={self.path!r}, reduction={self.reduction!r}"
