@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ def _digits(data_dir: Path | None, download: bool) -> DataSet:
     return DataSet("digits", Split(images[train], labels[train]), Split(images[test], labels[test]), 10)
 
 
-def _torchvision(name: str, data_dir: Path | None, download: bool) -> list[Split]:
+def _torchvision(name: str, data_dir: Path | None, download: bool) -> tuple[Split, Split]:
     """Train and test split of a torchvision data set."""
     from torchvision import datasets
 
@@ -162,16 +163,19 @@ def _torchvision(name: str, data_dir: Path | None, download: bool) -> list[Split
     except Exception as error:  # torchvision and pickle raise all sorts for files that are absent or damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"no usable {name} in {data_dir} ({reason}); give its folder, or add --download") from error
-    splits = []
-    for d in loaded:
-        images = torch.as_tensor(d.data)
-        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        splits.append(Split(images, torch.as_tensor(d.targets).long()))
-    return splits
+    train, test = (_as_split(d) for d in loaded)
+    return train, test
+
+
+def _as_split(dataset: Any) -> Split:
+    images = torch.as_tensor(dataset.data)
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.as_tensor(dataset.targets).long())
 
 
 def _mnist(data_dir: Path | None, download: bool) -> DataSet:
-    return DataSet("mnist", *_torchvision("MNIST", data_dir, download), classes=10)
+    train, test = _torchvision("MNIST", data_dir, download)
+    return DataSet("mnist", train, test, classes=10)
 
 
 def _blockmnist(data_dir: Path | None, download: bool) -> DataSet:

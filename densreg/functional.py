@@ -119,15 +119,11 @@ class _Softmax(Function):
 
 @torch._dynamo.allow_in_graph
 class _SoftmaxBackward(Function):
-    """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`."""
+    """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`, also for l, a and U."""
 
     @staticmethod
-    def forward(
-        softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale
-    ):
-        return ops.softmax_backward(
-            softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale
-        )
+    def forward(softmax, target, l, a, u, label_smoothing, ignore_index, scale):
+        return ops.softmax_backward(softmax, target, l, a, u, label_smoothing, ignore_index, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import warnings
@@ -51,18 +52,19 @@ def mlp(classes: int, image_shape: Sequence[int], width: int = 512) -> nn.Module
 
 
 def vgg11(classes: int, image_shape: Sequence[int]) -> nn.Module:
-    """torchvision's VGG11 for small images: the poolings that the image size allows, global pooling, one linear layer."""
+    """torchvision's VGG11 for small images: as many poolings as they allow, global pooling, one linear layer."""
     from torchvision.models.vgg import make_layers
 
     layers: list[str | int] = []
     side = min(image_shape[1:])
-    for layer in [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]:
+    widths: list[str | int] = [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
+    for layer in widths:
         if layer == "M":
             if side < 2:
                 continue
             side //= 2
         layers.append(layer)
-    features = make_layers(layers)  # type: ignore[arg-type]
+    features = make_layers(layers)
     if image_shape[0] != 3:
         features[0] = nn.Conv2d(image_shape[0], 64, 3, padding=1)
     model = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
@@ -82,7 +84,7 @@ def resnet18(classes: int, image_shape: Sequence[int]) -> nn.Module:
     channels = image_shape[0]
     if max(image_shape[1:]) <= SMALL_IMAGE:
         model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        model.maxpool = nn.Identity()  # type: ignore[assignment]
+        model.maxpool = nn.Identity()
     elif channels != 3:
         model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     if model.conv1.in_channels != 3 or model.conv1.stride == (1, 1):
@@ -152,7 +154,7 @@ def check_trainable(model: nn.Module, name: str, image_shape: Sequence[int], pat
     Runs the penalty's own gradient on two random images; only the forward for ``path=None``.
     """
     device = next(model.parameters()).device
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model = copy.deepcopy(model)  # BatchNorm's statistics would move
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             x = torch.rand(2, *image_shape, device=device, requires_grad=True)
@@ -172,8 +174,6 @@ def check_trainable(model: nn.Module, name: str, image_shape: Sequence[int], pat
         raise ModelError(
             f"model {name!r} cannot be trained{' with the penalty' if path else ''} on {size} images: {reason}"
         ) from error
-    finally:
-        model.load_state_dict(state)
 
 
 CONFIG, CHECKPOINT = "config.json", "checkpoint.pt"

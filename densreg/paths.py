@@ -19,7 +19,9 @@ first, on every path.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -28,9 +30,6 @@ from densreg import functional, ops
 
 Inputs = Tensor | Sequence[Tensor]
 Score = Tensor | tuple[Tensor, ...]
-
-FP16_SCALE = 1024.0
-"""Factor on the cotangent when the logits are fp16, where softmax and score would be subnormal from 20,000 classes."""
 
 _COMPILED_MODEL = (
     "the logits come from a torch.compile'd model, whose backward cannot be differentiated again. Give densreg the "
@@ -44,8 +43,13 @@ _COMPILED_STEP = (
 
 
 def cotangent_scale(logits: Tensor) -> float:
-    """Power of two by which the cotangent of the score is scaled; :func:`vjp` divides it out again in float32."""
-    return FP16_SCALE if logits.dtype == torch.float16 else 1.0
+    """Power of two by which the cotangent of the score is scaled; :func:`vjp` divides it out again in float32.
+
+    In fp16 the softmax of 20,000 equally likely classes is subnormal. What a scale S gives to the score it takes from
+    the double backward, which runs on v / S: so it is about the square root of the number of classes. That v itself
+    does not underflow is the loss scale's part, as in any fp16 training.
+    """
+    return 2.0 ** math.ceil(math.log2(logits.shape[1]) / 2) if logits.dtype == torch.float16 else 1.0
 
 
 def _graph(root: torch.autograd.graph.Node) -> Iterator[torch.autograd.graph.Node]:
@@ -95,11 +99,10 @@ def _leaf(logits: Tensor) -> torch.autograd.graph.Node:
 
 
 def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """``(d outputs / d x)^T cotangent / scale``, differentiable; in float32 for half inputs.
+    """``(d outputs / d x)^T cotangent / scale``, differentiable; in float32 where it was scaled.
 
     Raises:
         ValueError: outputs do not depend on one of the inputs.
-        RuntimeError: the result cannot be differentiated again.
     """
     grads = torch.autograd.grad(outputs, x, grad_outputs=cotangent, create_graph=True, allow_unused=True)
     for i, grad in enumerate(grads):
@@ -109,13 +112,18 @@ def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float 
                 f"the logits do not depend on {name}: pass the very tensor that went into the model, "
                 "not a copy, a slice or a later version of it"
             )
-        if not grad.requires_grad:
-            raise RuntimeError(
-                "the score cannot be differentiated again, so the penalty would train nothing: the backward of some "
-                "layer of the model (a custom autograd.Function?) runs outside autograd"
-            )
     # Unscaled in float32: scores of 1e-5 would be subnormal in fp16.
     return tuple(grad.to(ops.accumulation_dtype(grad.dtype)) / scale if scale != 1 else grad for grad in grads)
+
+
+def check_score(score: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The score; raises RuntimeError where it cannot be differentiated again."""
+    if not all(g.requires_grad for g in score):
+        raise RuntimeError(
+            "the score cannot be differentiated again, so the penalty would train nothing: the backward of some layer "
+            "of the model (a custom autograd.Function?) runs outside autograd"
+        )
+    return score
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -192,6 +200,12 @@ def check_path(path: str) -> str:
     return path
 
 
+@overload
+def input_score(logits: Tensor, x: Tensor, path: str = ..., k: int | Tensor | None = ...) -> Tensor: ...
+@overload
+def input_score(
+    logits: Tensor, x: Sequence[Tensor], path: str = ..., k: int | Tensor | None = ...
+) -> tuple[Tensor, ...]: ...
 def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor | None = None) -> Score:
     """The input score ``grad_x log p(x) = J(x)^T softmax(f)``, differentiable once more.
 
@@ -216,7 +230,7 @@ def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor 
     """
     xs = check_inputs(logits, x)
     check_path(path)
-    score = PATHS[path](logits, xs, _random_class(logits, k) if path in ("stable", "taylor") else None)
+    score = check_score(PATHS[path](logits, xs, _random_class(logits, k) if path in ("stable", "taylor") else None))
     return score[0] if isinstance(x, Tensor) else score
 
 

@@ -89,7 +89,7 @@ def density_loss(
     _, ce, softmax = functional.softmax(logits, target, label_smoothing, ignore_index, scale=scale)
     # As torch: the mean over the targets that count, NaN where there are none.
     cross_entropy = ce.sum() / (target != ignore_index).sum()
-    penalty = _norm(paths.vjp(logits, xs, softmax, scale), p, "mean")
+    penalty = _norm(paths.check_score(paths.vjp(logits, xs, softmax, scale)), p, "mean")
     return cross_entropy + coeff * penalty, cross_entropy, penalty
 
 

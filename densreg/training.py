@@ -304,7 +304,7 @@ def fit(config: Config, overwrite: bool = False, progress: bool | None = None) -
 
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    spec = {
+    spec: dict[str, Any] = {
         "name": config.model,
         "classes": dataset.classes,
         "image_shape": dataset.image_shape,

@@ -1,0 +1,71 @@
+"""The command as a user types it: a run, and one line with exit code 2 for a bad request."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import densreg
+from densreg import cli
+
+
+def test_run(tmp_path):
+    command = [sys.executable, "-m", "densreg.cli", "train", "--epochs", "2", "--coeff", "0.2", "--p", "inf"]
+    done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("epoch 1/2: loss ")
+    assert "penalty" in lines[0]
+    assert lines[-1] == "run directory: run"
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert "Warning" not in done.stderr
+
+
+def test_default_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--epochs", "1", "--train-size", "64", "--test-size", "20", "--path", "taylor"]) == 0
+    assert (tmp_path / "runs" / "digits-mlp-taylor-p2-c0.1-s0" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data imagenet", "unknown data set 'imagenet'; wanted one of digits, mnist, blockmnist, cifar100"),
+        ("--data mnist", "--data MNIST needs --data-dir"),
+        ("--data mnist --data-dir /nowhere", "--data-dir /nowhere is not a folder"),
+        ("--model resnet19", "unknown model 'resnet19'"),
+        ("--model inception_v3", "cannot be trained with the penalty on 1x8x8 images"),
+        ("--path fast", "path must be one of naive"),
+        ("--p 0.5", "p must be at least 1 (inf included), got 0.5"),
+        ("--p two", "argument --p: invalid float value: 'two'"),
+        ("--coeff -1", "coeff must be finite and at least 0, got -1.0"),
+        ("--epochs 0", "epochs must be at least 1, got 0"),
+        ("--out /dev/null", "--out /dev/null is a file; wanted a folder"),
+        ("--out /dev/null/run", "cannot write to --out /dev/null/run: Not a directory"),
+        ("--device cuda:99", "is not there"),
+    ],
+)
+def test_bad_requests(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(["train", *arguments.split()])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.startswith("densreg train: error: ")
+    assert error.count("\n") == 1
+
+
+def test_broken_off_training_has_status_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--optimizer", "sgd", "--lr", "1e9", "--epochs", "3"]) == 1
+    assert "the loss is" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"densreg {densreg.__version__}\n"

@@ -1,0 +1,41 @@
+"""The package: what it exports, and that what it says of itself is true."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import densreg.kernels
+import torch
+
+import densreg
+from densreg import ops
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = ("version", "ops", "functional", "paths", "penalty", "data", "models", "training", "cli")
+
+
+def test_public_names():
+    for name in densreg.__all__:
+        assert getattr(densreg, name).__doc__ or name == "__version__"
+
+
+def test_every_operator_has_schema_fake_and_fallback():
+    names = [f.split(" ")[0] for f in torch.ops.densreg.__dir__() if not f.startswith("_")]
+    wanted = {"softmax", "softmax_backward", "log_softmax_difference", "pnorm", "pnorm_backward"}
+    assert wanted <= set(names)
+    for name in wanted:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
+        assert callable(getattr(ops, name))
+
+
+def test_nothing_lower_imports_anything_higher():
+    for depth, layer in enumerate(LAYERS):
+        for node in ast.walk(ast.parse((ROOT / "densreg" / f"{layer}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "densreg":
+                parts = node.module.split(".")
+                used = parts[1:2] or [alias.name for alias in node.names]
+                assert all(LAYERS.index(name) < depth for name in used if name in LAYERS), (layer, used)
+    listed = {p.stem for p in (ROOT / "densreg").glob("*.py")} - {"__init__"}
+    assert listed == set(LAYERS)

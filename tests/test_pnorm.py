@@ -1,0 +1,172 @@
+"""The operators pnorm and pnorm_backward, and the Functions on them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import DTYPES, HALF_ULP, ORDERS, double, error
+from torch.autograd import gradcheck, gradgradcheck
+
+import densreg
+from densreg import ops
+
+inf, nan = math.inf, math.nan
+
+
+def _norm_and_gradient(g, p, grad=None):
+    norm, peak, root = ops.pnorm(g, p)
+    return norm, ops.pnorm_backward(torch.ones_like(norm) if grad is None else grad, g, peak, root, p)
+
+
+def _reference(g, p, grad=None):
+    """Norm and gradient by torch."""
+    g = g.detach().requires_grad_()
+    norm = torch.linalg.vector_norm(g, p, dim=tuple(range(1, g.ndim)))
+    return norm.detach(), torch.autograd.grad(norm, g, torch.ones_like(norm) if grad is None else grad)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("shape", [(4, 1), (4, 7), (3, 3, 8, 8), (2, 100_000)])
+def test_values(dtype, p, shape):
+    g = torch.randn(shape).to(dtype)
+    grad = torch.randn(shape[0], dtype=ops.accumulation_dtype(dtype))
+    norm, gradient = _norm_and_gradient(g, p, grad)
+    expected = _reference(g.double(), p, grad.double())
+    assert norm.dtype == ops.accumulation_dtype(dtype)
+    assert gradient.dtype == dtype
+    assert error(norm, expected[0]) < (1e-13 if dtype == torch.float64 else 2e-6)
+    assert error(gradient, expected[1]) < (1e-13 if dtype == torch.float64 else max(2e-6, 2 * HALF_ULP[dtype]))
+
+
+ROWS = {
+    "signs and zeros": [1.0, -2.0, 0.0, -0.0],
+    "ties": [3.0, -3.0, 3.0, 1.0],
+    "zero": [0.0, 0.0, 0.0, 0.0],
+    "+inf": [inf, 1.0, -2.0, 0.0],
+    "-inf": [-inf, 1.0, -2.0, 0.0],
+    "infinities": [inf, -inf, 1.0, 0.0],
+    "nan": [nan, 1.0, 0.0, -1.0],
+    "nan and inf": [inf, nan, 1.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_extreme_rows_give_what_torch_gives(dtype, p, row):
+    quiet = [1.0, 2.0, -1.0, 0.0]
+    g = torch.tensor([quiet, row, quiet]).to(dtype)
+    norm, gradient = _norm_and_gradient(g, p)
+    expected = _reference(g.double(), p)
+    torch.testing.assert_close(norm.double(), expected[0], rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(gradient.double(), expected[1], rtol=2 * HALF_ULP[dtype], atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("p", [*ORDERS, 1.01, 50])
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-40, 1e-30, 1e-10, 1e10, 1e30, 1e37])
+def test_no_over_or_underflow(p, magnitude):
+    g = torch.tensor([[1.0, -3.0, 0.0, 2.0], [3.0, 3.0, 3.0, -3.0]]) * magnitude
+    norm, gradient = _norm_and_gradient(g, p)
+    unit, direction = _reference(double(g) / magnitude, p)  # powers of the row itself overflow even in float64
+    rounding = 1e-45 if magnitude < 1e-37 else 0
+    torch.testing.assert_close(norm.double(), unit * magnitude, rtol=2e-6, atol=rounding)
+    torch.testing.assert_close(gradient.double(), direction, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_memory_formats(p):
+    g = torch.randn(4, 3, 5, 6)
+    norm, gradient = _norm_and_gradient(g, p)
+    for same in (
+        g.to(memory_format=torch.channels_last),
+        g.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3),
+        torch.stack([g, g], -1)[..., 0],
+    ):
+        other_norm, other_gradient = _norm_and_gradient(same, p)
+        torch.testing.assert_close(other_norm, norm)
+        torch.testing.assert_close(other_gradient, gradient)
+        assert other_gradient.stride() == torch.empty_like(same).stride()
+    row = torch.randn(4, 1).expand(4, 9)
+    torch.testing.assert_close(_norm_and_gradient(row, p), _norm_and_gradient(row.contiguous(), p))
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0), (2, 3, 0)])
+def test_empty(p, shape):
+    norm, gradient = _norm_and_gradient(torch.empty(shape), p)
+    assert norm.tolist() == [0.0] * shape[0]
+    assert gradient.shape == shape
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    p=st.one_of(st.floats(1, 20), st.just(inf)),
+    exponent=st.integers(-35, 35),
+    zeros=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_order_and_size(shape, p, exponent, zeros, seed):
+    torch.manual_seed(seed)
+    g = torch.randn(shape).masked_fill(torch.rand(shape) < zeros, 0) * 10.0**exponent
+    norm, gradient = _norm_and_gradient(g, p)
+    # The reference on rows of size one: torch's own powers overflow even in float64.
+    unit, direction = _reference(double(g) * 10.0**-exponent, p)
+    torch.testing.assert_close(norm.double() * 10.0**-exponent, unit, rtol=2e-6, atol=1e-12)
+    torch.testing.assert_close(gradient.double(), direction, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", ORDERS)
+def test_opcheck(dtype, p):
+    for g in (torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last)):
+        g = g.to(dtype)
+        torch.library.opcheck(torch.ops.densreg.pnorm.default, (g, float(p)))
+        norm, peak, root = ops.pnorm(g, p)
+        torch.library.opcheck(torch.ops.densreg.pnorm_backward.default, (norm, g, peak, root, float(p)))
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_gradcheck(p):
+    g = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def norm(g):
+        return densreg.pnorm(g, p)
+
+    assert gradcheck(norm, g, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(norm, g, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_third_order(p):
+    g = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(lambda g: torch.autograd.grad(densreg.pnorm(g, p).sum(), g, create_graph=True)[0], g)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_zero_row_has_no_nan_at_any_order(p):
+    g = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(densreg.pnorm(g, p).sum(), g, create_graph=True)
+    assert first.eq(0).all()
+    (second,) = torch.autograd.grad(first.sum(), g)
+    assert second.eq(0).all()
+
+
+def test_errors():
+    for bad, kind, message in [
+        (torch.ones(3, dtype=torch.int64), TypeError, "floating point"),
+        ([1.0], TypeError, "must be a tensor, got list"),
+        (torch.ones(3), ValueError, r"\[batch, ...\], got \[3\]"),
+    ]:
+        with pytest.raises(kind, match=message):
+            densreg.pnorm(bad)
+    for p, kind, message in [(0.5, ValueError, "at least 1"), (nan, ValueError, "at least 1"), ("2", TypeError, "str")]:
+        with pytest.raises(kind, match=message):
+            densreg.pnorm(torch.ones(2, 3), p)
+    with pytest.raises(NotImplementedError, match="densreg::pnorm is a raw operator"):
+        ops.pnorm(torch.ones(2, 3, requires_grad=True), 2)

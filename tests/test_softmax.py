@@ -1,0 +1,271 @@
+"""The operators softmax and softmax_backward, and the Functions on them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import DTYPES, HALF_ULP, double, error, softmax_reference
+from torch.autograd import gradcheck, gradgradcheck
+
+from densreg import functional, ops
+
+inf, nan = math.inf, math.nan
+
+
+def _backward(logits, target, l, a, u, label_smoothing=0.0, ignore_index=-100, scale=1.0):
+    """softmax_backward as a function of the logits."""
+    y = ops.softmax(logits, scale=scale)[2]
+    return ops.softmax_backward(y, target, l, a, u, label_smoothing, ignore_index, scale)
+
+
+def _reference_gradient(logits, target, l, a, u, label_smoothing=0.0, ignore_index=-100):
+    f = double(logits)
+    log_density, ce, p = softmax_reference(f, target, label_smoothing, ignore_index)
+    total = (p * u.double()).sum() + (log_density * l.double()).sum()
+    if ce is not None:
+        total = total + (ce * a.double()).sum()
+    return torch.autograd.grad(total, f)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 2, 10, 1000, 50_000])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_values(dtype, classes, label_smoothing):
+    logits = torch.randn(5, classes, dtype=torch.float64).mul(4).to(dtype)
+    target = torch.randint(classes, (5,))
+    target[1] = -100
+    log_density, ce, p = ops.softmax(logits, target, label_smoothing)
+    expected = softmax_reference(logits.double(), target, label_smoothing)
+    row = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (log_density.dtype, ce.dtype, p.dtype) == (row, row, dtype)
+    bound = 2e-6 if dtype != torch.float64 else 1e-14
+    assert error(log_density, expected[0]) < bound
+    assert error(ce, expected[1]) < bound
+    assert ce[1] == 0
+    if dtype in (torch.float32, torch.float64):
+        big = expected[2] > torch.finfo(dtype).tiny
+        assert ((p.double() - expected[2])[big] / expected[2][big]).abs().max() < bound
+    else:
+        assert (p.double() - expected[2]).abs().max() <= 1.01 * HALF_ULP[dtype] * expected[2].max() + 6e-8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_backward_values(dtype, scale, label_smoothing):
+    logits = torch.randn(6, 33).to(dtype)
+    target = torch.randint(33, (6,))
+    target[2] = 7
+    l, a, u = torch.randn(6), torch.randn(6), torch.randn(6, 33).to(dtype)
+    # u is the gradient of scale * softmax: fold the scale into the reference's.
+    grad = _backward(logits, target, l, a, u / scale, label_smoothing, 7, scale)
+    assert grad.dtype == dtype
+    expected = _reference_gradient(logits, target, l, a, (u / scale).double() * scale, label_smoothing, 7)
+    bound = 1e-14 if dtype == torch.float64 else 8 * HALF_ULP[dtype]
+    assert error(grad, expected) < bound
+
+
+@pytest.mark.parametrize("given_gradients", range(8))
+def test_backward_takes_any_of_the_gradients(given_gradients):
+    logits, target = torch.randn(4, 9, dtype=torch.float64), torch.randint(9, (4,))
+    full = (torch.randn(4).double(), torch.randn(4).double(), torch.randn(4, 9).double())
+    some = [g if given_gradients >> i & 1 else None for i, g in enumerate(full)]
+    zeros = [g if given_gradients >> i & 1 else torch.zeros_like(g) for i, g in enumerate(full)]
+    assert error(_backward(logits, target, *some), _reference_gradient(logits, target, *zeros)) < 1e-14
+
+
+ROWS = {
+    "large": [1e4, -1e4, 9999.0, 0.0],
+    "all -inf": [-inf] * 4,
+    "masked class": [1.0, -inf, 2.0, -inf],
+    "only one class left": [-inf, -inf, 3.0, -inf],
+    "+inf": [1.0, inf, 2.0, 3.0],
+    "nan": [1.0, nan, 2.0, 3.0],
+    "both infinities": [inf, -inf, 0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("target", [1, 2])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_extreme_rows_give_what_torch_gives(dtype, row, target, label_smoothing):
+    quiet = [0.5, 1.0, -1.0, 0.0]
+    logits = torch.tensor([quiet, row, quiet]).to(dtype)
+    targets = torch.full((3,), target)
+    outputs = ops.softmax(logits, targets, label_smoothing)
+    for actual, expected in zip(outputs, softmax_reference(logits.double(), targets, label_smoothing), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=2 * HALF_ULP[dtype], atol=1e-6, equal_nan=True)
+        assert actual[[0, 2]].isfinite().all(), "a row poisoned another"
+
+
+def test_largest_fp16_logits():
+    logits = torch.tensor([[65504.0, -65504.0, 65472.0]], dtype=torch.float16)
+    log_density, ce, p = ops.softmax(logits, torch.tensor([1]))
+    assert log_density.item() == 65504
+    assert ce.item() == 131008
+    assert p.tolist() == [[1, 0, pytest.approx(math.exp(-32), abs=6e-8)]]
+
+
+def test_large_logits_keep_their_digits():
+    # L = 1e4 + log 2 rounds by 5e-4 in float32: neither P nor ce may be computed from it.
+    logits = torch.tensor([[1e4, 1e4, 1e4 - 2]])
+    _, ce, p = ops.softmax(logits, torch.tensor([2]))
+    expected = softmax_reference(logits.double(), torch.tensor([2]))
+    assert error(p, expected[2]) < 1e-7
+    assert error(ce, expected[1]) < 1e-7
+
+
+def test_million_classes():
+    logits = torch.randn(2, 1_000_000)
+    log_density, _, p = ops.softmax(logits)
+    expected = softmax_reference(logits.double(), None)
+    assert ((p.double() - expected[2]) / expected[2]).abs().max() < 2e-6
+    assert error(log_density, expected[0]) < 2e-7
+
+
+def test_scale_keeps_what_fp16_would_lose():
+    logits = torch.zeros(1, 30_000, dtype=torch.float16)
+    plain = ops.softmax(logits)[2].double()
+    scaled = ops.softmax(logits, scale=1024.0)[2].double() / 1024
+    assert (plain * 30_000 - 1).abs().max() > 1e-4  # subnormal
+    assert (scaled * 30_000 - 1).abs().max() < HALF_ULP[torch.float16]
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.randn(9, 4).t(),
+        torch.randn(4, 18)[:, ::2],
+        torch.randn(1, 9).expand(4, 9),
+        torch.randn(4, 1).expand(4, 9),
+        torch.randn(0, 9),
+        torch.randn(4, 1),
+    ],
+    ids=["transposed", "strided", "expanded rows", "expanded classes", "no rows", "one class"],
+)
+def test_strides_and_empty(logits):
+    outputs = ops.softmax(logits)
+    same = ops.softmax(logits.contiguous())
+    for a, b in zip(outputs, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)  # a sum's order follows the strides
+    assert outputs[2].is_contiguous()
+
+
+def test_only_what_is_asked_for():
+    log_density, ce, y = ops.softmax(torch.randn(3, 4), need_softmax=False)
+    assert [list(t.shape) for t in (log_density, ce, y)] == [[3], [0], [0]]
+
+
+def test_target_out_of_range():
+    for bad in (4, -1, -101):
+        with pytest.raises(ValueError, match=rf"class {bad}; wanted classes in \[0, 4\)"):
+            ops.softmax(torch.randn(3, 4), torch.tensor([0, bad, 1]))
+
+
+def test_raw_operators_refuse_to_lose_a_gradient():
+    logits = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="densreg::softmax is a raw operator"):
+        ops.softmax(logits)
+    with pytest.raises(NotImplementedError, match="densreg::softmax_backward is a raw operator"):
+        ops.softmax_backward(logits, None, torch.ones(3), None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("need_softmax", [True, False])
+@pytest.mark.parametrize("with_target", [True, False])
+def test_opcheck(dtype, need_softmax, with_target):
+    logits, target = torch.randn(3, 5).to(dtype), torch.tensor([0, -100, 4]) if with_target else None
+    torch.library.opcheck(torch.ops.densreg.softmax.default, (logits, target, 0.1, -100, need_softmax, 2.0))
+    l, u = torch.randn(3), torch.randn(3, 5).to(dtype)
+    arguments = (torch.softmax(logits, 1), target, l, l if with_target else None, u, 0.1, -100, 2.0)
+    torch.library.opcheck(torch.ops.densreg.softmax_backward.default, arguments)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(0, 6),
+    classes=st.integers(1, 70),
+    magnitude=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    label_smoothing=st.sampled_from([0.0, 0.3, 1.0]),
+    masked=st.floats(0, 0.9),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(rows, classes, magnitude, dtype, label_smoothing, masked, seed):
+    torch.manual_seed(seed)
+    logits = (torch.randn(rows, classes, dtype=torch.float64) * magnitude).to(dtype)
+    target = torch.randint(classes, (rows,))
+    mask = torch.rand(rows, classes) < masked
+    mask[torch.arange(rows), target] = False
+    logits = logits.masked_fill(mask, -inf)
+    actual = ops.softmax(logits, target, label_smoothing)
+    for a, b in zip(actual, softmax_reference(logits.double(), target, label_smoothing), strict=True):
+        # Logits of 1e4 are 1e4 apart: the difference itself rounds.
+        torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=2e-6 + 1e-7 * magnitude * (dtype == torch.float32))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the Functions
+
+
+def _outputs(f, **options):
+    target = torch.tensor([0, 3, -100, 4])
+    options = {"label_smoothing": 0.1, "need_softmax": True, "scale": 2.0} | options
+    outputs = functional.softmax(f, target, **options)
+    return outputs if options["need_softmax"] else outputs[:2]
+
+
+@pytest.mark.parametrize("need_softmax", [True, False])
+def test_gradcheck(need_softmax):
+    f = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def outputs(f):
+        return _outputs(f, need_softmax=need_softmax)
+
+    assert gradcheck(outputs, f, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(outputs, f, check_fwd_over_rev=True)
+
+
+def test_backward_gradcheck_to_third_order():
+    f = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    l, a = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    u = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def gradient(f, l, a, u):
+        outputs = _outputs(f)
+        total = (outputs[0] * l).sum() + (outputs[1] * a).sum() + (outputs[2] * u).sum()
+        return torch.autograd.grad(total, f, create_graph=True)[0]
+
+    assert gradcheck(gradient, (f, l, a, u))
+    assert gradgradcheck(gradient, (f, l, a, u))
+
+
+def test_torch_func():
+    f = torch.randn(4, 5, dtype=torch.float64)
+    target = torch.tensor([0, 3, -100, 4])
+
+    def ours(f):
+        return functional.density_cross_entropy(f, target, 0.1)[0].sum() + functional.log_density(f).square().sum()
+
+    def torchs(f):
+        ce = F.cross_entropy(f, target, label_smoothing=0.1, reduction="sum")
+        return ce + torch.logsumexp(f, 1).square().sum()
+
+    v = torch.randn_like(f)
+    for transform in (
+        lambda fn: torch.func.grad(fn)(f),
+        lambda fn: torch.func.hessian(fn)(f),
+        lambda fn: torch.func.jacrev(torch.func.jacrev(fn))(f),
+        lambda fn: torch.func.jvp(fn, (f,), (v,))[1],
+        lambda fn: torch.func.jvp(torch.func.grad(fn), (f,), (v,))[1],
+        lambda fn: torch.func.vmap(fn)(torch.stack([f, 2 * f])),
+        lambda fn: torch.func.vmap(torch.func.grad(fn))(torch.stack([f, 2 * f])),
+        lambda fn: torch.func.vmap(fn, in_dims=1)(torch.stack([f, 2 * f], 1)),
+    ):
+        torch.testing.assert_close(transform(ours), transform(torchs))
