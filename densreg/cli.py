@@ -68,7 +68,7 @@ def _train(options: dict) -> int:
     except training.TrainingError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the run directory holds the last whole epoch", 130)
+        return _fail("interrupted; what the last whole epoch wrote is kept", 130)
     print(f"run directory: {config.out}")
     return 0
 

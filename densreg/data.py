@@ -155,11 +155,13 @@ def _torchvision(name: str, data_dir: Path | None, download: bool) -> tuple[Spli
 
     if data_dir is None:
         raise DataError(f"--data {name} needs --data-dir: the folder with (or for, with --download) its files")
-    if not data_dir.is_dir() and not download:
-        raise DataError(f"--data-dir {data_dir} is not a folder")
     cls = getattr(datasets, name)
     try:
+        if not data_dir.is_dir() and not download:
+            raise DataError(f"--data-dir {data_dir} is not a folder")
         loaded = [cls(data_dir, train=train, download=download) for train in (True, False)]
+    except DataError:
+        raise
     except Exception as error:  # torchvision and pickle raise all sorts for files that are absent or damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"no usable {name} in {data_dir} ({reason}); give its folder, or add --download") from error

@@ -18,6 +18,9 @@ from torch.autograd import Function
 
 from densreg import ops
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # vmap: the operators take any number of rows, so a batch of calls is one call with more rows
 
@@ -56,6 +59,21 @@ def _target_distribution(like: Tensor, target: Tensor, label_smoothing: float, i
     return q.scatter_add(1, index, torch.full_like(q[:, :1], 1 - label_smoothing)).masked_fill(ignored, 0)
 
 
+def _save_source(ctx: Any, logits: Tensor, softmax: Tensor, statistics: Tensor, target: Tensor | None) -> None:
+    """Keep what P comes from, for the next order: the softmax if it was written unrounded, else the logits."""
+    ctx.set_materialize_grads(False)
+    written = ctx.need_softmax and softmax.dtype == statistics.dtype
+    tensors = (softmax, None, target) if written else (logits, statistics, target)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _probabilities(source: Tensor, statistics: Tensor | None, scale: float) -> Tensor:
+    """P [B, C] in the accumulation dtype, differentiable to every order: for what is not worth an operator."""
+    wide = source.to(ops.accumulation_dtype(source.dtype))
+    return wide / scale if statistics is None else torch.softmax(wide, 1)
+
+
 @torch._dynamo.allow_in_graph
 class _Softmax(Function):
     """Order 0: (log_density, cross_entropy, scale * softmax) of the logits. See :func:`densreg.ops.softmax`."""
@@ -67,54 +85,50 @@ class _Softmax(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         logits, target, *ctx.options, ctx.need_softmax, ctx.scale = inputs
-        ctx.set_materialize_grads(False)
-        # A softmax that was not written is computed again from the logits, should a derivative be wanted after all.
-        source = output[2] if ctx.need_softmax else logits
-        ctx.save_for_backward(source, target)
-        ctx.save_for_forward(source, target)
-        absent = [t for t, here in ((output[1], target is not None), (output[2], ctx.need_softmax)) if not here]
-        ctx.mark_non_differentiable(*absent)
+        _, cross_entropy, softmax, statistics = output
+        _save_source(ctx, logits, softmax, statistics, target)
+        absent = [t for t, here in ((cross_entropy, target is not None), (softmax, ctx.need_softmax)) if not here]
+        ctx.mark_non_differentiable(statistics, *absent)
 
     @staticmethod
-    def _saved(ctx):
-        source, target = ctx.saved_tensors
-        if not ctx.need_softmax:
-            source = _Softmax.apply(source, None, 0.0, -100, True, ctx.scale)[2]
-        return source, target
-
-    @staticmethod
-    def backward(ctx, grad_log_density, grad_cross_entropy, grad_softmax):
-        softmax, target = _Softmax._saved(ctx)
-        if target is None:
-            grad_cross_entropy = None
-        if not ctx.need_softmax:
-            grad_softmax = None
-        grad = None
-        if not (grad_log_density is None and grad_cross_entropy is None and grad_softmax is None):
-            grad = _SoftmaxBackward.apply(
-                softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, *ctx.options, ctx.scale
-            )
+    def backward(ctx, l, a, u, _statistics):
+        if l is None and a is None and u is None:
+            return (None,) * 6
+        grad = _SoftmaxBackward.apply(*ctx.saved_tensors, l, a, u, *ctx.options, ctx.scale)
         return grad, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, logits, *_):
-        softmax, target = _Softmax._saved(ctx)
-        p = softmax.to(ops.accumulation_dtype(softmax.dtype)) / ctx.scale
-        centred = logits - (p * logits).sum(1, keepdim=True)
+        source, statistics, target = ctx.saved_tensors
+        p = _probabilities(source, statistics, ctx.scale)
         log_density = (p * logits).sum(1)
         cross_entropy = y = None
         if target is not None:
             q = _target_distribution(p, target, *ctx.options)
             cross_entropy = (log_density - (q * logits).sum(1)).masked_fill(target == ctx.options[1], 0)
         if ctx.need_softmax:
-            y = (softmax * centred).to(softmax.dtype)
-        return log_density, cross_entropy, y
+            y = (ctx.scale * p * (logits - log_density.unsqueeze(1))).to(source.dtype)
+        return log_density, cross_entropy, y, None
 
     @staticmethod
     def vmap(info, in_dims, logits, target, label_smoothing, ignore_index, need_softmax, scale):
         logits, target = _fold(info, in_dims, (logits, target))
-        outputs = _Softmax.apply(logits, target, label_smoothing, ignore_index, need_softmax, scale)
-        return _unfold_present(info, outputs, (True, target is not None, need_softmax))
+        *outputs, statistics = _Softmax.apply(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+        outputs, out_dims = _unfold_present(info, outputs, (True, target is not None, need_softmax))
+        return (*outputs, _unfold_statistics(info, statistics)), (*out_dims, 0)
+
+
+def _unfold_statistics(info: Any, statistics: Tensor) -> Tensor:
+    """[2, N * B] -> [N, 2, B]."""
+    return _unfold(info, statistics.t()).mT
+
+
+def _fold_statistics(info: Any, statistics: Tensor | None, dim: int | None) -> Tensor | None:
+    """The inverse of :func:`_unfold_statistics`."""
+    if statistics is None:
+        return None
+    batched = statistics.expand(info.batch_size, *statistics.shape) if dim is None else statistics.movedim(dim, 0)
+    return batched.mT.flatten(0, 1).t()
 
 
 @torch._dynamo.allow_in_graph
@@ -122,8 +136,8 @@ class _SoftmaxBackward(Function):
     """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`, also for l, a and U."""
 
     @staticmethod
-    def forward(softmax, target, l, a, u, label_smoothing, ignore_index, scale):
-        return ops.softmax_backward(softmax, target, l, a, u, label_smoothing, ignore_index, scale)
+    def forward(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale):
+        return ops.softmax_backward(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -135,8 +149,8 @@ class _SoftmaxBackward(Function):
     @staticmethod
     def _saved(ctx):
         """P, q, l, a, U in the accumulation dtype; q, l, a and U may be None."""
-        softmax, target, l, a, u = ctx.saved_tensors
-        p = softmax.to(ops.accumulation_dtype(softmax.dtype)) / ctx.scale
+        source, statistics, target, l, a, u = ctx.saved_tensors
+        p = _probabilities(source, statistics, ctx.scale)
         q = None
         if a is not None:
             q = _target_distribution(p, target, *ctx.options)
@@ -145,12 +159,15 @@ class _SoftmaxBackward(Function):
 
     @staticmethod
     def backward(ctx, v):
-        # Orders two and three, in differentiable torch. out = (l + a) P - a q + P (U - <P, U>); P counts as free here:
-        # what goes into it continues through _Softmax.
-        softmax = ctx.saved_tensors[0]
+        # Orders two and three, in differentiable torch. out = (l + a) P - a q + P (U - <P, U>).
+        source, statistics, target = ctx.saved_tensors[:3]
         p, q, l, a, u = _SoftmaxBackward._saved(ctx)
         v_dot_p = (p * v).sum(1)
-        grads: list[Tensor | None] = [None] * 8
+        grads: list[Tensor | None] = [None] * 9
+
+        def through_softmax(grad: Tensor) -> Tensor:
+            return _SoftmaxBackward.apply(source, statistics, None, None, None, grad, *ctx.options, ctx.scale)
+
         if ctx.needs_input_grad[0]:
             weight = torch.zeros_like(v_dot_p)
             if l is not None:
@@ -161,44 +178,51 @@ class _SoftmaxBackward(Function):
             if u is not None:
                 p_dot_u = (p * u).sum(1, keepdim=True)
                 grad = grad + v * u - p_dot_u * v - v_dot_p.unsqueeze(1) * u
-            grads[0] = (grad / ctx.scale).to(softmax.dtype)
-        if l is not None and ctx.needs_input_grad[2]:
-            grads[2] = v_dot_p
-        if a is not None and ctx.needs_input_grad[3]:
-            ignored = ctx.saved_tensors[1] == ctx.options[1]
-            grads[3] = (v_dot_p - (q * v).sum(1)).masked_fill(ignored, 0)
-        if u is not None and ctx.needs_input_grad[4]:
-            grads[4] = _SoftmaxBackward.apply(softmax, None, None, None, v, *ctx.options, ctx.scale)
+            # With P free. A source that is the softmax takes it from here; for logits, P is a function of them.
+            grad = (grad / ctx.scale).to(source.dtype)
+            grads[0] = grad if statistics is None else through_softmax(grad)
+        if l is not None and ctx.needs_input_grad[3]:
+            grads[3] = v_dot_p
+        if a is not None and ctx.needs_input_grad[4]:
+            grads[4] = (v_dot_p - (q * v).sum(1)).masked_fill(target == ctx.options[1], 0)
+        if u is not None and ctx.needs_input_grad[5]:
+            grads[5] = through_softmax(v)
         return tuple(grads)
 
     @staticmethod
-    def jvp(ctx, softmax, _target, grad_log_density, grad_cross_entropy, grad_softmax, *_):
+    def jvp(ctx, dsource, _statistics, _target, dl, da, du, *_):
+        source, statistics, target = ctx.saved_tensors[:3]
         p, q, l, a, u = _SoftmaxBackward._saved(ctx)
         tangent = torch.zeros_like(p)
-        dp = None if softmax is None else softmax.to(p.dtype) / ctx.scale
+        dp = None
+        if dsource is not None:
+            dp = dsource.to(p.dtype) / ctx.scale
+            if statistics is not None:
+                dp = p * (dsource - (p * dsource).sum(1, keepdim=True))
         if l is not None:
-            if grad_log_density is not None:
-                tangent = tangent + grad_log_density.unsqueeze(1) * p
+            if dl is not None:
+                tangent = tangent + dl.unsqueeze(1) * p
             if dp is not None:
                 tangent = tangent + l.unsqueeze(1) * dp
         if a is not None:
-            if grad_cross_entropy is not None:
-                da = grad_cross_entropy.masked_fill(ctx.saved_tensors[1] == ctx.options[1], 0)
-                tangent = tangent + da.unsqueeze(1) * (p - q)
+            if da is not None:
+                tangent = tangent + da.masked_fill(target == ctx.options[1], 0).unsqueeze(1) * (p - q)
             if dp is not None:
                 tangent = tangent + a.unsqueeze(1) * dp
         if u is not None:
-            if grad_softmax is not None:
-                du = grad_softmax.to(p.dtype) * ctx.scale
+            if du is not None:
+                du = du.to(p.dtype) * ctx.scale
                 tangent = tangent + p * (du - (p * du).sum(1, keepdim=True))
             if dp is not None:
                 p_dot_u = (p * u).sum(1, keepdim=True)
                 tangent = tangent + dp * (u - p_dot_u) - p * (dp * u).sum(1, keepdim=True)
-        return tangent.to(ctx.saved_tensors[0].dtype)
+        return tangent.to(source.dtype)
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        return _unfold(info, _SoftmaxBackward.apply(*_fold(info, in_dims, args[:5]), *args[5:])), 0
+    def vmap(info, in_dims, source, statistics, *args):
+        tensors = _fold(info, (in_dims[0], *in_dims[2:6]), (source, *args[:4]))
+        statistics = _fold_statistics(info, statistics, in_dims[1])
+        return _unfold(info, _SoftmaxBackward.apply(tensors[0], statistics, *tensors[1:], *args[4:])), 0
 
 
 @torch._dynamo.allow_in_graph
@@ -212,27 +236,24 @@ class _LogSoftmaxDifference(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         logits, _, ctx.need_softmax = inputs
-        ctx.set_materialize_grads(False)
         ctx.options, ctx.scale = (0.0, -100), 1.0
-        source = output[1] if ctx.need_softmax else logits
-        ctx.save_for_backward(source, None)
-        ctx.save_for_forward(source, None)
-        if not ctx.need_softmax:
-            ctx.mark_non_differentiable(output[1])
+        _save_source(ctx, logits, output[1], output[2], None)
+        ctx.mark_non_differentiable(output[2], *([] if ctx.need_softmax else [output[1]]))
 
     @staticmethod
-    def backward(ctx, grad_difference, grad_softmax):
-        return _Softmax.backward(ctx, grad_difference, None, grad_softmax)[0], None, None
+    def backward(ctx, l, u, _statistics):
+        return _Softmax.backward(ctx, l, None, u, None)[0], None, None
 
     @staticmethod
     def jvp(ctx, logits, *_):
-        difference, _, softmax = _Softmax.jvp(ctx, logits)
-        return difference, softmax
+        difference, _, softmax, _ = _Softmax.jvp(ctx, logits)
+        return difference, softmax, None
 
     @staticmethod
     def vmap(info, in_dims, logits, k, need_softmax):
-        logits, k = _fold(info, in_dims, (logits, k))
-        return _unfold_present(info, _LogSoftmaxDifference.apply(logits, k, need_softmax), (True, need_softmax))
+        *outputs, statistics = _LogSoftmaxDifference.apply(*_fold(info, in_dims, (logits, k)), need_softmax)
+        outputs, out_dims = _unfold_present(info, outputs, (True, need_softmax))
+        return (*outputs, _unfold_statistics(info, statistics)), (*out_dims, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -241,7 +262,7 @@ class _LogSoftmaxDifference(Function):
 
 @torch._dynamo.allow_in_graph
 class _PNorm(Function):
-    """Order 0: (norm, peak, root) of the rows. See :func:`densreg.ops.pnorm`."""
+    """Order 0: (norm, peak, total) of the rows. See :func:`densreg.ops.pnorm`."""
 
     @staticmethod
     def forward(g, p):
@@ -250,19 +271,19 @@ class _PNorm(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         g, ctx.p = inputs
-        _, peak, root = output
-        ctx.mark_non_differentiable(peak, root)
-        ctx.save_for_backward(g, peak, root)
-        ctx.save_for_forward(g, peak, root)
+        _, peak, total = output
+        ctx.mark_non_differentiable(peak, total)
+        ctx.save_for_backward(g, peak, total)
+        ctx.save_for_forward(g, peak, total)
 
     @staticmethod
-    def backward(ctx, grad, _peak, _root):
+    def backward(ctx, grad, _peak, _total):
         return _PNormBackward.apply(grad, *ctx.saved_tensors, ctx.p), None
 
     @staticmethod
     def jvp(ctx, tangent, _):
-        g, peak, root = ctx.saved_tensors
-        dual = _PNormBackward.apply(torch.ones_like(peak), g, peak, root, ctx.p)
+        g, peak, total = ctx.saved_tensors
+        dual = _PNormBackward.apply(torch.ones_like(peak), g, peak, total, ctx.p)
         return (dual.to(peak.dtype) * tangent).flatten(1).sum(1), None, None
 
     @staticmethod
@@ -275,8 +296,8 @@ class _PNormBackward(Function):
     """Order 1: ``grad * d||g||_p / dg``. See :func:`densreg.ops.pnorm_backward`."""
 
     @staticmethod
-    def forward(grad, g, peak, root, p):
-        return ops.pnorm_backward(grad, g, peak, root, p)
+    def forward(grad, g, peak, total, p):
+        return ops.pnorm_backward(grad, g, peak, total, p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -287,9 +308,9 @@ class _PNormBackward(Function):
     @staticmethod
     def _hessian_times(ctx, v):
         """H v with H = (p - 1) / N (diag((|g| / N)^(p-2)) - D D^T), D the dual direction; also D."""
-        _, g, peak, root = ctx.saved_tensors
+        _, g, peak, total = ctx.saved_tensors
         norm = ops._per_row(_PNorm.apply(g, ctx.p)[0], g)
-        dual = _PNormBackward.apply(torch.ones_like(peak), g, peak, root, ctx.p).to(norm.dtype)
+        dual = _PNormBackward.apply(torch.ones_like(peak), g, peak, total, ctx.p).to(norm.dtype)
         v = v.to(norm.dtype)
         if ctx.p in (1, math.inf):  # piecewise linear
             return torch.zeros_like(v), dual
@@ -318,8 +339,8 @@ class _PNormBackward(Function):
         return tangent.to(g.dtype)
 
     @staticmethod
-    def vmap(info, in_dims, grad, g, peak, root, p):
-        return _unfold(info, _PNormBackward.apply(*_fold(info, in_dims, (grad, g, peak, root)), p)), 0
+    def vmap(info, in_dims, grad, g, peak, total, p):
+        return _unfold(info, _PNormBackward.apply(*_fold(info, in_dims, (grad, g, peak, total)), p)), 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -329,8 +350,8 @@ class _PNormBackward(Function):
 def check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape [batch, classes] with at least one class, got {list(logits.shape)}")
 
@@ -338,6 +359,8 @@ def check_logits(logits: Tensor) -> None:
 def check_target(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> None:
     """Raise unless target and options fit the logits; the range of the classes is checked by the operator."""
     _check_class_index("target", logits, target)
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not isinstance(ignore_index, int):
@@ -356,26 +379,29 @@ def _check_class_index(name: str, logits: Tensor, index: Tensor) -> None:
 
 
 def class_index(logits: Tensor, k: int | Tensor) -> Tensor:
-    """k as [B] int64 classes of the logits; raises where it is neither that nor a class."""
+    """k as [B] int64 classes of the logits; raises where it is neither that nor, on CPU, a class."""
+    classes = logits.shape[1]
+    if isinstance(k, bool):
+        raise TypeError("k must be a class or a tensor of classes, got bool")
     if isinstance(k, int):
-        if not 0 <= k < logits.shape[1]:
-            raise ValueError(f"k must be a class in [0, {logits.shape[1]}), got {k}")
+        if not 0 <= k < classes:
+            raise ValueError(f"k must be a class in [0, {classes}), got {k}")
         return torch.full(logits.shape[:1], k, device=logits.device)
     _check_class_index("k", logits, k)
+    if k.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = k[(k < 0) | (k >= classes)]
+        if wrong.numel():
+            raise ValueError(f"k holds class {int(wrong[0])}; wanted classes in [0, {classes})")
     return k
 
 
 def check_order(p: float) -> float:
     """The norm's order as a float, 1 <= p <= inf."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
+    if isinstance(p, (bool, str, Tensor)) or not hasattr(p, "__float__"):
         raise TypeError(f"p must be a number, got {type(p).__name__}")
     if not p >= 1:
         raise ValueError(f"p must be at least 1 (inf included), got {p}")
     return float(p)
-
-
-def _needs_gradient(tensor: Tensor) -> bool:
-    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 def softmax(
@@ -386,15 +412,12 @@ def softmax(
     need_softmax: bool = True,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The differentiable form of :func:`densreg.ops.softmax`: one read of the logits for all that follows.
+    """The differentiable form of :func:`densreg.ops.softmax`, without its checks: log density, cross-entropy, softmax.
 
     The softmax is the cotangent of the input score's backward. Its own gradient, which the double backward brings,
     and those of the log density and the cross-entropy go into the logits together, in one pass.
     """
-    check_logits(logits)
-    if target is not None:
-        check_target(logits, target, label_smoothing, ignore_index)
-    return _Softmax.apply(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+    return _Softmax.apply(logits, target, label_smoothing, ignore_index, need_softmax, scale)[:3]
 
 
 def log_density(logits: Tensor) -> Tensor:
@@ -412,7 +435,7 @@ def log_density(logits: Tensor) -> Tensor:
         TypeError, ValueError: logits of another dtype or rank.
     """
     check_logits(logits)
-    return _Softmax.apply(logits, None, 0.0, -100, _needs_gradient(logits), 1.0)[0]
+    return softmax(logits, need_softmax=False)[0]
 
 
 def log_softmax_difference(logits: Tensor, k: int | Tensor) -> Tensor:
@@ -433,7 +456,7 @@ def log_softmax_difference(logits: Tensor, k: int | Tensor) -> Tensor:
         tensor with a class out of range is not detected: the result does not depend on k).
     """
     check_logits(logits)
-    return _LogSoftmaxDifference.apply(logits, class_index(logits, k), _needs_gradient(logits))[0]
+    return _LogSoftmaxDifference.apply(logits, class_index(logits, k), False)[0]
 
 
 def density_cross_entropy(
@@ -455,9 +478,7 @@ def density_cross_entropy(
     """
     check_logits(logits)
     check_target(logits, target, label_smoothing, ignore_index)
-    log_p, cross_entropy, _ = _Softmax.apply(
-        logits, target, label_smoothing, ignore_index, _needs_gradient(logits), 1.0
-    )
+    log_p, cross_entropy, _ = softmax(logits, target, label_smoothing, ignore_index, need_softmax=False)
     return cross_entropy, log_p
 
 
@@ -477,8 +498,8 @@ def pnorm(g: Tensor, p: float = 2) -> Tensor:
     """
     if not isinstance(g, Tensor):
         raise TypeError(f"g must be a tensor, got {type(g).__name__}")
-    if not g.is_floating_point():
-        raise TypeError(f"g must be floating point, got {g.dtype}")
+    if g.dtype not in DTYPES:
+        raise TypeError(f"g must be float16, bfloat16, float32 or float64, got {g.dtype}")
     if g.ndim < 2:
         raise ValueError(f"g must have shape [batch, ...], got {list(g.shape)}")
     return _PNorm.apply(g, check_order(p))[0]

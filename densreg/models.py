@@ -148,16 +148,18 @@ def build(
     return nn.Sequential(Normalize(mean, std, channels), body)
 
 
-def check_trainable(model: nn.Module, name: str, image_shape: Sequence[int], path: str | None) -> None:
+def check_trainable(
+    model: nn.Module, name: str, image_shape: Sequence[int], path: str | None, samples: int = 2
+) -> None:
     """Raise ModelError unless a model takes such images and can be trained with the penalty; changes nothing in it.
 
-    Runs the penalty's own gradient on two random images; only the forward for ``path=None``.
+    Runs the penalty's own gradient on a few random images; only the forward for ``path=None``.
     """
     device = next(model.parameters()).device
     model = copy.deepcopy(model)  # BatchNorm's statistics would move
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            x = torch.rand(2, *image_shape, device=device, requires_grad=True)
+            x = torch.rand(samples, *image_shape, device=device, requires_grad=True)
             logits = model(x)
             if not isinstance(logits, Tensor):
                 raise ModelError(
@@ -199,5 +201,6 @@ def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> 
     except ModelError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise ModelError(f"no readable run in {run_dir}: {error}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"no readable run in {run_dir}: {reason}") from error
     return model.to(device).eval(), config

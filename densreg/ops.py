@@ -39,7 +39,7 @@ def _per_row(row: Tensor, like: Tensor) -> Tensor:
 
 _library.define(
     "softmax(Tensor logits, Tensor? target, float label_smoothing, int ignore_index, bool need_softmax, float scale)"
-    " -> (Tensor log_density, Tensor cross_entropy, Tensor softmax)"
+    " -> (Tensor log_density, Tensor cross_entropy, Tensor softmax, Tensor statistics)"
 )
 
 
@@ -50,7 +50,7 @@ def softmax(
     ignore_index: int = -100,
     need_softmax: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log density, cross-entropy and softmax of each row, from one read of the logits.
 
     Args:
@@ -62,8 +62,9 @@ def softmax(
         scale: factor on the softmax, applied before it is rounded to the dtype of the logits.
 
     Returns:
-        ``(log_density [B], cross_entropy [B], softmax [B, C])``, the first two in float32 (float64 for float64
-        logits), the softmax in the dtype of the logits. What was not asked for has shape [0].
+        ``(log_density [B], cross_entropy [B], softmax [B, C], statistics [2, B])``: the softmax in the dtype of the
+        logits, the others in float32 (float64 for float64 logits). The statistics are m and s, for
+        :func:`softmax_backward`. What was not asked for has shape [0].
     """
     _require_no_grad("softmax", logits)
     return torch.ops.densreg.softmax.default(logits, target, label_smoothing, ignore_index, need_softmax, scale)
@@ -102,7 +103,7 @@ def _softmax_torch(
     ignore_index: int,
     need_softmax: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, e, s, log_density = _row_sums(logits)
     cross_entropy = log_density.new_empty(0)
     if target is not None:
@@ -121,7 +122,7 @@ def _softmax_torch(
     if need_softmax:
         y = torch.empty_like(logits, memory_format=torch.contiguous_format)
         y.copy_(e.div_(s).mul_(scale))
-    return log_density, cross_entropy, y
+    return log_density, cross_entropy, y, torch.stack([m.squeeze(1), s.squeeze(1)])
 
 
 @torch.library.register_fake("densreg::softmax", lib=_library)
@@ -131,6 +132,7 @@ def _softmax_fake(logits, target, label_smoothing, ignore_index, need_softmax, s
         logits.new_empty(logits.shape[0], dtype=row_dtype),
         logits.new_empty(0 if target is None else logits.shape[0], dtype=row_dtype),
         logits.new_empty(logits.shape if need_softmax else 0),
+        logits.new_empty(2, logits.shape[0], dtype=row_dtype),
     )
 
 
@@ -138,13 +140,14 @@ def _softmax_fake(logits, target, label_smoothing, ignore_index, need_softmax, s
 # softmax_backward: everything that comes back goes into the logits in one pass
 
 _library.define(
-    "softmax_backward(Tensor softmax, Tensor? target, Tensor? grad_log_density, Tensor? grad_cross_entropy,"
-    " Tensor? grad_softmax, float label_smoothing, int ignore_index, float scale) -> Tensor"
+    "softmax_backward(Tensor source, Tensor? statistics, Tensor? target, Tensor? grad_log_density,"
+    " Tensor? grad_cross_entropy, Tensor? grad_softmax, float label_smoothing, int ignore_index, float scale) -> Tensor"
 )
 
 
 def softmax_backward(
-    softmax: Tensor,
+    source: Tensor,
+    statistics: Tensor | None,
     target: Tensor | None,
     grad_log_density: Tensor | None,
     grad_cross_entropy: Tensor | None,
@@ -153,24 +156,37 @@ def softmax_backward(
     ignore_index: int = -100,
     scale: float = 1.0,
 ) -> Tensor:
-    """Gradient of the three outputs of :func:`softmax` in the logits, [B, C], in the dtype of the softmax.
+    """Gradient of the outputs of :func:`softmax` in the logits, [B, C], in the dtype of the logits.
 
     With upstream gradients ``l [B]`` of the log density, ``a [B]`` of the cross-entropy and ``U [B, C]`` of the
     softmax (which is what the double backward of the input score brings):
     ``a (P - q) + l P + scale P (U - <P, U>)``. A gradient that is ``None`` counts as zero.
 
-    ``softmax`` is the output of the forward, that is ``scale * P``.
+    Args:
+        source: where P comes from. With ``statistics`` the logits [B, C]: the only way in half precision, where a
+            rounded P would cost a confident sample's P - q all its digits. Without, the forward's softmax
+            (``scale * P``), which saves the exponentials.
+        statistics: the forward's [2, B], or None.
     """
-    _require_no_grad("softmax_backward", softmax, grad_log_density, grad_cross_entropy, grad_softmax)
+    _require_no_grad("softmax_backward", source, grad_log_density, grad_cross_entropy, grad_softmax)
     return torch.ops.densreg.softmax_backward.default(
-        softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale
+        source,
+        statistics,
+        target,
+        grad_log_density,
+        grad_cross_entropy,
+        grad_softmax,
+        label_smoothing,
+        ignore_index,
+        scale,
     )
 
 
 @torch.library.impl(_library, "softmax_backward", "CompositeExplicitAutograd")
 @torch.no_grad()
 def _softmax_backward_torch(
-    softmax: Tensor,
+    source: Tensor,
+    statistics: Tensor | None,
     target: Tensor | None,
     grad_log_density: Tensor | None,
     grad_cross_entropy: Tensor | None,
@@ -179,15 +195,19 @@ def _softmax_backward_torch(
     ignore_index: int,
     scale: float,
 ) -> Tensor:
-    dtype = accumulation_dtype(softmax.dtype)
-    p = softmax.to(dtype) / scale
+    dtype = accumulation_dtype(source.dtype)
+    if statistics is None:
+        p = source.to(dtype) / scale
+    else:
+        m, s = statistics.unsqueeze(2)
+        p = (source.to(dtype) - m).exp_() / s
     weight = torch.zeros_like(p[:, :1])
     if grad_log_density is not None:
         weight = weight + grad_log_density.to(dtype).unsqueeze(1)
     if grad_softmax is not None:
         u = grad_softmax.to(dtype) * scale
         weight = weight + u - (p * u).sum(1, keepdim=True)
-    out = torch.empty_like(softmax, memory_format=torch.contiguous_format)
+    out = torch.empty_like(source, memory_format=torch.contiguous_format)
     if grad_cross_entropy is None or target is None:
         return out.copy_(p * weight)
     ignored = target == ignore_index
@@ -200,21 +220,20 @@ def _softmax_backward_torch(
 
 
 @torch.library.register_fake("densreg::softmax_backward", lib=_library)
-def _softmax_backward_fake(
-    softmax, target, grad_log_density, grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale
-):
-    return torch.empty_like(softmax, memory_format=torch.contiguous_format)
+def _softmax_backward_fake(source, *_):
+    return torch.empty_like(source, memory_format=torch.contiguous_format)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # log_softmax_difference: f_k - log_softmax_k(f)
 
 _library.define(
-    "log_softmax_difference(Tensor logits, Tensor k, bool need_softmax) -> (Tensor difference, Tensor softmax)"
+    "log_softmax_difference(Tensor logits, Tensor k, bool need_softmax)"
+    " -> (Tensor difference, Tensor softmax, Tensor statistics)"
 )
 
 
-def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool = True) -> tuple[Tensor, Tensor]:
+def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """``f_k - log_softmax_k(f)`` of each row, the integrand of the paper's "stable and efficient" gradient.
 
     f_k cancels, so it is never added: a class at -inf, or 1e4 below the maximum, costs no digits.
@@ -225,7 +244,7 @@ def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool = True)
         need_softmax: whether to write the softmax, which is the gradient of the difference in the logits.
 
     Returns:
-        ``(difference [B], softmax [B, C])``, dtypes as in :func:`softmax`; a softmax not asked for has shape [0].
+        ``(difference [B], softmax [B, C], statistics [2, B])``, as in :func:`softmax`.
     """
     _require_no_grad("log_softmax_difference", logits)
     return torch.ops.densreg.log_softmax_difference.default(logits, k, need_softmax)
@@ -233,25 +252,23 @@ def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool = True)
 
 @torch.library.impl(_library, "log_softmax_difference", "CompositeExplicitAutograd")
 @torch.no_grad()
-def _log_softmax_difference_torch(logits: Tensor, k: Tensor, need_softmax: bool) -> tuple[Tensor, Tensor]:
+def _log_softmax_difference_torch(logits: Tensor, k: Tensor, need_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
     if k.device.type == "cpu" and ((k < 0) | (k >= logits.shape[1])).any():
         raise ValueError(f"k holds classes in [{k.min()}, {k.max()}]; wanted classes in [0, {logits.shape[1]})")
-    difference, _, y = _softmax_torch(logits, None, 0.0, -100, need_softmax, 1.0)
-    return difference, y
+    difference, _, y, statistics = _softmax_torch(logits, None, 0.0, -100, need_softmax, 1.0)
+    return difference, y, statistics
 
 
 @torch.library.register_fake("densreg::log_softmax_difference", lib=_library)
 def _log_softmax_difference_fake(logits, k, need_softmax):
-    return (
-        logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits.dtype)),
-        logits.new_empty(logits.shape if need_softmax else 0),
-    )
+    difference, _, y, statistics = _softmax_fake(logits, None, 0.0, -100, need_softmax, 1.0)
+    return difference, y, statistics
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # pnorm: the p-norm of each row of the score
 
-_library.define("pnorm(Tensor g, float p) -> (Tensor norm, Tensor peak, Tensor root)")
+_library.define("pnorm(Tensor g, float p) -> (Tensor norm, Tensor peak, Tensor total)")
 
 
 def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,9 +279,9 @@ def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
         p: the order, 1 <= p <= inf.
 
     Returns:
-        ``(norm [B], peak [B], root [B])`` in float32 (float64 for float64): ``peak = max_i |g_i|``,
-        ``root = (sum_i (|g_i| / peak)^p)^(1/p)`` and ``norm = peak * root``. For p = inf ``norm = peak``, and
-        ``root`` is the number of entries of that magnitude. ``peak`` and ``root`` are for :func:`pnorm_backward`.
+        ``(norm [B], peak [B], total [B])`` in float32 (float64 for float64): ``peak = max_i |g_i|``,
+        ``total = sum_i (|g_i| / peak)^p`` and ``norm = peak * total^(1/p)``. For p = inf ``norm = peak``, and
+        ``total`` is the number of entries of that magnitude. ``peak`` and ``total`` are for :func:`pnorm_backward`.
     """
     _require_no_grad("pnorm", g)
     return torch.ops.densreg.pnorm.default(g, p)
@@ -284,15 +301,10 @@ def _pnorm_torch(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
         return peak.clone(), peak, ties.clamp_(min=1)  # a NaN equals nothing: torch's gradient there is 0
     # Divided by the peak, not multiplied by its reciprocal: that is infinite for a subnormal peak.
     ratio = magnitude / _per_row(peak, g)
-    if p == 1:
-        root = ratio.sum(dims)
-    elif p == 2:
-        root = ratio.square_().sum(dims).sqrt_()
-    else:
-        root = ratio.pow_(p).sum(dims).pow_(1 / p)
+    total = (ratio if p == 1 else ratio.square_() if p == 2 else ratio.pow_(p)).sum(dims)
     # 0 / 0 and inf / inf: such a row has the norm 0 or inf, and its gradient divides by one.
-    root = root.masked_fill((peak == 0) | peak.isinf(), 1)
-    return peak * root, peak, root
+    total = total.masked_fill((peak == 0) | peak.isinf(), 1)
+    return peak * (total if p == 1 else total.sqrt() if p == 2 else total.pow(1 / p)), peak, total
 
 
 @torch.library.register_fake("densreg::pnorm", lib=_library)
@@ -301,34 +313,35 @@ def _pnorm_fake(g, p):
     return row, torch.empty_like(row), torch.empty_like(row)
 
 
-_library.define("pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor root, float p) -> Tensor")
+_library.define("pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, float p) -> Tensor")
 
 
-def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, root: Tensor, p: float) -> Tensor:
+def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: float) -> Tensor:
     """Gradient of :func:`pnorm` in g: ``grad sign(g) (|g| / norm)^(p-1)``, [B, ...], in the dtype of g.
 
+    Computed as ``(|g| / peak)^(p-1) total^(-(p-1)/p)``: a power of the norm's rounding would be off for large p.
     A zero row has gradient 0; for p = inf the gradient is shared between the entries of largest magnitude.
     """
-    _require_no_grad("pnorm_backward", grad, g, peak, root)
-    return torch.ops.densreg.pnorm_backward.default(grad, g, peak, root, p)
+    _require_no_grad("pnorm_backward", grad, g, peak, total)
+    return torch.ops.densreg.pnorm_backward.default(grad, g, peak, total, p)
 
 
 @torch.library.impl(_library, "pnorm_backward", "CompositeExplicitAutograd")
 @torch.no_grad()
-def _pnorm_backward_torch(grad: Tensor, g: Tensor, peak: Tensor, root: Tensor, p: float) -> Tensor:
+def _pnorm_backward_torch(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: float) -> Tensor:
     value = g.to(accumulation_dtype(g.dtype))
-    grad, peak, root = (_per_row(t, g) for t in (grad.to(value.dtype), peak, root))
+    grad, peak, total = (_per_row(t, g) for t in (grad.to(value.dtype), peak, total))
     if p == float("inf"):
-        dual = value.sgn() * (value.abs() == peak) / root
+        dual = value.sgn() * (value.abs() == peak) / total
     elif p == 1:
         dual = value.sgn()
-    elif p == 2:
-        dual = value / peak.masked_fill(peak == 0, 1) / root
     else:
-        dual = value.sgn() * (value.abs() / peak.masked_fill(peak == 0, 1) / root).pow_(p - 1)
+        ratio = value / peak.masked_fill(peak == 0, 1)
+        dual = ratio if p == 2 else ratio.sgn() * ratio.abs().pow_(p - 1)
+        dual = dual * total.pow(1 / p - 1)
     return torch.empty_like(g).copy_(dual * grad)
 
 
 @torch.library.register_fake("densreg::pnorm_backward", lib=_library)
-def _pnorm_backward_fake(grad, g, peak, root, p):
+def _pnorm_backward_fake(grad, g, peak, total, p):
     return torch.empty_like(g)

@@ -20,7 +20,7 @@ first, on every path.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
@@ -36,6 +36,10 @@ _COMPILED_MODEL = (
     "uncompiled model (compiled._orig_mod), or compile the whole training step, penalty included: "
     "with torch._dynamo.config.patch(trace_autograd_ops=True): torch.compile(step, fullgraph=True)(x, y)"
 )
+_NOT_TWICE = (
+    "the score cannot be differentiated again, so the penalty would train nothing, or not all of the model: the "
+    "backward of some layer (a custom autograd.Function?) runs outside autograd or is once_differentiable"
+)
 _COMPILED_STEP = (
     "densreg inside torch.compile needs Dynamo to trace torch.autograd.grad. Call the compiled step under "
     "`with torch._dynamo.config.patch(trace_autograd_ops=True):`"
@@ -49,18 +53,17 @@ def cotangent_scale(logits: Tensor) -> float:
     the double backward, which runs on v / S: so it is about the square root of the number of classes. That v itself
     does not underflow is the loss scale's part, as in any fp16 training.
     """
-    return 2.0 ** math.ceil(math.log2(logits.shape[1]) / 2) if logits.dtype == torch.float16 else 1.0
+    return 2.0 ** max(1, math.ceil(math.log2(logits.shape[1]) / 2)) if logits.dtype == torch.float16 else 1.0
 
 
-def _graph(root: torch.autograd.graph.Node) -> Iterator[torch.autograd.graph.Node]:
-    seen, stack = {root}, [root]
-    while stack:
-        node = stack.pop()
-        yield node
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
+def _compiling() -> bool:
+    """Whether torch.compile is tracing this call, which takes Dynamo's flag: raises RuntimeError without it."""
+    if not torch.compiler.is_compiling():
+        return False
+    # Where a full graph is not asked for, Dynamo then leaves this frame to the interpreter, which makes the checks.
+    if not torch._dynamo.config.trace_autograd_ops:
+        raise RuntimeError(_COMPILED_STEP)
+    return True
 
 
 def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
@@ -84,18 +87,9 @@ def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
             "the score is a gradient and gradients are disabled (torch.no_grad or inference_mode): compute the logits "
             "and the penalty under torch.enable_grad()"
         )
-    if torch.compiler.is_compiling():
-        if not torch._dynamo.config.trace_autograd_ops:
-            raise RuntimeError(_COMPILED_STEP)
-    elif not logits.requires_grad:
+    if not _compiling() and not logits.requires_grad:
         raise ValueError("the logits carry no graph: compute them from x with gradients enabled, and do not detach")
-    elif any(node.name() == "CompiledFunctionBackward" for node in _graph(logits.grad_fn or _leaf(logits))):
-        raise RuntimeError(_COMPILED_MODEL)
     return xs
-
-
-def _leaf(logits: Tensor) -> torch.autograd.graph.Node:
-    return torch.autograd.graph.get_gradient_edge(logits).node
 
 
 def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
@@ -117,12 +111,28 @@ def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float 
 
 
 def check_score(score: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The score; raises RuntimeError where it cannot be differentiated again."""
+    """The score; raises RuntimeError where it cannot be differentiated again, or only in part.
+
+    Looks through its graph: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
+    ``backward(inputs=...)``) stops at a node that cannot be differentiated.
+    """
     if not all(g.requires_grad for g in score):
-        raise RuntimeError(
-            "the score cannot be differentiated again, so the penalty would train nothing: the backward of some layer "
-            "of the model (a custom autograd.Function?) runs outside autograd"
-        )
+        raise RuntimeError(_NOT_TWICE)
+    if _compiling():
+        return score
+    nodes = [torch.autograd.graph.get_gradient_edge(g).node for g in score]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        name = node.name()
+        if name == "CompiledFunctionBackwardBackward":
+            raise RuntimeError(_COMPILED_MODEL)
+        if name == "torch::autograd::Error":
+            raise RuntimeError(_NOT_TWICE)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                nodes.append(child)
     return score
 
 
@@ -166,7 +176,7 @@ def per_class(logits: Tensor, x: tuple[Tensor, ...], k: Tensor | None = None) ->
     for i in range(f.shape[1]):
         g = vjp(f[:, i], x, w[:, i] * scale, scale)
         total = g if total is None else tuple(a + b for a, b in zip(total, g, strict=True))
-    assert total is not None  # check_logits: at least one class
+    assert total is not None  # there is at least one class
     return total
 
 
@@ -217,7 +227,7 @@ def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor 
         x: the model's input [B, ...], with ``requires_grad``, or a sequence of such inputs.
         path: how to compute it, a name in the table of :mod:`densreg.paths`.
         k: the class of ``stable`` and ``taylor``: an int, [B] int64 classes, or None for one drawn at random for each
-            sample from torch's global generator. The other paths have none.
+            sample from torch's global generator. The other paths ignore it.
 
     Returns:
         The score, of the shape, dtype and device of x; a tuple for a sequence. For fp16 logits it is float32: the

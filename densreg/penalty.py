@@ -25,10 +25,21 @@ def _check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
 
+def _check_coeff(coeff: float | Tensor) -> None:
+    if isinstance(coeff, Tensor):
+        if coeff.ndim:
+            raise ValueError(f"coeff must be a number or a tensor of shape [], got shape {list(coeff.shape)}")
+    elif not isinstance(coeff, (int, float)):
+        raise TypeError(f"coeff must be a number or a tensor, got {type(coeff).__name__}")
+    elif not coeff >= 0:
+        raise ValueError(f"coeff must be at least 0, got {coeff}")
+
+
 def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused", reduction: str = "mean") -> Tensor:
     """``R = mean_b || grad_{x_b} logsumexp f(x_b) ||_p``, the density penalty (Yang et al., ECCV 2024).
 
-    Differentiable in the parameters, which is second order; not meant to be differentiated twice itself.
+    Differentiable in the parameters, which is second order. Inside torch.compile, an ``autograd.Function`` of your own
+    in the model must be marked ``torch._dynamo.allow_in_graph``: torch loses its second order there, without an error.
 
         x.requires_grad_()
         logits = model(x)
@@ -69,7 +80,7 @@ def density_loss(
         logits: [B, C], computed from x; fp16, bf16, fp32 or fp64.
         target: [B] int64 classes in [0, C), or ``ignore_index``: such a sample has a penalty and no cross-entropy.
         x: as in :func:`density_penalty`.
-        coeff: weight of the penalty, >= 0; as a tensor, it can change without recompiling a compiled step.
+        coeff: weight of the penalty, >= 0; a tensor of shape [] can change without recompiling a compiled step.
         p: order of the norm, 1 <= p <= inf.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: as there.
@@ -81,10 +92,10 @@ def density_loss(
         As :func:`density_penalty`; ValueError for a negative or NaN ``coeff`` (a tensor's value is not read: that
         would synchronise with the device).
     """
-    if not isinstance(coeff, Tensor) and not coeff >= 0:
-        raise ValueError(f"coeff must be at least 0, got {coeff}")
+    _check_coeff(coeff)
     p = functional.check_order(p)
     xs = paths.check_inputs(logits, x)
+    functional.check_target(logits, target, label_smoothing, ignore_index)
     scale = paths.cotangent_scale(logits)
     _, ce, softmax = functional.softmax(logits, target, label_smoothing, ignore_index, scale=scale)
     # As torch: the mean over the targets that count, NaN where there are none.

@@ -115,20 +115,20 @@ class Config:
         paths.check_path(values["path"])
         functional.check_order(values["p"])
         for name in ("epochs", "batch_size", "train_size", "test_size", "max_steps", "log_every"):
-            if values[name] is not None and values[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {values[name]}")
+            if values[name] is not None and not 1 <= values[name] < 2**31:
+                raise ValueError(f"{name} must lie in [1, 2^31), got {values[name]}")
         for name, positive in (("coeff", False), ("weight_decay", False), ("lr", True)):
             value = values[name]
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            if not 0 <= value < 1e38 or (positive and value == 0):  # 1e38: float32
                 raise ValueError(f"{name} must be finite and {'above' if positive else 'at least'} 0, got {value}")
         if not 0 <= values["seed"] < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {values['seed']}")
         if values["optimizer"] not in ("adam", "sgd"):
             raise ValueError(f"optimizer must be adam or sgd, got {values['optimizer']!r}")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", values["device"]):
+        match = re.fullmatch(r"cpu|cuda(?::(\d+))?", values["device"])
+        if not match:
             raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {values['device']!r}")
-        device = torch.device(values["device"])
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        if values["device"] != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {values['device']!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
         return Config(**values)
 
@@ -215,25 +215,28 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], Any]) -> N
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0].keys() if rows else (), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+_FILES = (models.CONFIG, models.CHECKPOINT, METRICS, STEPS)
+
+
 def _open_run(out: str, overwrite: bool) -> Path:
+    """The run directory, which can be written to; what it holds stays until the first epoch is saved."""
+    if not out:
+        raise RunError("--out is empty; wanted a folder")
     run = Path(out)
-    if run.exists() and not run.is_dir():
-        raise RunError(f"--out {run} is a file; wanted a folder")
-    if run.is_dir() and (run / models.CONFIG).exists() and not overwrite:
-        raise RunError(f"--out {run} already holds a run; choose another folder or add --overwrite")
     try:
+        if run.exists() and not run.is_dir():
+            raise RunError(f"--out {run} is a file; wanted a folder")
+        held = [name for name in _FILES if (run / name).exists()]
+        if held and not overwrite:
+            raise RunError(f"--out {run} already holds {held[0]}; choose another folder or add --overwrite")
         run.mkdir(parents=True, exist_ok=True)
-        for name in (models.CONFIG, models.CHECKPOINT, METRICS, STEPS):
-            (run / name).unlink(missing_ok=True)
         write_atomically(run / ".writable", lambda file: file.write(b""))
         (run / ".writable").unlink()
     except OSError as error:
@@ -283,7 +286,7 @@ def fit(config: Config, overwrite: bool = False, progress: bool | None = None) -
 
     Args:
         config: what to do; see :class:`Config`.
-        overwrite: whether a run already in ``config.out`` is replaced.
+        overwrite: whether a run already in ``config.out`` is replaced, at the end of the first epoch.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Returns:
@@ -312,16 +315,14 @@ def fit(config: Config, overwrite: bool = False, progress: bool | None = None) -
         "std": dataset.std,
     }
     model = models.build(**spec).to(device)
-    models.check_trainable(model, config.model, dataset.image_shape, config.path if config.coeff > 0 else None)
+    path = config.path if config.coeff > 0 else None
+    smallest = min(2, config.batch_size, len(train))  # BatchNorm cannot take one sample
+    models.check_trainable(model, config.model, dataset.image_shape, path, smallest)
     optimizer = _optimizer(model, config)
-    milestones = [round(part * config.epochs) for part in RECIPES[config.data].milestones]
+    milestones = [max(1, round(part * config.epochs)) for part in RECIPES[config.data].milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
 
     run = _open_run(config.out, overwrite)
-    versions = {"densreg": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    text = json.dumps({**asdict(config), "versions": versions}, indent=2) + "\n"
-    write_atomically(run / models.CONFIG, lambda file: file.write(text.encode()))
-
     epoch_rows: list[dict[str, Any]] = []
     step_rows: list[dict[str, Any]] = []
     step = 0
@@ -365,7 +366,17 @@ def fit(config: Config, overwrite: bool = False, progress: bool | None = None) -
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "images_per_second": whole.samples / seconds}
         schedule.step()
         epoch_rows.append(row)
-        _save(run, model, optimizer, schedule, spec, epoch, step, epoch_rows, step_rows)
+        checkpoint = {
+            "spec": spec,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "epoch": epoch,
+            "step": step,
+        }
+        last = epoch == config.epochs or step == config.max_steps
+        tail = [{"step": step, "epoch": epoch, **window.means()}] if last and window.samples else []
+        _save(run, config, checkpoint, epoch_rows, step_rows + tail)
         print(_summary(row, config.epochs), flush=True)
     return epoch_rows
 
@@ -381,25 +392,18 @@ def _summary(row: dict[str, Any], epochs: int) -> str:
 
 def _save(
     run: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    spec: dict[str, Any],
-    epoch: int,
-    step: int,
+    config: Config,
+    checkpoint: dict[str, Any],
     epoch_rows: list[dict[str, Any]],
     step_rows: list[dict[str, Any]],
 ) -> None:
-    checkpoint = {
-        "spec": spec,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "epoch": epoch,
-        "step": step,
-    }
+    versions = {"densreg": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    # JSON has no infinity; p may be one.
+    values = {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(config).items()}
+    text = json.dumps({**values, "versions": versions}, indent=2) + "\n"
     try:
         write_atomically(run / models.CHECKPOINT, lambda file: torch.save(checkpoint, file))
+        write_atomically(run / models.CONFIG, lambda file: file.write(text.encode()))
         _write_csv(run / METRICS, epoch_rows)
         _write_csv(run / STEPS, step_rows)
     except OSError as error:

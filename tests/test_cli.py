@@ -40,10 +40,13 @@ def test_default_run_directory(tmp_path, monkeypatch):
         ("--p 0.5", "p must be at least 1 (inf included), got 0.5"),
         ("--p two", "argument --p: invalid float value: 'two'"),
         ("--coeff -1", "coeff must be finite and at least 0, got -1.0"),
-        ("--epochs 0", "epochs must be at least 1, got 0"),
+        ("--epochs 0", "epochs must lie in [1, 2^31), got 0"),
         ("--out /dev/null", "--out /dev/null is a file; wanted a folder"),
         ("--out /dev/null/run", "cannot write to --out /dev/null/run: Not a directory"),
-        ("--device cuda:99", "is not there"),
+        ("--out " + "x" * 300, "File name too long"),
+        ("--data mnist --data-dir " + "x" * 300, "File name too long"),
+        ("--model resnet18 --batch-size 1", "cannot be trained with the penalty"),
+        ("--device cuda:999", "is not there"),
     ],
 )
 def test_bad_requests(arguments, message, capsys, tmp_path, monkeypatch):

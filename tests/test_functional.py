@@ -34,6 +34,17 @@ def test_density_cross_entropy(dtype, options):
     assert error(log_density, torch.logsumexp(logits.double(), 1)) < bound
 
 
+def test_only_the_penalty_writes_the_softmax(monkeypatch):
+    """log_density and density_cross_entropy read the logits, and write [B] numbers."""
+    asked = []
+    original = densreg.ops.softmax
+    monkeypatch.setattr(densreg.ops, "softmax", lambda *a: asked.append(a[4]) or original(*a))
+    logits = torch.randn(3, 4, requires_grad=True)
+    densreg.log_density(logits).sum().backward()
+    densreg.density_cross_entropy(logits, torch.tensor([0, 1, 2]))[0].sum().backward()
+    assert asked == [False, False]
+
+
 def test_without_gradient_nothing_is_kept():
     logits = torch.randn(3, 4, requires_grad=True)
     with torch.no_grad():
@@ -45,8 +56,9 @@ def test_errors():
     logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
     for bad, kind, message in [
         ("x", TypeError, "must be a tensor, got str"),
-        (torch.ones(3, 4, dtype=torch.int64), TypeError, "floating point, got torch.int64"),
-        (torch.ones(3, 4, dtype=torch.complex64), TypeError, "floating point, got torch.complex64"),
+        (torch.ones(3, 4, dtype=torch.int64), TypeError, "float64, got torch.int64"),
+        (torch.ones(3, 4, dtype=torch.complex64), TypeError, "float64, got torch.complex64"),
+        (torch.ones(3, 4).to(torch.float8_e4m3fn), TypeError, "float64, got torch.float8_e4m3fn"),
         (torch.ones(3), ValueError, r"shape \[batch, classes\] with at least one class, got \[3\]"),
         (torch.ones(3, 4, 5), ValueError, r"got \[3, 4, 5\]"),
         (torch.ones(3, 0), ValueError, r"got \[3, 0\]"),
@@ -67,5 +79,9 @@ def test_errors():
     for smoothing in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\]"):
             densreg.density_cross_entropy(logits, target, label_smoothing=smoothing)
+    with pytest.raises(TypeError, match="label_smoothing must be a number, got NoneType"):
+        densreg.density_cross_entropy(logits, target, label_smoothing=None)
+    with pytest.raises(TypeError, match="target must be a tensor, got NoneType"):
+        densreg.density_cross_entropy(logits, None)
     with pytest.raises(TypeError, match="ignore_index must be an int"):
         densreg.density_cross_entropy(logits, target, ignore_index=1.5)

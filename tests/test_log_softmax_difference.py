@@ -55,7 +55,8 @@ def test_errors():
     for k, kind, message in [
         (4, ValueError, r"class in \[0, 4\), got 4"),
         (-1, ValueError, r"class in \[0, 4\), got -1"),
-        (torch.tensor([0, 1, 4]), ValueError, r"\[0, 4\]; wanted classes in \[0, 4\)"),
+        (torch.tensor([0, 1, 4]), ValueError, r"k holds class 4; wanted classes in \[0, 4\)"),
+        (True, TypeError, "got bool"),
         (torch.tensor([0, 1]), ValueError, r"shape \[3\], one class a row, got \[2\]"),
         (torch.tensor([0.0, 1, 2]), TypeError, "int64 class indices, got torch.float32"),
         ("1", TypeError, "must be a tensor, got str"),

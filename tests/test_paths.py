@@ -76,18 +76,16 @@ def test_input_that_is_no_leaf():
     torch.testing.assert_close(score, torch.softmax(inner @ weight.t(), 1) @ weight)
 
 
-class _NotTwice(torch.autograd.Function):
-    """A layer whose backward runs outside autograd."""
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(weight.detach())
-        return x @ weight.detach().t()
-
-    @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        with torch.no_grad():
-            return grad @ ctx.saved_tensors[0], None
+        return grad * ctx.saved_tensors[0].cos()
 
 
 class _Detached(torch.autograd.Function):
@@ -98,6 +96,23 @@ class _Detached(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad.detach()
+
+
+@pytest.mark.compile
+def test_compiled_part_before_x_or_beside_it(fresh_dynamo):
+    """What is differentiated once may be compiled: an encoder whose output is x, a weight computed from others."""
+    encoder = torch.compile(nn.Linear(6, 4), backend="aot_eager")
+    double = torch.compile(lambda w: 2 * w, backend="aot_eager")
+    weight, v = torch.randn(5, 4, requires_grad=True), torch.randn(3, 6)
+
+    def gradient(encoder, double):
+        x = encoder(v).tanh()
+        penalty = densreg.density_penalty(x @ double(weight).t(), x)
+        return torch.autograd.grad(penalty, [weight, *linear.parameters()])
+
+    linear = encoder._orig_mod
+    for a, b in zip(gradient(encoder, double), gradient(linear, lambda w: 2 * w), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_errors():
@@ -128,3 +143,7 @@ def test_errors():
     for path in PATHS:
         with pytest.raises(RuntimeError, match="cannot be differentiated again, so the penalty would train nothing"):
             densreg.input_score(model(_Detached.apply(x)), x, path)
+        # Elsewhere torch only says so if the gradient is not taken in chosen inputs.
+        inner = nn.Linear(4, 4)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            densreg.input_score(model(_Once.apply(inner(x))), x, path)

@@ -206,6 +206,14 @@ def test_errors():
     for coeff in (-0.1, math.nan):
         with pytest.raises(ValueError, match="coeff must be at least 0"):
             densreg.density_loss(model(x), y, x, coeff)
+    for coeff, kind, message in [
+        ("1", TypeError, "coeff must be a number or a tensor, got str"),
+        (torch.ones(4), ValueError, r"shape \[\], got shape \[4\]"),
+    ]:
+        with pytest.raises(kind, match=message):
+            densreg.density_loss(model(x), y, x, coeff)
+    with pytest.raises(TypeError, match="target must be a tensor, got NoneType"):
+        densreg.density_loss(model(x), None, x, 0.1)
     with pytest.raises(ValueError, match=r"class 5; wanted classes in \[0, 5\)"):
         densreg.density_loss(model(x), y + 5, x, 0.1)
     with torch.no_grad(), pytest.raises(RuntimeError, match="gradients are disabled"):

@@ -18,8 +18,8 @@ inf, nan = math.inf, math.nan
 
 
 def _norm_and_gradient(g, p, grad=None):
-    norm, peak, root = ops.pnorm(g, p)
-    return norm, ops.pnorm_backward(torch.ones_like(norm) if grad is None else grad, g, peak, root, p)
+    norm, peak, total = ops.pnorm(g, p)
+    return norm, ops.pnorm_backward(torch.ones_like(norm) if grad is None else grad, g, peak, total, p)
 
 
 def _reference(g, p, grad=None):
@@ -78,6 +78,13 @@ def test_no_over_or_underflow(p, magnitude):
     torch.testing.assert_close(gradient.double(), direction, rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("p", [1e3, 1e5, 1e7, 1e30])
+def test_ties_at_large_orders(p):
+    norm, gradient = _norm_and_gradient(torch.tensor([[5.0, 5.0, -5.0, 1.0]]), p)
+    torch.testing.assert_close(norm, torch.tensor([5 * 3 ** (1 / p)]))
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 1.0, -1.0, 0.0]]) * 3 ** (1 / p - 1))
+
+
 @pytest.mark.parametrize("p", ORDERS)
 def test_memory_formats(p):
     g = torch.randn(4, 3, 5, 6)
@@ -127,8 +134,8 @@ def test_opcheck(dtype, p):
     for g in (torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last)):
         g = g.to(dtype)
         torch.library.opcheck(torch.ops.densreg.pnorm.default, (g, float(p)))
-        norm, peak, root = ops.pnorm(g, p)
-        torch.library.opcheck(torch.ops.densreg.pnorm_backward.default, (norm, g, peak, root, float(p)))
+        norm, peak, total = ops.pnorm(g, p)
+        torch.library.opcheck(torch.ops.densreg.pnorm_backward.default, (norm, g, peak, total, float(p)))
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -159,7 +166,7 @@ def test_zero_row_has_no_nan_at_any_order(p):
 
 def test_errors():
     for bad, kind, message in [
-        (torch.ones(3, dtype=torch.int64), TypeError, "floating point"),
+        (torch.ones(3, dtype=torch.int64), TypeError, "float64, got torch.int64"),
         ([1.0], TypeError, "must be a tensor, got list"),
         (torch.ones(3), ValueError, r"\[batch, ...\], got \[3\]"),
     ]:

@@ -27,6 +27,7 @@ from densreg.paths import PATHS
 pytestmark = pytest.mark.compile
 
 ORDERS = (1, 1.5, 2, 4, math.inf)
+BACKENDS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 
 
 def test_the_reference_is_naive_where_naive_is_finite():
@@ -52,7 +53,7 @@ def test_the_reference_is_the_derivative():
         with torch.no_grad():
             for w, d in zip(model.parameters(), direction, strict=True):
                 w.add_(d, alpha=sign * h)
-        values.append(float(torch_penalty(2)(model(x), x)))
+        values.append(torch_penalty(2)(model(x), x).item())
         with torch.no_grad():
             for w, d in zip(model.parameters(), direction, strict=True):
                 w.sub_(d, alpha=sign * h)
@@ -86,18 +87,20 @@ def test_compiled_as_one_graph(path, p, fresh_dynamo):
     assert measure(path, p, torch.float64, "aot_eager") < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_compiled_by_inductor(path, fresh_dynamo):
     assert measure(path, 2, torch.float64, "inductor") < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", ORDERS)
 def test_compiled_by_inductor_in_float32(p, fresh_dynamo):
     torchs = relative_error(parameter_gradient(*problem(torch.float32), torch_penalty(p)), reference(p))
     assert measure("fused", p, torch.float32, "inductor") <= max(torchs, 2e-6)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("path", ["fused", "taylor", "stable"])
 def test_compiled_loss_with_backward_outside(backend, path, fresh_dynamo):
     """The other shape of a step: loss = compiled(x), then loss.backward()."""
@@ -109,7 +112,7 @@ def test_compiled_loss_with_backward_outside(backend, path, fresh_dynamo):
     assert relative_error(grads, reference(2)) < 1e-10
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_log_density(backend, fresh_dynamo):
     """log_density under the user's own torch.autograd.grad: the construction in which torch loses second order."""
 
@@ -132,7 +135,7 @@ def test_compiled_log_density(backend, fresh_dynamo):
         assert relative_error(grads, reference(2)) < 1e-10
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
 def test_gradient_of_the_cross_entropy_penalty(backend, fresh_dynamo):
     """Second order through the cross-entropy output (InputGrad's penalty), label smoothing and ignored targets too."""
     y = torch.tensor([0, -100, 2, 3, 4])
@@ -150,7 +153,7 @@ def test_gradient_of_the_cross_entropy_penalty(backend, fresh_dynamo):
     assert relative_error(grads, parameter_gradient(*problem(torch.float64), torchs)) < 1e-10
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_density_loss(backend, fresh_dynamo):
     """The whole step; the penalty's part of its gradient is what is left without the cross-entropy's."""
     model, x = problem(torch.float64)

@@ -20,7 +20,15 @@ inf, nan = math.inf, math.nan
 def _backward(logits, target, l, a, u, label_smoothing=0.0, ignore_index=-100, scale=1.0):
     """softmax_backward as a function of the logits."""
     y = ops.softmax(logits, scale=scale)[2]
-    return ops.softmax_backward(y, target, l, a, u, label_smoothing, ignore_index, scale)
+    return ops.softmax_backward(y, None, target, l, a, u, label_smoothing, ignore_index, scale)
+
+
+def _backward_from_logits(logits, target, l, a, u, label_smoothing=0.0, ignore_index=-100, scale=1.0):
+    statistics = ops.softmax(logits, need_softmax=False)[3]
+    return ops.softmax_backward(logits, statistics, target, l, a, u, label_smoothing, ignore_index, scale)
+
+
+BACKWARDS = pytest.mark.parametrize("backward", [_backward, _backward_from_logits])
 
 
 def _reference_gradient(logits, target, l, a, u, label_smoothing=0.0, ignore_index=-100):
@@ -39,7 +47,9 @@ def test_values(dtype, classes, label_smoothing):
     logits = torch.randn(5, classes, dtype=torch.float64).mul(4).to(dtype)
     target = torch.randint(classes, (5,))
     target[1] = -100
-    log_density, ce, p = ops.softmax(logits, target, label_smoothing)
+    log_density, ce, p, (m, s) = ops.softmax(logits, target, label_smoothing)
+    assert torch.equal(m, logits.amax(1).to(m.dtype))
+    assert error(m + s.log(), log_density) < 2e-7
     expected = softmax_reference(logits.double(), target, label_smoothing)
     row = torch.float64 if dtype == torch.float64 else torch.float32
     assert (log_density.dtype, ce.dtype, p.dtype) == (row, row, dtype)
@@ -57,13 +67,14 @@ def test_values(dtype, classes, label_smoothing):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_backward_values(dtype, scale, label_smoothing):
+@BACKWARDS
+def test_backward_values(backward, dtype, scale, label_smoothing):
     logits = torch.randn(6, 33).to(dtype)
     target = torch.randint(33, (6,))
     target[2] = 7
     l, a, u = torch.randn(6), torch.randn(6), torch.randn(6, 33).to(dtype)
     # u is the gradient of scale * softmax: fold the scale into the reference's.
-    grad = _backward(logits, target, l, a, u / scale, label_smoothing, 7, scale)
+    grad = backward(logits, target, l, a, u / scale, label_smoothing, 7, scale)
     assert grad.dtype == dtype
     expected = _reference_gradient(logits, target, l, a, (u / scale).double() * scale, label_smoothing, 7)
     bound = 1e-14 if dtype == torch.float64 else 8 * HALF_ULP[dtype]
@@ -71,12 +82,13 @@ def test_backward_values(dtype, scale, label_smoothing):
 
 
 @pytest.mark.parametrize("given_gradients", range(8))
-def test_backward_takes_any_of_the_gradients(given_gradients):
+@BACKWARDS
+def test_backward_takes_any_of_the_gradients(backward, given_gradients):
     logits, target = torch.randn(4, 9, dtype=torch.float64), torch.randint(9, (4,))
     full = (torch.randn(4).double(), torch.randn(4).double(), torch.randn(4, 9).double())
     some = [g if given_gradients >> i & 1 else None for i, g in enumerate(full)]
     zeros = [g if given_gradients >> i & 1 else torch.zeros_like(g) for i, g in enumerate(full)]
-    assert error(_backward(logits, target, *some), _reference_gradient(logits, target, *zeros)) < 1e-14
+    assert error(backward(logits, target, *some), _reference_gradient(logits, target, *zeros)) < 1e-14
 
 
 ROWS = {
@@ -99,14 +111,14 @@ def test_extreme_rows_give_what_torch_gives(dtype, row, target, label_smoothing)
     logits = torch.tensor([quiet, row, quiet]).to(dtype)
     targets = torch.full((3,), target)
     outputs = ops.softmax(logits, targets, label_smoothing)
-    for actual, expected in zip(outputs, softmax_reference(logits.double(), targets, label_smoothing), strict=True):
+    for actual, expected in zip(outputs[:3], softmax_reference(logits.double(), targets, label_smoothing), strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=2 * HALF_ULP[dtype], atol=1e-6, equal_nan=True)
         assert actual[[0, 2]].isfinite().all(), "a row poisoned another"
 
 
 def test_largest_fp16_logits():
     logits = torch.tensor([[65504.0, -65504.0, 65472.0]], dtype=torch.float16)
-    log_density, ce, p = ops.softmax(logits, torch.tensor([1]))
+    log_density, ce, p, _ = ops.softmax(logits, torch.tensor([1]))
     assert log_density.item() == 65504
     assert ce.item() == 131008
     assert p.tolist() == [[1, 0, pytest.approx(math.exp(-32), abs=6e-8)]]
@@ -115,7 +127,7 @@ def test_largest_fp16_logits():
 def test_large_logits_keep_their_digits():
     # L = 1e4 + log 2 rounds by 5e-4 in float32: neither P nor ce may be computed from it.
     logits = torch.tensor([[1e4, 1e4, 1e4 - 2]])
-    _, ce, p = ops.softmax(logits, torch.tensor([2]))
+    _, ce, p, _ = ops.softmax(logits, torch.tensor([2]))
     expected = softmax_reference(logits.double(), torch.tensor([2]))
     assert error(p, expected[2]) < 1e-7
     assert error(ce, expected[1]) < 1e-7
@@ -123,7 +135,7 @@ def test_large_logits_keep_their_digits():
 
 def test_million_classes():
     logits = torch.randn(2, 1_000_000)
-    log_density, _, p = ops.softmax(logits)
+    log_density, _, p, _ = ops.softmax(logits)
     expected = softmax_reference(logits.double(), None)
     assert ((p.double() - expected[2]) / expected[2]).abs().max() < 2e-6
     assert error(log_density, expected[0]) < 2e-7
@@ -158,8 +170,8 @@ def test_strides_and_empty(logits):
 
 
 def test_only_what_is_asked_for():
-    log_density, ce, y = ops.softmax(torch.randn(3, 4), need_softmax=False)
-    assert [list(t.shape) for t in (log_density, ce, y)] == [[3], [0], [0]]
+    outputs = ops.softmax(torch.randn(3, 4), need_softmax=False)
+    assert [list(t.shape) for t in outputs] == [[3], [0], [0], [2, 3]]
 
 
 def test_target_out_of_range():
@@ -173,7 +185,7 @@ def test_raw_operators_refuse_to_lose_a_gradient():
     with pytest.raises(NotImplementedError, match="densreg::softmax is a raw operator"):
         ops.softmax(logits)
     with pytest.raises(NotImplementedError, match="densreg::softmax_backward is a raw operator"):
-        ops.softmax_backward(logits, None, torch.ones(3), None, None)
+        ops.softmax_backward(logits, None, None, torch.ones(3), None, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,8 +195,28 @@ def test_opcheck(dtype, need_softmax, with_target):
     logits, target = torch.randn(3, 5).to(dtype), torch.tensor([0, -100, 4]) if with_target else None
     torch.library.opcheck(torch.ops.densreg.softmax.default, (logits, target, 0.1, -100, need_softmax, 2.0))
     l, u = torch.randn(3), torch.randn(3, 5).to(dtype)
-    arguments = (torch.softmax(logits, 1), target, l, l if with_target else None, u, 0.1, -100, 2.0)
-    torch.library.opcheck(torch.ops.densreg.softmax_backward.default, arguments)
+    statistics = ops.softmax(logits)[3]
+    for source in ((torch.softmax(logits, 1), None), (logits, statistics)):
+        arguments = (*source, target, l, l if with_target else None, u, 0.1, -100, 2.0)
+        torch.library.opcheck(torch.ops.densreg.softmax_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("confidence", [6.0, 9.0, 11.0])
+def test_confident_half_samples_keep_their_gradient(dtype, confidence):
+    """P_y rounds to 1 in half precision: from it, P_y - 1 and the Hessian's (U - <P, U>)_y would be 0, or noise."""
+    logits = torch.tensor([[confidence, 0.0, -1.0]]).to(dtype).requires_grad_()
+    wide = double(logits)
+    y = torch.tensor([0])
+    (grad,) = torch.autograd.grad(functional.density_cross_entropy(logits, y)[0].sum(), logits)
+    (expected,) = torch.autograd.grad(F.cross_entropy(wide, y), wide)
+    torch.testing.assert_close(grad.double(), expected, rtol=4 * HALF_ULP[dtype], atol=6e-8)
+
+    u = torch.tensor([[1.0, -2.0, 0.5]], dtype=dtype)
+    p = functional.softmax(logits)[2]
+    (grad,) = torch.autograd.grad(p, logits, u)
+    (expected,) = torch.autograd.grad(torch.softmax(wide, 1), wide, u.double())
+    torch.testing.assert_close(grad.double(), expected, rtol=4 * HALF_ULP[dtype], atol=6e-8)
 
 
 @settings(deadline=None, max_examples=60)
@@ -205,7 +237,7 @@ def test_any_shape(rows, classes, magnitude, dtype, label_smoothing, masked, see
     mask[torch.arange(rows), target] = False
     logits = logits.masked_fill(mask, -inf)
     actual = ops.softmax(logits, target, label_smoothing)
-    for a, b in zip(actual, softmax_reference(logits.double(), target, label_smoothing), strict=True):
+    for a, b in zip(actual[:3], softmax_reference(logits.double(), target, label_smoothing), strict=True):
         # Logits of 1e4 are 1e4 apart: the difference itself rounds.
         torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=2e-6 + 1e-7 * magnitude * (dtype == torch.float32))
 

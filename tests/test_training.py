@@ -108,9 +108,26 @@ def test_the_penalty_trains(tmp_path):
     assert rows[0.0]["test_accuracy"] > 0.9
 
 
+def test_learning_rate_of_short_runs(monkeypatch, tmp_path):
+    """The milestones are parts of the epochs; with one epoch there is nothing to divide."""
+    recipe = training.Recipe(epochs=200, optimizer="sgd", lr=0.01, batch_size=64, milestones=(0.5, 0.875))
+    monkeypatch.setitem(training.RECIPES, "digits", recipe)
+    for epochs, expected in ((1, [0.01]), (2, [0.01, 0.001]), (4, [0.01, 0.01, 0.001, 0.001])):
+        out = str(tmp_path / str(epochs))
+        rows = fit(Config(out, epochs=epochs, train_size=64, test_size=20), progress=False)
+        assert [row["lr"] for row in rows] == pytest.approx(expected)
+
+
 def test_max_steps(tmp_path):
     rows = fit(Config(str(tmp_path / "run"), max_steps=30, epochs=5, test_size=20, log_every=10), progress=False)
     assert [row["step"] for row in rows] == [22, 30]
+    assert [row["step"] for row in _rows(tmp_path / "run" / "steps.csv")] == ["10", "20", "30"]
+
+
+def test_infinite_order_is_valid_json(tmp_path):
+    fit(Config(str(tmp_path), p=math.inf, epochs=1, train_size=64, test_size=20), progress=False)
+    assert json.loads((tmp_path / "config.json").read_text(), parse_constant=pytest.fail)["p"] == "inf"
+    assert len(_rows(tmp_path / "steps.csv")) == 1  # the last step, whatever log_every is
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
@@ -122,9 +139,23 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
 def test_an_existing_run_is_kept(tmp_path):
     config = Config(str(tmp_path / "run"), epochs=1, train_size=64, test_size=20)
     fit(config, progress=False)
-    with pytest.raises(training.RunError, match="already holds a run"):
+    with pytest.raises(training.RunError, match=r"already holds config\.json"):
         fit(config, progress=False)
-    fit(config, overwrite=True, progress=False)
+    # A request that fails, and a run that breaks off before its first epoch, leave the old run alone.
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(models.ModelError, match="cannot be trained"):
+        fit(Config(config.out, model="resnet18", batch_size=1), overwrite=True, progress=False)
+    with pytest.raises(TrainingError):
+        fit(Config(config.out, optimizer="sgd", lr=1e9), overwrite=True, progress=False)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    fit(Config(config.out, epochs=1, train_size=64, test_size=20, seed=1), overwrite=True, progress=False)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() != before["checkpoint.pt"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.csv").write_text("mine")
+    with pytest.raises(training.RunError, match=r"already holds metrics\.csv"):
+        fit(Config(str(tmp_path / "other")), progress=False)
+    with pytest.raises(training.RunError, match="--out is empty"):
+        fit(Config(""))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(training.RunError, match="is a file; wanted a folder"):
         fit(Config(str(tmp_path / "file")), overwrite=True)
@@ -155,13 +186,15 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         ({"coeff": math.inf}, "coeff must be finite"),
         ({"lr": 0.0}, "lr must be finite and above 0, got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must be finite"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"train_size": -1}, "train_size must be at least 1"),
+        ({"lr": 1e308}, "lr must be finite"),
+        ({"epochs": 0}, r"epochs must lie in \[1, 2\^31\), got 0"),
+        ({"batch_size": 10**24}, "batch_size must lie in"),
+        ({"train_size": -1}, "train_size must lie in"),
         ({"seed": -1}, "seed must lie in"),
         ({"optimizer": "lion"}, "optimizer must be adam or sgd, got 'lion'"),
         ({"device": "tpu"}, "device must be cpu, cuda, cuda:N or auto, got 'tpu'"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there: torch sees"),
+        ({"device": "cuda:256"}, "device 'cuda:256' is not there: torch sees"),
+        ({"device": "cuda:99999999999999999999"}, "is not there: torch sees"),
     ],
 )
 def test_impossible_values(options, message, tmp_path):
