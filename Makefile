@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-fast lint format types second-order ci clean
+.PHONY: install test test-fast lint format types second-order bench ci clean
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install torch torchvision
+	DENSREG_EXTENSION=require $(BIN)/pip install -e '.[dev]'
 	touch $@
 
 test: install
@@ -31,8 +32,11 @@ types: install
 second-order: install
 	$(BIN)/python -m benchmarks.second_order
 
+bench: install
+	$(BIN)/python -m benchmarks.class_counts
+
 ci:
 	bash .ci/run
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf densreg/_C.so densreg/_build_info.json .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The command line: ``densreg train``."""
+"""The command line: ``densreg train`` and ``densreg info``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,55 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")
     add("--out", metavar="DIR", help="run directory; by default runs/DATA-MODEL-PATH-pP-cCOEFF-sSEED")
     add("--overwrite", action="store_true", help="replace a run that is already in the run directory")
+    commands.add_parser("info", help="say what is installed, and which backend serves which device")
     return parser
+
+
+def _info() -> int:
+    """Versions, backends by device, and why one is missing."""
+    import platform
+    import shutil
+    import subprocess
+    from importlib import metadata
+
+    import torch
+
+    from densreg import ops
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    build = ops.build_info()
+    extension = f"loaded, built with {build.get('compiler', 'an unknown compiler')}"
+    if ops.MISSING is not None:
+        extension = f"missing: {ops.MISSING}"
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")
+        nvcc = f"{nvcc}, release {said[1].split(',')[0]}" if len(said) > 1 else nvcc
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpu = (
+        "plain torch"
+        if ops.MISSING is not None
+        else f"C++ ({ops.instruction_set()}), {torch.get_num_threads()} threads"
+    )
+    for name, value in (
+        ("densreg", __version__),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda})" if torch.version.cuda else torch.__version__),
+        ("torchvision", version("torchvision")),
+        ("triton", version("triton")),
+        ("extension", extension),
+        ("CPU tensors", cpu),
+        ("CUDA tensors", "plain torch: there are no GPU kernels yet"),
+        ("nvcc", nvcc or "not found"),
+        ("GPU", ", ".join(gpus) or "none"),
+    ):
+        print(f"{name:13}{value}")
+    return 0
 
 
 def _train(options: dict) -> int:
@@ -81,8 +129,7 @@ def _fail(message: str, status: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a training that broke off, 2 for a bad request."""
     options = vars(_parser().parse_args(argv))
-    options.pop("command")
-    return _train(options)
+    return _info() if options.pop("command") == "info" else _train(options)
 
 
 if __name__ == "__main__":

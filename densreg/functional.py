@@ -9,7 +9,7 @@ AOTAutograd then differentiates them as it finds them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,42 @@ from torch.autograd import Function
 from densreg import ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class _Function(Function):
+    """A Function for torch.func and torch.compile (``setup_context``), which eager calls reach by a shorter way.
+
+    With ``setup_context`` torch binds default arguments at each call, which takes longer than a small kernel. So each
+    subclass has a twin without it, made of the same methods, for :meth:`call` outside of transforms.
+    """
+
+    twin: type[Function]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+
+        def forward(ctx, *args):
+            output = cls.forward(*args)
+            cls.setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
+        cls.twin = type(f"{cls.__name__}Twin", (Function,), methods | {"jvp": staticmethod(cls.jvp)})
+
+    @classmethod
+    def call(cls, *args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        return cls.twin.apply(*args)
+
+
+def _undifferentiated() -> bool:
+    """Whether nothing looks at what is computed now: no autograd, no forward mode, no torch.func."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -75,7 +111,7 @@ def _probabilities(source: Tensor, statistics: Tensor | None, scale: float) -> T
 
 
 @torch._dynamo.allow_in_graph
-class _Softmax(Function):
+class _Softmax(_Function):
     """Order 0: (log_density, cross_entropy, scale * softmax) of the logits. See :func:`densreg.ops.softmax`."""
 
     @staticmethod
@@ -94,7 +130,8 @@ class _Softmax(Function):
     def backward(ctx, l, a, u, _statistics):
         if l is None and a is None and u is None:
             return (None,) * 6
-        grad = _SoftmaxBackward.apply(*ctx.saved_tensors, l, a, u, *ctx.options, ctx.scale)
+        backward: Callable[..., Tensor] = ops.softmax_backward if _undifferentiated() else _SoftmaxBackward.call
+        grad = backward(*ctx.saved_tensors, l, a, u, *ctx.options, ctx.scale)
         return grad, None, None, None, None, None
 
     @staticmethod
@@ -113,7 +150,7 @@ class _Softmax(Function):
     @staticmethod
     def vmap(info, in_dims, logits, target, label_smoothing, ignore_index, need_softmax, scale):
         logits, target = _fold(info, in_dims, (logits, target))
-        *outputs, statistics = _Softmax.apply(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+        *outputs, statistics = _Softmax.call(logits, target, label_smoothing, ignore_index, need_softmax, scale)
         outputs, out_dims = _unfold_present(info, outputs, (True, target is not None, need_softmax))
         return (*outputs, _unfold_statistics(info, statistics)), (*out_dims, 0)
 
@@ -132,7 +169,7 @@ def _fold_statistics(info: Any, statistics: Tensor | None, dim: int | None) -> T
 
 
 @torch._dynamo.allow_in_graph
-class _SoftmaxBackward(Function):
+class _SoftmaxBackward(_Function):
     """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`, also for l, a and U."""
 
     @staticmethod
@@ -166,7 +203,7 @@ class _SoftmaxBackward(Function):
         grads: list[Tensor | None] = [None] * 9
 
         def through_softmax(grad: Tensor) -> Tensor:
-            return _SoftmaxBackward.apply(source, statistics, None, None, None, grad, *ctx.options, ctx.scale)
+            return _SoftmaxBackward.call(source, statistics, None, None, None, grad, *ctx.options, ctx.scale)
 
         if ctx.needs_input_grad[0]:
             weight = torch.zeros_like(v_dot_p)
@@ -222,11 +259,11 @@ class _SoftmaxBackward(Function):
     def vmap(info, in_dims, source, statistics, *args):
         tensors = _fold(info, (in_dims[0], *in_dims[2:6]), (source, *args[:4]))
         statistics = _fold_statistics(info, statistics, in_dims[1])
-        return _unfold(info, _SoftmaxBackward.apply(tensors[0], statistics, *tensors[1:], *args[4:])), 0
+        return _unfold(info, _SoftmaxBackward.call(tensors[0], statistics, *tensors[1:], *args[4:])), 0
 
 
 @torch._dynamo.allow_in_graph
-class _LogSoftmaxDifference(Function):
+class _LogSoftmaxDifference(_Function):
     """(f_k - log_softmax_k(f), softmax); its gradient is that of the log density, for every k."""
 
     @staticmethod
@@ -251,7 +288,7 @@ class _LogSoftmaxDifference(Function):
 
     @staticmethod
     def vmap(info, in_dims, logits, k, need_softmax):
-        *outputs, statistics = _LogSoftmaxDifference.apply(*_fold(info, in_dims, (logits, k)), need_softmax)
+        *outputs, statistics = _LogSoftmaxDifference.call(*_fold(info, in_dims, (logits, k)), need_softmax)
         outputs, out_dims = _unfold_present(info, outputs, (True, need_softmax))
         return (*outputs, _unfold_statistics(info, statistics)), (*out_dims, 0)
 
@@ -261,7 +298,7 @@ class _LogSoftmaxDifference(Function):
 
 
 @torch._dynamo.allow_in_graph
-class _PNorm(Function):
+class _PNorm(_Function):
     """Order 0: (norm, peak, total) of the rows. See :func:`densreg.ops.pnorm`."""
 
     @staticmethod
@@ -278,21 +315,22 @@ class _PNorm(Function):
 
     @staticmethod
     def backward(ctx, grad, _peak, _total):
-        return _PNormBackward.apply(grad, *ctx.saved_tensors, ctx.p), None
+        backward: Callable[..., Tensor] = ops.pnorm_backward if _undifferentiated() else _PNormBackward.call
+        return backward(grad, *ctx.saved_tensors, ctx.p), None
 
     @staticmethod
     def jvp(ctx, tangent, _):
         g, peak, total = ctx.saved_tensors
-        dual = _PNormBackward.apply(torch.ones_like(peak), g, peak, total, ctx.p)
+        dual = _PNormBackward.call(torch.ones_like(peak), g, peak, total, ctx.p)
         return (dual.to(peak.dtype) * tangent).flatten(1).sum(1), None, None
 
     @staticmethod
     def vmap(info, in_dims, g, p):
-        return _unfold_present(info, _PNorm.apply(*_fold(info, in_dims, (g,)), p), (True, True, True))
+        return _unfold_present(info, _PNorm.call(*_fold(info, in_dims, (g,)), p), (True, True, True))
 
 
 @torch._dynamo.allow_in_graph
-class _PNormBackward(Function):
+class _PNormBackward(_Function):
     """Order 1: ``grad * d||g||_p / dg``. See :func:`densreg.ops.pnorm_backward`."""
 
     @staticmethod
@@ -309,8 +347,8 @@ class _PNormBackward(Function):
     def _hessian_times(ctx, v):
         """H v with H = (p - 1) / N (diag((|g| / N)^(p-2)) - D D^T), D the dual direction; also D."""
         _, g, peak, total = ctx.saved_tensors
-        norm = ops._per_row(_PNorm.apply(g, ctx.p)[0], g)
-        dual = _PNormBackward.apply(torch.ones_like(peak), g, peak, total, ctx.p).to(norm.dtype)
+        norm = ops._per_row(_PNorm.call(g, ctx.p)[0], g)
+        dual = _PNormBackward.call(torch.ones_like(peak), g, peak, total, ctx.p).to(norm.dtype)
         v = v.to(norm.dtype)
         if ctx.p in (1, math.inf):  # piecewise linear
             return torch.zeros_like(v), dual
@@ -340,7 +378,7 @@ class _PNormBackward(Function):
 
     @staticmethod
     def vmap(info, in_dims, grad, g, peak, total, p):
-        return _unfold(info, _PNormBackward.apply(*_fold(info, in_dims, (grad, g, peak, total)), p)), 0
+        return _unfold(info, _PNormBackward.call(*_fold(info, in_dims, (grad, g, peak, total)), p)), 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -417,7 +455,7 @@ def softmax(
     The softmax is the cotangent of the input score's backward. Its own gradient, which the double backward brings,
     and those of the log density and the cross-entropy go into the logits together, in one pass.
     """
-    return _Softmax.apply(logits, target, label_smoothing, ignore_index, need_softmax, scale)[:3]
+    return _Softmax.call(logits, target, label_smoothing, ignore_index, need_softmax, scale)[:3]
 
 
 def log_density(logits: Tensor) -> Tensor:
@@ -456,7 +494,7 @@ def log_softmax_difference(logits: Tensor, k: int | Tensor) -> Tensor:
         tensor with a class out of range is not detected: the result does not depend on k).
     """
     check_logits(logits)
-    return _LogSoftmaxDifference.apply(logits, class_index(logits, k), False)[0]
+    return _LogSoftmaxDifference.call(logits, class_index(logits, k), False)[0]
 
 
 def density_cross_entropy(
@@ -502,4 +540,4 @@ def pnorm(g: Tensor, p: float = 2) -> Tensor:
         raise TypeError(f"g must be float16, bfloat16, float32 or float64, got {g.dtype}")
     if g.ndim < 2:
         raise ValueError(f"g must have shape [batch, ...], got {list(g.shape)}")
-    return _PNorm.apply(g, check_order(p))[0]
+    return _PNorm.call(g, check_order(p))[0]

@@ -10,10 +10,25 @@ Notation: logits ``f [B, C]``, row maximum ``m``, ``s = sum_i exp(f_i - m)``; ``
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import ctypes
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _library = torch.library.Library("densreg", "DEF")
+
+OPERATORS = ("softmax", "softmax_backward", "log_softmax_difference", "pnorm", "pnorm_backward")
+
+BACKENDS = ("cpu", "torch")
+"""The C++ kernels for CPU tensors (csrc/cpu), and the plain-torch fallback, which serves every device."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,6 +42,67 @@ def _require_no_grad(name: str, *tensors: Tensor | None) -> None:
             f"densreg::{name} is a raw operator without a derivative; "
             "use the functions of densreg.functional, which have one to every order"
         )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# backends: which one serves a call, and the proof of which one did
+
+_forced: str | None = None
+_fallback_calls: collections.Counter[str] = collections.Counter()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend for the calls inside: ``with densreg.backend("torch"): ...``.
+
+    Args:
+        name: "cpu" (the C++ kernels, for CPU tensors) or "torch" (plain torch, for tensors of any device).
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend is missing (why is said); or, later, it does not serve the device of a tensor.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if name == "cpu" and MISSING is not None:
+        raise RuntimeError(f"the backend 'cpu' is missing: {MISSING}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def calls() -> dict[str, int]:
+    """How often each operator was served by what, since the start: {"softmax/cpu-avx512": 3, "pnorm/torch": 1}."""
+    counts = {f"{op}/torch": n for op, n in _fallback_calls.items()}
+    if _extension is not None:
+        for index, op in enumerate(OPERATORS):
+            for isa, name in enumerate(_ISAS):
+                counts[f"{op}/cpu-{name}"] = _extension.densreg_calls(index, isa)
+    return {key: n for key, n in counts.items() if n}
+
+
+def _call(name: str, fallback: Callable[..., Any], *args: Any) -> Any:
+    if _forced == "torch":
+        return fallback(*args)
+    if _forced == "cpu" and args[0].device.type != "cpu":
+        raise RuntimeError(f"the backend 'cpu' is forced, and does not serve a tensor on {args[0].device}")
+    try:
+        return getattr(torch.ops.densreg, name).default(*args)
+    except RuntimeError as error:
+        # The stable ABI knows no other error: what the kernels find wrong in a target or in k is a bad value.
+        _, found, message = str(error).partition(f"densreg::{name}: ")
+        if found:
+            raise ValueError(message.splitlines()[0]) from None
+        raise
+
+
+def _count_fallback(name: str, tensor: Tensor) -> None:
+    if _forced is None and tensor.device.type == "cpu" and MISSING is not None and not _fallback_calls:
+        warnings.warn(f"densreg runs in plain torch, several times slower: {MISSING}", stacklevel=2)
+    _fallback_calls[name] += 1
 
 
 def _per_row(row: Tensor, like: Tensor) -> Tensor:
@@ -67,7 +143,7 @@ def softmax(
         :func:`softmax_backward`. What was not asked for has shape [0].
     """
     _require_no_grad("softmax", logits)
-    return torch.ops.densreg.softmax.default(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+    return _call("softmax", _softmax_torch, logits, target, label_smoothing, ignore_index, need_softmax, scale)
 
 
 def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -97,6 +173,18 @@ def _row_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.library.impl(_library, "softmax", "CompositeExplicitAutograd")
 @torch.no_grad()
 def _softmax_torch(
+    logits: Tensor,
+    target: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    need_softmax: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _count_fallback("softmax", logits)
+    return _softmax_forward(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+
+
+def _softmax_forward(
     logits: Tensor,
     target: Tensor | None,
     label_smoothing: float,
@@ -169,7 +257,9 @@ def softmax_backward(
         statistics: the forward's [2, B], or None.
     """
     _require_no_grad("softmax_backward", source, grad_log_density, grad_cross_entropy, grad_softmax)
-    return torch.ops.densreg.softmax_backward.default(
+    return _call(
+        "softmax_backward",
+        _softmax_backward_torch,
         source,
         statistics,
         target,
@@ -195,6 +285,7 @@ def _softmax_backward_torch(
     ignore_index: int,
     scale: float,
 ) -> Tensor:
+    _count_fallback("softmax_backward", source)
     dtype = accumulation_dtype(source.dtype)
     if statistics is None:
         p = source.to(dtype) / scale
@@ -247,15 +338,16 @@ def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool = True)
         ``(difference [B], softmax [B, C], statistics [2, B])``, as in :func:`softmax`.
     """
     _require_no_grad("log_softmax_difference", logits)
-    return torch.ops.densreg.log_softmax_difference.default(logits, k, need_softmax)
+    return _call("log_softmax_difference", _log_softmax_difference_torch, logits, k, need_softmax)
 
 
 @torch.library.impl(_library, "log_softmax_difference", "CompositeExplicitAutograd")
 @torch.no_grad()
 def _log_softmax_difference_torch(logits: Tensor, k: Tensor, need_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _count_fallback("log_softmax_difference", logits)
     if k.device.type == "cpu" and ((k < 0) | (k >= logits.shape[1])).any():
         raise ValueError(f"k holds classes in [{k.min()}, {k.max()}]; wanted classes in [0, {logits.shape[1]})")
-    difference, _, y, statistics = _softmax_torch(logits, None, 0.0, -100, need_softmax, 1.0)
+    difference, _, y, statistics = _softmax_forward(logits, None, 0.0, -100, need_softmax, 1.0)
     return difference, y, statistics
 
 
@@ -284,12 +376,13 @@ def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
         ``total`` is the number of entries of that magnitude. ``peak`` and ``total`` are for :func:`pnorm_backward`.
     """
     _require_no_grad("pnorm", g)
-    return torch.ops.densreg.pnorm.default(g, p)
+    return _call("pnorm", _pnorm_torch, g, p)
 
 
 @torch.library.impl(_library, "pnorm", "CompositeExplicitAutograd")
 @torch.no_grad()
 def _pnorm_torch(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    _count_fallback("pnorm", g)
     magnitude = g.to(accumulation_dtype(g.dtype)).abs()
     if magnitude[:1].numel() == 0:  # no rows, or rows without entries
         zero = magnitude.new_zeros(g.shape[0])
@@ -323,12 +416,13 @@ def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: floa
     A zero row has gradient 0; for p = inf the gradient is shared between the entries of largest magnitude.
     """
     _require_no_grad("pnorm_backward", grad, g, peak, total)
-    return torch.ops.densreg.pnorm_backward.default(grad, g, peak, total, p)
+    return _call("pnorm_backward", _pnorm_backward_torch, grad, g, peak, total, p)
 
 
 @torch.library.impl(_library, "pnorm_backward", "CompositeExplicitAutograd")
 @torch.no_grad()
 def _pnorm_backward_torch(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: float) -> Tensor:
+    _count_fallback("pnorm_backward", g)
     value = g.to(accumulation_dtype(g.dtype))
     grad, peak, total = (_per_row(t, g) for t in (grad.to(value.dtype), peak, total))
     if p == float("inf"):
@@ -345,3 +439,47 @@ def _pnorm_backward_torch(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, 
 @torch.library.register_fake("densreg::pnorm_backward", lib=_library)
 def _pnorm_backward_fake(grad, g, peak, total, p):
     return torch.empty_like(g)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the C++ extension: its kernels take the place of the fallback for CPU tensors when it is loaded
+
+_ISAS = ("scalar", "avx2", "avx512")
+_FOLDER = Path(__file__).parent
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote of itself; empty where there was none."""
+    try:
+        return json.loads((_FOLDER / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
+    """The extension, or why there is none."""
+    path = _FOLDER / "_C.so"
+    if not path.exists():
+        return None, build_info().get("reason", f"{path.name} was not built")
+    try:
+        torch.ops.load_library(str(path))
+        extension = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path.name} does not load: {error}"
+    extension.densreg_calls.restype = ctypes.c_int64
+    return extension, None
+
+
+_extension, MISSING = _load_extension()
+"""The C++ extension, and why it is missing: None where it is not."""
+
+if MISSING is not None and os.environ.get("DENSREG_REQUIRE_EXTENSION") == "1":
+    raise ImportError(f"DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is missing: {MISSING}")
+
+
+def instruction_set() -> str | None:
+    """What the C++ kernels use: "avx512", "avx2" or "scalar"; None without the extension.
+
+    The environment variable DENSREG_CPU_CAPABILITY names a lesser one than the processor has.
+    """
+    return None if _extension is None else _ISAS[_extension.densreg_isa()]

@@ -72,3 +72,11 @@ def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"densreg {densreg.__version__}\n"
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["densreg"] == densreg.__version__
+    assert lines["extension"].startswith("loaded, built with ")
+    assert "C++" in lines["CPU"]

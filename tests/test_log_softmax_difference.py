@@ -12,6 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import densreg
 from densreg import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_the_log_density_for_every_class(dtype):
@@ -30,19 +32,20 @@ def test_loses_no_digits_far_below_the_maximum():
         assert densreg.log_softmax_difference(logits, k).item() == 3.0
 
 
-def test_gradient_to_second_order():
+def test_gradient_to_second_order(backend):
     f = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     k = torch.tensor([0, 4, 2, 2])
 
     def ours(f):
         return densreg.log_softmax_difference(f, k)
 
-    assert gradcheck(ours, f, check_forward_ad=True, check_batched_grad=True)
+    assert gradcheck(ours, f, check_forward_ad=True, check_batched_grad=backend == "cpu")
     assert gradgradcheck(ours, f, check_fwd_over_rev=True)
     stacked = torch.stack([f, 2 * f])
     torch.testing.assert_close(torch.func.vmap(ours)(stacked), torch.logsumexp(stacked, 2))
 
 
+@pytest.mark.dispatcher
 @pytest.mark.parametrize("need_softmax", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype, need_softmax):
@@ -50,6 +53,7 @@ def test_opcheck(dtype, need_softmax):
     torch.library.opcheck(torch.ops.densreg.log_softmax_difference.default, arguments)
 
 
+@pytest.mark.no_call
 def test_errors():
     logits = torch.randn(3, 4)
     for k, kind, message in [

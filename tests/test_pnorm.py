@@ -14,6 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import densreg
 from densreg import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 inf, nan = math.inf, math.nan
 
 
@@ -128,6 +130,7 @@ def test_any_shape_order_and_size(shape, p, exponent, zeros, seed):
     torch.testing.assert_close(gradient.double(), direction, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.dispatcher
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", ORDERS)
 def test_opcheck(dtype, p):
@@ -139,13 +142,13 @@ def test_opcheck(dtype, p):
 
 
 @pytest.mark.parametrize("p", ORDERS)
-def test_gradcheck(p):
+def test_gradcheck(p, backend):
     g = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
 
     def norm(g):
         return densreg.pnorm(g, p)
 
-    assert gradcheck(norm, g, check_forward_ad=True, check_batched_grad=True)
+    assert gradcheck(norm, g, check_forward_ad=True, check_batched_grad=backend == "cpu")
     assert gradgradcheck(norm, g, check_fwd_over_rev=True)
 
 
@@ -164,6 +167,7 @@ def test_zero_row_has_no_nan_at_any_order(p):
     assert second.eq(0).all()
 
 
+@pytest.mark.no_call
 def test_errors():
     for bad, kind, message in [
         (torch.ones(3, dtype=torch.int64), TypeError, "float64, got torch.int64"),

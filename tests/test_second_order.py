@@ -100,20 +100,20 @@ def test_compiled_by_inductor_in_float32(p, fresh_dynamo):
     assert measure("fused", p, torch.float32, "inductor") <= max(torchs, 2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiler", BACKENDS)
 @pytest.mark.parametrize("path", ["fused", "taylor", "stable"])
-def test_compiled_loss_with_backward_outside(backend, path, fresh_dynamo):
+def test_compiled_loss_with_backward_outside(compiler, path, fresh_dynamo):
     """The other shape of a step: loss = compiled(x), then loss.backward()."""
     model, x = problem(torch.float64)
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        loss = torch.compile(lambda x: densreg_penalty(2, path)(model(x), x), backend=backend, fullgraph=True)(x)
+        loss = torch.compile(lambda x: densreg_penalty(2, path)(model(x), x), backend=compiler, fullgraph=True)(x)
     loss.backward()
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters()]
     assert relative_error(grads, reference(2)) < 1e-10
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_log_density(backend, fresh_dynamo):
+@pytest.mark.parametrize("compiler", BACKENDS)
+def test_compiled_log_density(compiler, fresh_dynamo):
     """log_density under the user's own torch.autograd.grad: the construction in which torch loses second order."""
 
     def penalty(function):
@@ -131,12 +131,12 @@ def test_compiled_log_density(backend, fresh_dynamo):
         lambda f: densreg.density_cross_entropy(f, y)[1],
     ):
         torch._dynamo.reset()
-        grads = parameter_gradient(*problem(torch.float64), penalty(function), backend)
+        grads = parameter_gradient(*problem(torch.float64), penalty(function), compiler)
         assert relative_error(grads, reference(2)) < 1e-10
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_gradient_of_the_cross_entropy_penalty(backend, fresh_dynamo):
+@pytest.mark.parametrize("compiler", [None, *BACKENDS])
+def test_gradient_of_the_cross_entropy_penalty(compiler, fresh_dynamo):
     """Second order through the cross-entropy output (InputGrad's penalty), label smoothing and ignored targets too."""
     y = torch.tensor([0, -100, 2, 3, 4])
 
@@ -149,12 +149,12 @@ def test_gradient_of_the_cross_entropy_penalty(backend, fresh_dynamo):
 
     ours = penalty(lambda f: densreg.density_cross_entropy(f, y, 0.1)[0])
     torchs = penalty(lambda f: nn.functional.cross_entropy(f, y, label_smoothing=0.1, reduction="none"))
-    grads = parameter_gradient(*problem(torch.float64), ours, backend)
+    grads = parameter_gradient(*problem(torch.float64), ours, compiler)
     assert relative_error(grads, parameter_gradient(*problem(torch.float64), torchs)) < 1e-10
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_density_loss(backend, fresh_dynamo):
+@pytest.mark.parametrize("compiler", BACKENDS)
+def test_compiled_density_loss(compiler, fresh_dynamo):
     """The whole step; the penalty's part of its gradient is what is left without the cross-entropy's."""
     model, x = problem(torch.float64)
     y = torch.tensor([0, 1, 2, 3, 4])
@@ -165,7 +165,7 @@ def test_compiled_density_loss(backend, fresh_dynamo):
         return loss.detach(), ce.detach(), penalty.detach(), torch.autograd.grad(loss, parameters)
 
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        loss, ce, penalty, grads = torch.compile(step, backend=backend, fullgraph=True)(x, y, torch.tensor(0.5))
+        loss, ce, penalty, grads = torch.compile(step, backend=compiler, fullgraph=True)(x, y, torch.tensor(0.5))
     plain = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
     penalty_grads = [2 * (g - c) for g, c in zip(grads, plain, strict=True)]
     assert relative_error(penalty_grads, reference(2)) < 1e-10

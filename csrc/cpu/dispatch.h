@@ -1,0 +1,81 @@
+// From an operator's arguments to a kernel body: instruction set, storage type, threads, and the counter that proves it.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "simd.h"
+
+namespace densreg::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls of one operator by one instruction set, for tests and benchmarks: see densreg_calls in register.cpp.
+enum class Op { softmax, softmax_backward, log_softmax_difference, pnorm, pnorm_backward, count };
+extern std::atomic<int64_t> calls[static_cast<int>(Op::count)][3];
+
+inline void count_call(Op op) {
+  calls[static_cast<int>(op)][static_cast<int>(isa())].fetch_add(1, std::memory_order_relaxed);
+}
+
+// A body is a struct with `template <class S, int BYTES> static DENSREG_INLINE void run(const Args&, begin, end)`.
+template <class Body, class S, class Args>
+void run_scalar(const Args& args, int64_t begin, int64_t end) {
+  Body::template run<S, 16>(args, begin, end);
+}
+#if defined(__x86_64__)
+template <class Body, class S, class Args>
+DENSREG_AVX2 void run_avx2(const Args& args, int64_t begin, int64_t end) {
+  Body::template run<S, 32>(args, begin, end);
+}
+template <class Body, class S, class Args>
+DENSREG_AVX512 void run_avx512(const Args& args, int64_t begin, int64_t end) {
+  Body::template run<S, 64>(args, begin, end);
+}
+#endif
+
+// Work per thread below which another thread costs more than it brings.
+constexpr int64_t kGrain = 32768;
+
+// Runs the body over [0, rows), each row of `cost` elements, on torch's threads; chunks are multiples of `align` rows.
+template <class Body, class S, class Args>
+void parallel_rows(const Args& args, int64_t rows, int64_t cost, int64_t align = 1) {
+  void (*kernel)(const Args&, int64_t, int64_t) = run_scalar<Body, S, Args>;
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) kernel = run_avx512<Body, S, Args>;
+  if (isa() == Isa::avx2) kernel = run_avx2<Body, S, Args>;
+#endif
+  const int64_t units = (rows + align - 1) / align;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost * align));
+  if (units <= grain) {
+    kernel(args, 0, rows);
+    return;
+  }
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    kernel(args, begin * align, std::min(end * align, rows));
+  });
+}
+
+// Calls f(S{}) with the storage type of a dtype.
+template <class F>
+void for_dtype(ScalarType dtype, const char* op, F f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(F32{});
+    case ScalarType::Double: return f(F64{});
+    case ScalarType::BFloat16: return f(BF16{});
+    case ScalarType::Half: return f(F16{});
+    default: STD_TORCH_CHECK(false, "densreg::", op, ": wanted float16, bfloat16, float32 or float64");
+  }
+}
+
+inline ScalarType row_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace densreg::cpu

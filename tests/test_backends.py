@@ -1,0 +1,132 @@
+"""Which kernel runs: forcing, counting, instruction sets, threads, memory that is not written, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference import DTYPES, ORDERS
+
+import densreg
+from densreg import ops
+
+KERNEL_TESTS = ["tests/test_softmax.py", "tests/test_pnorm.py", "tests/test_log_softmax_difference.py"]
+
+
+def _run(code_or_arguments, **environment):
+    arguments = code_or_arguments if isinstance(code_or_arguments, list) else ["-c", code_or_arguments]
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_cpu_tensors_are_served_by_the_extension():
+    before = ops.calls()
+    x = torch.randn(3, 4, requires_grad=True)
+    densreg.density_penalty(x @ torch.randn(4, 5), x).backward()
+    after = ops.calls()
+    for op in ("softmax", "softmax_backward", "pnorm", "pnorm_backward"):
+        key = f"{op}/cpu-{ops.instruction_set()}"
+        assert after[key] - before.get(key, 0) == 1
+    assert all(n == before.get(key, 0) for key, n in after.items() if key.endswith("/torch"))
+
+
+def test_forcing_a_backend():
+    logits = torch.randn(3, 4)
+    with densreg.backend("torch"):
+        before = ops.calls().get("softmax/torch", 0)
+        densreg.log_density(logits)
+        assert ops.calls()["softmax/torch"] == before + 1
+        with densreg.backend("cpu"):
+            densreg.log_density(logits)
+        densreg.log_density(logits)
+    assert ops.calls()["softmax/torch"] == before + 2
+    with pytest.raises(ValueError, match="backend must be one of cpu, torch; got 'triton'"), densreg.backend("triton"):
+        pass
+    with densreg.backend("cpu"), pytest.raises(RuntimeError, match="does not serve a tensor on meta"):
+        densreg.log_density(logits.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 7, 16, 31, 32, 33, 47, 64, 100, 1023, 2049, 270_000])
+def test_every_element_is_written(dtype, classes, poisoned):
+    logits = torch.rand(3, classes).to(dtype)
+    target = torch.zeros(3, dtype=torch.int64)
+    with densreg.backend("cpu"):
+        outputs = ops.softmax(logits, target, 0.1)
+        grads = [
+            ops.softmax_backward(source, statistics, target, target.float(), target.float(), logits, 0.1)
+            for source, statistics in ((outputs[2], None), (logits, outputs[3]))
+        ]
+        for p in ORDERS:
+            norm, peak, total = ops.pnorm(logits, p)
+            grads += [norm, peak, total, ops.pnorm_backward(norm, logits, peak, total, p)]
+    for tensor in (*outputs, *grads):
+        assert not tensor.isnan().any()
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 200_000])
+def test_threads_do_not_change_a_bit(classes):
+    logits, u = torch.randn(40, classes), torch.randn(40, classes)
+
+    def everything():
+        outputs = ops.softmax(logits, torch.arange(40) % classes)
+        norm = ops.pnorm(u, 3)
+        backward = ops.softmax_backward(outputs[2], None, None, None, None, u)
+        return (*outputs, backward, *norm, ops.pnorm_backward(norm[0], u, *norm[1:], 3))
+
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_lesser_instruction_sets(isa):
+    """The kernel tests again, in a process that is held to it."""
+    done = _run(["-m", "pytest", "-q", "-x", *KERNEL_TESTS], DENSREG_CPU_CAPABILITY=isa)
+    assert done.returncode == 0, done.stdout[-3000:]
+    shown = _run("from densreg import ops; print(ops.instruction_set())", DENSREG_CPU_CAPABILITY=isa)
+    assert shown.stdout.strip() in (isa, "scalar")  # scalar on a processor without AVX2
+
+
+_WITHOUT = """
+import pathlib, sys, warnings
+import torch
+real = pathlib.Path.exists
+pathlib.Path.exists = lambda self: False if self.name == "_C.so" else real(self)
+import densreg
+from densreg import ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        densreg.log_density(torch.randn(2, 3))
+print(len(caught), caught[0].message)
+print(ops.calls(), ops.instruction_set())
+try:
+    with densreg.backend("cpu"):
+        pass
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_the_extension():
+    done = _run(_WITHOUT)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "1 densreg runs in plain torch, several times slower: _C.so was not built"
+    assert lines[1] == "{'softmax/torch': 3} None"
+    assert lines[2] == "the backend 'cpu' is missing: _C.so was not built"
+    fatal = _run(_WITHOUT, DENSREG_REQUIRE_EXTENSION="1")
+    assert fatal.returncode == 1
+    assert "ImportError: DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is missing" in fatal.stderr
