@@ -115,7 +115,7 @@ def measure(rows: int, classes: int, seconds: float) -> dict[str, Any]:
     for name, call in columns.items():
         before = ops.calls()
         # Torch's running sums lose digits at many classes; ours may not.
-        _check(name, call(), f, u, 2e-6 if name in ("api", "raw") else 1e-4)
+        _check(name, call(), f, u, 2e-6 if name in ("api", "raw") else 1e-3)
         served = {key for key, n in ops.calls().items() if n > before.get(key, 0)}
         kernels = {f"{op}/cpu-{ops.instruction_set()}" for op in ("softmax", "softmax_backward")}
         if served != (kernels if name in ("api", "raw") else set()):

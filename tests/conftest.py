@@ -53,13 +53,3 @@ def backend(request):
     by = {key.split("/")[1] for key, n in served.items() if n}
     assert by <= {"torch" if request.param == "torch" else f"cpu-{ops.instruction_set()}"}
     assert by or request.node.get_closest_marker("no_call"), "no operator was called"
-
-
-@pytest.fixture
-def poisoned():
-    """Fresh memory holds NaN: an output that a kernel does not write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(4).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)

@@ -2,8 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -72,6 +78,36 @@ void for_dtype(ScalarType dtype, const char* op, F f) {
     case ScalarType::Half: return f(F16{});
     default: STD_TORCH_CHECK(false, "densreg::", op, ": wanted float16, bfloat16, float32 or float64");
   }
+}
+
+// A fresh contiguous tensor on the CPU, by the shortest way: small calls are made of these.
+template <size_t N>
+Tensor empty(const std::array<int64_t, N>& sizes, ScalarType dtype) {
+  std::array<int64_t, N> strides;
+  int64_t stride = 1;
+  for (size_t i = N; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, sizes[i]);
+  }
+  const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float16();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(N), sizes.data(), strides.data(), type,
+                                                  aoti_torch_device_type_cpu(), -1, &handle));
+  Tensor tensor(handle);
+#if defined(__linux__)
+  // A large output is fresh memory: most of its time would go into page faults of 4 KiB.
+  constexpr int64_t huge = 2 << 20;
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  if (bytes >= 4 * huge) {
+    const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + huge - 1) / huge * huge;
+    const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + bytes) / huge * huge;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may fail
+  }
+#endif
+  return tensor;
 }
 
 inline ScalarType row_dtype(ScalarType dtype) {

@@ -240,9 +240,9 @@ std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
   if (!dense_rows(g)) g = torch::stable::contiguous(g);
   const int64_t rows = g.size(0), n = rows ? g.numel() / rows : 0;
   const auto row = row_dtype(g.scalar_type());
-  Tensor norm = torch::stable::new_empty(g, {rows}, row);
-  Tensor peak = torch::stable::new_empty(g, {rows}, row);
-  Tensor total = torch::stable::new_empty(g, {rows}, row);
+  Tensor norm = empty<1>({rows}, row);
+  Tensor peak = empty<1>({rows}, row);
+  Tensor total = empty<1>({rows}, row);
   for_dtype(g.scalar_type(), "pnorm", [&](auto storage) {
     using S = decltype(storage);
     using Acc = typename S::Acc;

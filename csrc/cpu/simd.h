@@ -34,6 +34,7 @@ template <class T, int BYTES>
 struct Vector {
   static constexpr int width = BYTES / sizeof(T);
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  using Scalar = T;
   typedef T F __attribute__((vector_size(BYTES)));
   typedef Int I __attribute__((vector_size(BYTES)));
 };
@@ -218,57 +219,72 @@ DENSREG_INLINE F max(F a, F b) {  // of a NaN and a number, b
   return a > b ? a : b;
 }
 
+// Halves added to halves: one lane after the other would take longer than a row of a hundred classes.
+template <class T, int BYTES, bool MAX>
+DENSREG_INLINE T reduce(typename Vector<T, BYTES>::F f) {
+  if constexpr (BYTES > 16) {
+    using Half = typename Vector<T, BYTES / 2>::F;
+    Half halves[2];
+    std::memcpy(halves, &f, sizeof(f));
+    return reduce<T, BYTES / 2, MAX>(MAX ? max(halves[0], halves[1]) : halves[0] + halves[1]);
+  } else {
+    T result = f[0];
+    for (int lane = 1; lane < Vector<T, BYTES>::width; ++lane) {
+      result = MAX ? max<T>(f[lane], result) : result + f[lane];
+    }
+    return result;
+  }
+}
+
 template <class V>
 DENSREG_INLINE auto reduce_add(typename V::F f) {
-  auto sum = f[0];
-#pragma GCC unroll 16
-  for (int lane = 1; lane < V::width; ++lane) sum += f[lane];
-  return sum;
+  return reduce<typename V::Scalar, sizeof(f), false>(f);
 }
 
 template <class V>
 DENSREG_INLINE auto reduce_max(typename V::F f) {
-  auto m = f[0];
-#pragma GCC unroll 16
-  for (int lane = 1; lane < V::width; ++lane) m = f[lane] > m ? f[lane] : m;
-  return m;
+  return reduce<typename V::Scalar, sizeof(f), true>(f);
 }
 
 // --- exp and log
 
-// exp(x + low) for x <= 0 and a low far below x, to about one unit in the last place; 0 below the smallest normal
-// result, NaN for NaN.
-template <class V>
-DENSREG_INLINE typename V::F exp_nonpositive(typename V::F x, typename V::F low) {
+// exp(f - m) for f <= m to about one unit in the last place; 0 below the smallest normal result, NaN for NaN. m is a
+// number, or one for each lane. The difference is taken exactly, as x + low: at f - m = -80 its rounding alone would
+// cost 4e-6 in float32.
+template <class V, class M>
+DENSREG_INLINE typename V::F exp_difference(typename V::F f, M m) {
   using F = typename V::F;
   using I = typename V::I;
-  if constexpr (sizeof(typename V::Int) == 4) {
-    const F lowest = splat<F>(-87.33654f);
-    F t = x < lowest ? lowest : x;
+  using T = typename V::Scalar;
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T lowest = single ? T(-87.33654) : T(-708.39641853226408);  // log of the smallest normal number
+  const F bound = splat<F>(0) + (m + lowest);
+  const F g = f < bound ? bound : f;  // -inf too, which would make low a NaN
+  const F x = g - m;
+  const F b = x - g;
+  const F low = (g - (x - b)) - (m + b);
+  F y;
+  if constexpr (single) {
     const float magic = 0x1.8p23f;
-    F shifted = t * 1.44269504088896341f + magic;
-    F n = shifted - magic;
-    F r = t - n * 0.693359375f;
+    const F shifted = x * 1.44269504088896341f + magic;
+    const F n = shifted - magic;
+    F r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f + low;
-    F y = splat<F>(1.9875691500e-4f);
+    y = splat<F>(1.9875691500e-4f);
     y = y * r + 1.3981999507e-3f;
     y = y * r + 8.3334519073e-3f;
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    I exponent = (bits<I>(shifted) - 0x4b400000 + 127) << 23;
-    y = y * bits<F>(exponent);
-    return x < lowest ? F{} : y;
+    y = y * bits<F>((bits<I>(shifted) - 0x4b400000 + 127) << 23);
   } else {
-    const F lowest = splat<F>(-708.39641853226408);
-    F t = x < lowest ? lowest : x;
     const double magic = 0x1.8p52;
-    F shifted = t * 1.4426950408889634074 + magic;
-    F n = shifted - magic;
-    F r = t - n * 6.93147180369123816490e-01;
+    const F shifted = x * 1.4426950408889634074 + magic;
+    const F n = shifted - magic;
+    F r = x - n * 6.93147180369123816490e-01;
     r = r - n * 1.90821492927058770002e-10 + low;
-    F y = splat<F>(1.0 / 6227020800.0);
+    y = splat<F>(1.0 / 6227020800.0);
     y = y * r + 1.0 / 479001600.0;
     y = y * r + 1.0 / 39916800.0;
     y = y * r + 1.0 / 3628800.0;
@@ -281,25 +297,15 @@ DENSREG_INLINE typename V::F exp_nonpositive(typename V::F x, typename V::F low)
     y = y * r + 1.0 / 6.0;
     y = y * r + 0.5;
     y = y * r * r + r + 1.0;
-    I exponent = (bits<I>(shifted) - 0x4338000000000000 + 1023) << 52;
-    y = y * bits<F>(exponent);
-    return x < lowest ? F{} : y;
+    y = y * bits<F>((bits<I>(shifted) - 0x4338000000000000 + 1023) << 52);
   }
+  return f < bound ? F{} : y;
 }
 
+// exp(x) for x <= 0, as above.
 template <class V>
 DENSREG_INLINE typename V::F exp_nonpositive(typename V::F x) {
-  return exp_nonpositive<V>(x, splat<typename V::F>(0));
-}
-
-// exp(f - m) for f <= m. The difference is taken exactly: at f - m = -80 its rounding alone would cost 4e-6 in float32.
-template <class V, class M>  // m: one number, or one for each lane
-DENSREG_INLINE typename V::F exp_difference(typename V::F f, M m) {
-  using F = typename V::F;
-  const F x = f - m;
-  const F b = x - f;
-  const F low = (f - (x - b)) - (m + b);
-  return exp_nonpositive<V>(x, low == low ? low : F{});  // low is NaN where f is infinite
+  return exp_difference<V>(x, typename V::Scalar(0));
 }
 
 // log(x) for x in [smallest normal, 1]; what comes out for 0 is finite and very negative.

@@ -461,11 +461,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, std::optional<
   logits = rows_contiguous(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const auto row = row_dtype(logits.scalar_type());
-  Tensor log_density = torch::stable::new_empty(logits, {rows}, row);
-  Tensor cross_entropy = torch::stable::new_empty(logits, {target ? rows : 0}, row);
-  Tensor softmax = need_softmax ? torch::stable::new_empty(logits, {rows, classes})
-                                : torch::stable::new_empty(logits, {0});
-  Tensor statistics = torch::stable::new_empty(logits, {2, rows}, row);
+  Tensor log_density = empty<1>({rows}, row);
+  Tensor cross_entropy = empty<1>({target ? rows : 0}, row);
+  Tensor softmax = need_softmax ? empty<2>({rows, classes}, logits.scalar_type())
+                                : empty<1>({0}, logits.scalar_type());
+  Tensor statistics = empty<2>({2, rows}, row);
   const std::optional<Tensor> y = contiguous(target);
   for_dtype(logits.scalar_type(), "softmax", [&](auto storage) {
     using S = decltype(storage);
@@ -516,7 +516,7 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
   source = rows_contiguous(source);
   const int64_t rows = source.size(0), classes = source.size(1);
   const auto dtype = source.scalar_type();
-  Tensor grad = torch::stable::new_empty(source, {rows, classes});
+  Tensor grad = empty<2>({rows, classes}, dtype);
   const auto y = contiguous(target);
   const auto stats = contiguous_as(statistics, row_dtype(dtype));
   const auto l = contiguous_as(grad_log_density, row_dtype(dtype));
