@@ -53,9 +53,9 @@ class BuildExtension(build_ext):
                 extension = self.extensions[0]
                 extension.include_dirs = [str(torch / "include")]
                 extension.library_dirs = [str(torch / "lib")]
+                self.force = True  # what an earlier build left may be of other flags or another torch
                 super().run()
-                version = subprocess.run([*self.compiler.compiler_so[:1], "--version"], capture_output=True, text=True)
-                info |= {"built": True, "compiler": version.stdout.splitlines()[0]}
+                info |= {"built": True, "compiler": self.compiler_name()}
             except Exception as error:
                 if mode == "require":
                     raise
@@ -64,6 +64,13 @@ class BuildExtension(build_ext):
         path = output.with_name("_build_info.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(info, indent=2) + "\n")
+
+    def compiler_name(self) -> str:
+        try:
+            said = subprocess.run([*self.compiler.compiler_so_cxx[:1], "--version"], capture_output=True, text=True)
+            return said.stdout.splitlines()[0]
+        except (OSError, IndexError, AttributeError):
+            return "unknown"
 
     def get_ext_filename(self, name):
         return str(Path(*name.split("."))) + ".so"  # no Python version in it

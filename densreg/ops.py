@@ -255,6 +255,7 @@ def softmax_backward(
             rounded P would cost a confident sample's P - q all its digits. Without, the forward's softmax
             (``scale * P``), which saves the exponentials.
         statistics: the forward's [2, B], or None.
+        grad_softmax: [B, C], in the dtype of the logits.
     """
     _require_no_grad("softmax_backward", source, grad_log_density, grad_cross_entropy, grad_softmax)
     return _call(

@@ -85,6 +85,68 @@ def test_every_element_is_written(dtype, classes):
         assert any(poisoned), "the allocator never gave the poisoned memory again"
 
 
+def test_target_changed_behind_autograd():
+    """The kernel writes at the target: one that is out of range by then must not become a write out of bounds."""
+    for classes in (5, 40):
+        target = torch.tensor([0, 1, 2])
+        logits = torch.randn(3, classes, requires_grad=True)
+        ce, _ = densreg.density_cross_entropy(logits, target)
+        target.numpy()[1] = 10**12  # as a data loader reuses its buffer: autograd's version counter does not see it
+        with pytest.raises(ValueError, match="target holds class 1000000000000"):
+            ce.sum().backward()
+
+
+def test_kernels_check_shapes_and_dtypes():
+    """What would make a kernel read past a buffer is an error, however the operator is reached."""
+    kernels = torch.ops.densreg
+    f, three, two = torch.randn(3, 40), torch.zeros(3), torch.zeros(2)
+    y = torch.zeros(3, dtype=torch.int64)
+    statistics = torch.ones(2, 3)
+    options = (0.0, -100, 1.0)
+    norm, peak, total = ops.pnorm(f, 2.0)
+    for operator, arguments in [
+        (kernels.softmax, (f[None], None, 0.0, -100, True, 1.0)),
+        (kernels.softmax, (f, y[:2], 0.0, -100, True, 1.0)),
+        (kernels.softmax, (f, y.int(), 0.0, -100, True, 1.0)),
+        (kernels.softmax, (f, y[None], 0.0, -100, True, 1.0)),
+        (kernels.log_softmax_difference, (f, y[:2], True)),
+        (kernels.softmax_backward, (f, statistics[:, :2], None, three, None, None, *options)),
+        (kernels.softmax_backward, (f, statistics, None, two, None, None, *options)),
+        (kernels.softmax_backward, (f, statistics, y, None, two, None, *options)),
+        (kernels.softmax_backward, (f, statistics, y[:2], None, three, None, *options)),
+        (kernels.softmax_backward, (f, statistics, None, None, None, f[:2], *options)),
+        (kernels.softmax_backward, (f, statistics, None, None, None, f.double(), *options)),
+        (kernels.pnorm, (three, 2.0)),
+        (kernels.pnorm_backward, (norm[:2], f, peak, total, 2.0)),
+        (kernels.pnorm_backward, (norm, f, peak[:2], total, 2.0)),
+    ]:
+        with pytest.raises(RuntimeError, match=rf"densreg::{operator.__name__.split('.')[-1]}: .* must "):
+            operator.default(*arguments)
+
+
+def test_half_subnormals_survive_flushing():
+    """Torch's own conversions keep them under set_flush_denormal; so do ours."""
+    g = torch.full((1, 40), 6e-6, dtype=torch.float16)
+    expected = ops.pnorm(g, 2.0)[0]
+    assert expected > 3e-5
+    torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(ops.pnorm(g, 2.0)[0], expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_streamed_rows_are_exact_in_every_vector():
+    """Rows longer than L2: their first, unaligned vector too, where f - m rounds most."""
+    classes = 131_073
+    logits = -(60 + torch.rand(4, classes) * 27)
+    logits[:, 5000] = torch.rand(4) * 3
+    p = ops.softmax(logits)[2].double()
+    expected = torch.softmax(logits.double(), 1)
+    normal = expected > torch.finfo(torch.float32).tiny
+    assert ((p - expected)[normal] / expected[normal]).abs().max() < 3e-7
+
+
 @pytest.mark.parametrize("classes", [10, 1000, 200_000])
 def test_threads_do_not_change_a_bit(classes):
     logits, u = torch.randn(40, classes), torch.randn(40, classes)

@@ -80,6 +80,13 @@ def test_no_over_or_underflow(p, magnitude):
     torch.testing.assert_close(gradient.double(), direction, rtol=1e-5, atol=1e-30)
 
 
+def test_small_entries_at_orders_near_one():
+    """|g|^(p-1) is near 1 however small g is, subnormal ratios included."""
+    g = torch.tensor([[1e20, 1e-20], [1.0, 1e-39]])
+    _, gradient = _norm_and_gradient(g, 1.0001)
+    torch.testing.assert_close(gradient.double(), _reference(double(g), 1.0001)[1], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("p", [1e3, 1e5, 1e7, 1e30])
 def test_ties_at_large_orders(p):
     norm, gradient = _norm_and_gradient(torch.tensor([[5.0, 5.0, -5.0, 1.0]]), p)

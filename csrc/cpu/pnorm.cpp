@@ -25,10 +25,12 @@ template <class V, class T>
 DENSREG_INLINE typename V::F power_unit(typename V::F r, T p) {
   using F = typename V::F;
   p = p < T(1e30) ? p : T(1e30);  // 0 * inf would be NaN
-  const F tiny = splat<F>(std::numeric_limits<T>::min());
-  const F safe = r < tiny ? tiny : r;
-  const F y = exp_nonpositive<V>(log_unit<V>(safe) * p);
-  return r < tiny ? F{} : y;
+  // A subnormal r counts: for p near 1, r^(p-1) is near 1 however small r is.
+  constexpr T tiny = std::numeric_limits<T>::min();
+  const F normal = r < tiny ? r * T(0x1p64) : r;
+  const F shift = r < tiny ? splat<F>(T(64 * 0.69314718055994530942)) : F{};
+  const F y = exp_nonpositive<V>((log_unit<V>(r == 0 ? splat<F>(1) : normal) - shift) * p);
+  return r == 0 ? F{} : y;
 }
 
 template <class S>
@@ -236,6 +238,7 @@ bool dense_rows(const Tensor& g) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
+  STD_TORCH_CHECK(g.dim() >= 2 && g.is_cpu(), "densreg::pnorm: g must be a CPU tensor of shape [rows, ...]");
   count_call(Op::pnorm);
   if (!dense_rows(g)) g = torch::stable::contiguous(g);
   const int64_t rows = g.size(0), n = rows ? g.numel() / rows : 0;
@@ -259,6 +262,11 @@ std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
 }
 
 Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p) {
+  STD_TORCH_CHECK(g.dim() >= 2 && g.is_cpu(), "densreg::pnorm_backward: g must be a CPU tensor of shape [rows, ...]");
+  for (const Tensor& t : {grad, peak, total}) {
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == g.size(0) && t.is_cpu(),
+                    "densreg::pnorm_backward: grad, peak and total must be CPU tensors of shape [", g.size(0), "]");
+  }
   count_call(Op::pnorm_backward);
   Tensor out = torch::stable::empty_like(g);  // g's memory format
   const bool direct = dense_rows(g);

@@ -67,8 +67,8 @@ DENSREG_INLINE To bits(From from) {
 
 template <class V, class T>
 DENSREG_INLINE V splat(T value) {
-  V v = {};
-  return v + static_cast<std::remove_cvref_t<decltype(v[0])>>(value);
+  const V zero = {};
+  return static_cast<std::remove_cvref_t<decltype(zero[0])>>(value) - zero;  // 0 + -0 would be +0
 }
 
 // Select: a where the mask is set. The comparison of two vectors is such a mask.
@@ -95,11 +95,12 @@ DENSREG_INLINE typename V::F widen(const uint16_t* p, F16) {
   H h;
   std::memcpy(&h, p, sizeof(h));
   I wide = __builtin_convertvector(h, I);
-  I magnitude = (wide & 0x7fff) << 13;
-  // The exponent's bias differs by 112; the product is exact, and makes subnormals normal.
-  I finite = bits<I>(bits<F>(magnitude) * 0x1p112f);
-  I special = magnitude | 0x7f800000;
-  I result = select((wide & 0x7fff) >= 0x7c00, special, finite);
+  const I magnitude = wide & 0x7fff;
+  // The exponent's bias differs by 112. A subnormal goes through an integer: as a float it might be flushed to zero.
+  const I normal = (magnitude << 13) + (112 << 23);
+  const I subnormal = bits<I>(__builtin_convertvector(magnitude, F) * 0x1p-24f);
+  const I special = (magnitude << 13) | 0x7f800000;
+  const I result = select(magnitude >= 0x7c00, special, select(magnitude < 0x0400, subnormal, normal));
   return bits<F>(result | ((wide & 0x8000) << 16));
 }
 

@@ -185,7 +185,7 @@ struct ForwardRows {
       } else {
         // An unaligned first vector, aligned streaming ones, and an unaligned last one.
         const int64_t head = (64 - reinterpret_cast<uintptr_t>(y) % 64) % 64 / sizeof(Raw);
-        store<S, V>(exp_nonpositive<V>(load<S, V>(f) - m) * inverse, y);
+        store<S, V>(exp_difference<V>(load<S, V>(f), m) * inverse, y);
         for (int64_t i = W; i < head; i += W) {
           store<S, V>(exp_difference<V>(load<S, V>(f + i), m) * inverse, y + i);
         }
@@ -442,7 +442,20 @@ std::optional<Tensor> contiguous_as(const std::optional<Tensor>& t, ScalarType d
   return contiguous(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype));
 }
 
+void check_rows(const char* op, const char* what, const std::optional<Tensor>& t, int64_t rows) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == rows && t->is_cpu(), "densreg::", op, ": ", what,
+                  " must be a CPU tensor of shape [", rows, "]");
+}
+
+void check_matrix(const char* op, const char* what, const Tensor& t, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.dim() == 2 && (rows < 0 || t.size(0) == rows) && (columns < 0 || t.size(1) == columns) &&
+                      t.is_cpu(),
+                  "densreg::", op, ": ", what, " must be a matrix on the CPU, of the shape of the other arguments");
+}
+
 void check_classes(const char* op, const char* what, const Tensor& target, int64_t classes, const int64_t* ignored) {
+  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "densreg::", op, ": ", what, " must hold int64 classes");
   const auto* y = static_cast<const int64_t*>(target.data_ptr());
   for (int64_t i = 0; i < target.numel(); ++i) {
     if ((y[i] < 0 || y[i] >= classes) && !(ignored && y[i] == *ignored)) {
@@ -455,6 +468,16 @@ void check_classes(const char* op, const char* what, const Tensor& target, int64
   }
 }
 
+// The class of each row, contiguous, so that what the kernels read is what was checked.
+std::optional<Tensor> classes_of(const char* op, const char* what, const std::optional<Tensor>& t, int64_t rows,
+                                 int64_t classes, const int64_t* ignored) {
+  check_rows(op, what, t, rows);
+  const auto dense = contiguous(t);
+  if (dense) check_classes(op, what, *dense, classes, ignored);
+  return dense;
+}
+
+// `target` is contiguous, and checked.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, std::optional<Tensor> target,
                                                    double label_smoothing, int64_t ignore_index,
                                                    bool need_softmax, double scale) {
@@ -466,7 +489,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, std::optional<
   Tensor softmax = need_softmax ? empty<2>({rows, classes}, logits.scalar_type())
                                 : empty<1>({0}, logits.scalar_type());
   Tensor statistics = empty<2>({2, rows}, row);
-  const std::optional<Tensor> y = contiguous(target);
   for_dtype(logits.scalar_type(), "softmax", [&](auto storage) {
     using S = decltype(storage);
     using Raw = typename S::Raw;
@@ -474,7 +496,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, std::optional<
     const ForwardArgs<S> args{static_cast<const Raw*>(logits.data_ptr()),
                               rows > 1 ? logits.stride(0) : classes,
                               classes,
-                              data_or_null<int64_t>(y),
+                              data_or_null<int64_t>(target),
                               ignore_index,
                               label_smoothing,
                               static_cast<Acc*>(log_density.data_ptr()),
@@ -496,13 +518,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, std::optional<
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<Tensor> target, double label_smoothing,
                                            int64_t ignore_index, bool need_softmax, double scale) {
-  if (target) check_classes("softmax", "target", *contiguous(target), logits.size(1), &ignore_index);
+  check_matrix("softmax", "logits", logits, -1, -1);
+  target = classes_of("softmax", "target", target, logits.size(0), logits.size(1), &ignore_index);
   count_call(Op::softmax);
   return forward(logits, target, label_smoothing, ignore_index, need_softmax, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> log_softmax_difference(Tensor logits, Tensor k, bool need_softmax) {
-  check_classes("log_softmax_difference", "k", k.is_contiguous() ? k : torch::stable::contiguous(k), logits.size(1), nullptr);
+  check_matrix("log_softmax_difference", "logits", logits, -1, -1);
+  classes_of("log_softmax_difference", "k", k, logits.size(0), logits.size(1), nullptr);
   count_call(Op::log_softmax_difference);
   auto [difference, unused, y, statistics] = forward(logits, std::nullopt, 0.0, -100, need_softmax, 1.0);
   return {difference, y, statistics};
@@ -512,20 +536,27 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
                         std::optional<Tensor> grad_log_density, std::optional<Tensor> grad_cross_entropy,
                         std::optional<Tensor> grad_softmax, double label_smoothing, int64_t ignore_index,
                         double scale) {
-  count_call(Op::softmax_backward);
-  source = rows_contiguous(source);
+  check_matrix("softmax_backward", "source", source, -1, -1);
   const int64_t rows = source.size(0), classes = source.size(1);
   const auto dtype = source.scalar_type();
+  if (statistics) check_matrix("softmax_backward", "statistics", *statistics, 2, rows);
+  check_rows("softmax_backward", "grad_log_density", grad_log_density, rows);
+  check_rows("softmax_backward", "grad_cross_entropy", grad_cross_entropy, rows);
+  if (grad_softmax) {
+    check_matrix("softmax_backward", "grad_softmax", *grad_softmax, rows, classes);
+    STD_TORCH_CHECK(grad_softmax->scalar_type() == dtype,
+                    "densreg::softmax_backward: grad_softmax must have the dtype of the source");
+  }
+  // Checked again: since the forward it may have changed.
+  const auto y = classes_of("softmax_backward", "target", target, rows, classes, &ignore_index);
+  count_call(Op::softmax_backward);
+  source = rows_contiguous(source);
   Tensor grad = empty<2>({rows, classes}, dtype);
-  const auto y = contiguous(target);
   const auto stats = contiguous_as(statistics, row_dtype(dtype));
   const auto l = contiguous_as(grad_log_density, row_dtype(dtype));
   const auto a = contiguous_as(grad_cross_entropy, row_dtype(dtype));
   std::optional<Tensor> u;
-  if (grad_softmax) {
-    u = rows_contiguous(grad_softmax->scalar_type() == dtype ? *grad_softmax
-                                                             : torch::stable::to(*grad_softmax, dtype));
-  }
+  if (grad_softmax) u = rows_contiguous(*grad_softmax);
   for_dtype(dtype, "softmax_backward", [&](auto storage) {
     using S = decltype(storage);
     using Raw = typename S::Raw;
