@@ -22,7 +22,6 @@ from setuptools.command.build_ext import build_ext
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 SOURCES = ["csrc/register.cpp", "csrc/cpu/softmax.cpp", "csrc/cpu/pnorm.cpp"]
-HEADERS = ["csrc/cpu/dispatch.h", "csrc/cpu/pnorm.h", "csrc/cpu/simd.h", "csrc/cpu/softmax.h"]
 
 
 def torch_folder() -> Path:
@@ -92,7 +91,6 @@ class Wheel(bdist_wheel):
 extension = Extension(
     "densreg._C",
     SOURCES,
-    depends=HEADERS,
     language="c++",
     libraries=["torch_cpu"],
     define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("TORCH_STABLE_ONLY", None)],

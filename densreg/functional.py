@@ -347,7 +347,7 @@ class _PNormBackward(_Function):
     def _hessian_times(ctx, v):
         """H v with H = (p - 1) / N (diag((|g| / N)^(p-2)) - D D^T), D the dual direction; also D."""
         _, g, peak, total = ctx.saved_tensors
-        norm = ops._per_row(_PNorm.call(g, ctx.p)[0], g)
+        norm = ops.per_row(_PNorm.call(g, ctx.p)[0], g)
         dual = _PNormBackward.call(torch.ones_like(peak), g, peak, total, ctx.p).to(norm.dtype)
         v = v.to(norm.dtype)
         if ctx.p in (1, math.inf):  # piecewise linear
@@ -355,25 +355,25 @@ class _PNormBackward(_Function):
         along = (dual * v).flatten(1).sum(1)
         norm = norm.masked_fill(norm == 0, 1)
         curvature = (g.to(norm.dtype).abs() / norm).pow(ctx.p - 2)
-        product = (ctx.p - 1) / norm * (curvature * v - dual * ops._per_row(along, g))
+        product = (ctx.p - 1) / norm * (curvature * v - dual * ops.per_row(along, g))
         # The norm has no derivative at a zero row, whose subgradient here is 0; nor a second one.
-        return product.masked_fill(ops._per_row(peak, g) == 0, 0), dual
+        return product.masked_fill(ops.per_row(peak, g) == 0, 0), dual
 
     @staticmethod
     def backward(ctx, v):
         grad, g = ctx.saved_tensors[:2]
         product, dual = _PNormBackward._hessian_times(ctx, v)
         grad_grad = (dual * v).flatten(1).sum(1) if ctx.needs_input_grad[0] else None
-        grad_g = (ops._per_row(grad, g) * product).to(g.dtype) if ctx.needs_input_grad[1] else None
+        grad_g = (ops.per_row(grad, g) * product).to(g.dtype) if ctx.needs_input_grad[1] else None
         return grad_grad, grad_g, None, None, None
 
     @staticmethod
     def jvp(ctx, grad_tangent, g_tangent, *_):
         grad, g = ctx.saved_tensors[:2]
         product, dual = _PNormBackward._hessian_times(ctx, torch.zeros_like(g) if g_tangent is None else g_tangent)
-        tangent = ops._per_row(grad, g) * product
+        tangent = ops.per_row(grad, g) * product
         if grad_tangent is not None:
-            tangent = tangent + ops._per_row(grad_tangent, g) * dual
+            tangent = tangent + ops.per_row(grad_tangent, g) * dual
         return tangent.to(g.dtype)
 
     @staticmethod
@@ -386,6 +386,7 @@ class _PNormBackward(_Function):
 
 
 def check_logits(logits: Tensor) -> None:
+    """Raise TypeError or ValueError unless logits is [B, C] with C >= 1, of one of the four floating dtypes."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in DTYPES:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 _library = torch.library.Library("densreg", "DEF")
 
+# In the order of enum Op in csrc/cpu/dispatch.h, by which the calls are counted.
 OPERATORS = ("softmax", "softmax_backward", "log_softmax_difference", "pnorm", "pnorm_backward")
 
 BACKENDS = ("cpu", "torch")
@@ -84,9 +85,9 @@ def calls() -> dict[str, int]:
     return {key: n for key, n in counts.items() if n}
 
 
-def _call(name: str, fallback: Callable[..., Any], *args: Any) -> Any:
+def _call(name: str, *args: Any) -> Any:
     if _forced == "torch":
-        return fallback(*args)
+        return _FALLBACKS[name](*args)
     if _forced == "cpu" and args[0].device.type != "cpu":
         raise RuntimeError(f"the backend 'cpu' is forced, and does not serve a tensor on {args[0].device}")
     try:
@@ -99,13 +100,28 @@ def _call(name: str, fallback: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-def _count_fallback(name: str, tensor: Tensor) -> None:
-    if _forced is None and tensor.device.type == "cpu" and MISSING is not None and not _fallback_calls:
-        warnings.warn(f"densreg runs in plain torch, several times slower: {MISSING}", stacklevel=2)
-    _fallback_calls[name] += 1
+_FALLBACKS: dict[str, Callable[..., Any]] = {}
 
 
-def _per_row(row: Tensor, like: Tensor) -> Tensor:
+def _fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the plain-torch implementation of an operator, on every device; its calls are counted."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.no_grad()
+        def counted(*args: Any) -> Any:
+            if _forced is None and args[0].device.type == "cpu" and MISSING is not None and not _fallback_calls:
+                warnings.warn(f"densreg runs in plain torch, several times slower: {MISSING}", stacklevel=2)
+            _fallback_calls[name] += 1
+            return function(*args)
+
+        _library.impl(name, counted, "CompositeExplicitAutograd")
+        _FALLBACKS[name] = counted
+        return function
+
+    return register
+
+
+def per_row(row: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B, 1, ..., 1], to broadcast against a tensor of shape [B, ...]."""
     return row.reshape(-1, *[1] * (like.ndim - 1))
 
@@ -143,7 +159,7 @@ def softmax(
         :func:`softmax_backward`. What was not asked for has shape [0].
     """
     _require_no_grad("softmax", logits)
-    return _call("softmax", _softmax_torch, logits, target, label_smoothing, ignore_index, need_softmax, scale)
+    return _call("softmax", logits, target, label_smoothing, ignore_index, need_softmax, scale)
 
 
 def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -170,21 +186,8 @@ def _row_sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return m, e, s, log_density
 
 
-@torch.library.impl(_library, "softmax", "CompositeExplicitAutograd")
-@torch.no_grad()
+@_fallback("softmax")
 def _softmax_torch(
-    logits: Tensor,
-    target: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    need_softmax: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _count_fallback("softmax", logits)
-    return _softmax_forward(logits, target, label_smoothing, ignore_index, need_softmax, scale)
-
-
-def _softmax_forward(
     logits: Tensor,
     target: Tensor | None,
     label_smoothing: float,
@@ -260,7 +263,6 @@ def softmax_backward(
     _require_no_grad("softmax_backward", source, grad_log_density, grad_cross_entropy, grad_softmax)
     return _call(
         "softmax_backward",
-        _softmax_backward_torch,
         source,
         statistics,
         target,
@@ -273,8 +275,7 @@ def softmax_backward(
     )
 
 
-@torch.library.impl(_library, "softmax_backward", "CompositeExplicitAutograd")
-@torch.no_grad()
+@_fallback("softmax_backward")
 def _softmax_backward_torch(
     source: Tensor,
     statistics: Tensor | None,
@@ -286,7 +287,6 @@ def _softmax_backward_torch(
     ignore_index: int,
     scale: float,
 ) -> Tensor:
-    _count_fallback("softmax_backward", source)
     dtype = accumulation_dtype(source.dtype)
     if statistics is None:
         p = source.to(dtype) / scale
@@ -339,16 +339,14 @@ def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool = True)
         ``(difference [B], softmax [B, C], statistics [2, B])``, as in :func:`softmax`.
     """
     _require_no_grad("log_softmax_difference", logits)
-    return _call("log_softmax_difference", _log_softmax_difference_torch, logits, k, need_softmax)
+    return _call("log_softmax_difference", logits, k, need_softmax)
 
 
-@torch.library.impl(_library, "log_softmax_difference", "CompositeExplicitAutograd")
-@torch.no_grad()
+@_fallback("log_softmax_difference")
 def _log_softmax_difference_torch(logits: Tensor, k: Tensor, need_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    _count_fallback("log_softmax_difference", logits)
     if k.device.type == "cpu" and ((k < 0) | (k >= logits.shape[1])).any():
         raise ValueError(f"k holds classes in [{k.min()}, {k.max()}]; wanted classes in [0, {logits.shape[1]})")
-    difference, _, y, statistics = _softmax_forward(logits, None, 0.0, -100, need_softmax, 1.0)
+    difference, _, y, statistics = _softmax_torch(logits, None, 0.0, -100, need_softmax, 1.0)
     return difference, y, statistics
 
 
@@ -377,13 +375,11 @@ def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
         ``total`` is the number of entries of that magnitude. ``peak`` and ``total`` are for :func:`pnorm_backward`.
     """
     _require_no_grad("pnorm", g)
-    return _call("pnorm", _pnorm_torch, g, p)
+    return _call("pnorm", g, p)
 
 
-@torch.library.impl(_library, "pnorm", "CompositeExplicitAutograd")
-@torch.no_grad()
+@_fallback("pnorm")
 def _pnorm_torch(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
-    _count_fallback("pnorm", g)
     magnitude = g.to(accumulation_dtype(g.dtype)).abs()
     if magnitude[:1].numel() == 0:  # no rows, or rows without entries
         zero = magnitude.new_zeros(g.shape[0])
@@ -391,10 +387,10 @@ def _pnorm_torch(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
     dims = tuple(range(1, g.ndim))
     peak = magnitude.amax(dims)
     if p == float("inf"):
-        ties = (magnitude == _per_row(peak, g)).sum(dims).to(peak.dtype)
+        ties = (magnitude == per_row(peak, g)).sum(dims).to(peak.dtype)
         return peak.clone(), peak, ties.clamp_(min=1)  # a NaN equals nothing: torch's gradient there is 0
     # Divided by the peak, not multiplied by its reciprocal: that is infinite for a subnormal peak.
-    ratio = magnitude / _per_row(peak, g)
+    ratio = magnitude / per_row(peak, g)
     total = (ratio if p == 1 else ratio.square_() if p == 2 else ratio.pow_(p)).sum(dims)
     # 0 / 0 and inf / inf: such a row has the norm 0 or inf, and its gradient divides by one.
     total = total.masked_fill((peak == 0) | peak.isinf(), 1)
@@ -417,15 +413,13 @@ def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: floa
     A zero row has gradient 0; for p = inf the gradient is shared between the entries of largest magnitude.
     """
     _require_no_grad("pnorm_backward", grad, g, peak, total)
-    return _call("pnorm_backward", _pnorm_backward_torch, grad, g, peak, total, p)
+    return _call("pnorm_backward", grad, g, peak, total, p)
 
 
-@torch.library.impl(_library, "pnorm_backward", "CompositeExplicitAutograd")
-@torch.no_grad()
+@_fallback("pnorm_backward")
 def _pnorm_backward_torch(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: float) -> Tensor:
-    _count_fallback("pnorm_backward", g)
     value = g.to(accumulation_dtype(g.dtype))
-    grad, peak, total = (_per_row(t, g) for t in (grad.to(value.dtype), peak, total))
+    grad, peak, total = (per_row(t, g) for t in (grad.to(value.dtype), peak, total))
     if p == float("inf"):
         dual = value.sgn() * (value.abs() == peak) / total
     elif p == 1:

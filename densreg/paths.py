@@ -14,7 +14,7 @@ a plain training step costs 3F, the step with the penalty
     fused       vector-Jacobian product with softmax(f)      6F         never
 
 The paper names "inverse" and does not define it: this is our reading. Half-precision logits are converted to float32
-first, on every path.
+first; "fused" takes them as they are, and its operator sums in float32.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ PATHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 def check_path(path: str) -> str:
+    """The name of a path; raises ValueError where there is none of that name."""
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}; got {path!r}")
     return path

@@ -12,6 +12,7 @@ import torch
 from reference import DTYPES, ORDERS
 
 import densreg
+from benchmarks.second_order import measure
 from densreg import ops
 
 KERNEL_TESTS = ["tests/test_softmax.py", "tests/test_pnorm.py", "tests/test_log_softmax_difference.py"]
@@ -179,13 +180,18 @@ def test_lesser_instruction_sets(isa):
     assert shown.stdout.strip() in (isa, "scalar")  # scalar on a processor without AVX2
 
 
-_WITHOUT = """
+_HIDDEN = """
 import pathlib, sys, warnings
 import torch
 real = pathlib.Path.exists
 pathlib.Path.exists = lambda self: False if self.name == "_C.so" else real(self)
 import densreg
 from densreg import ops
+"""
+
+_WITHOUT = (
+    _HIDDEN
+    + """
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
@@ -198,6 +204,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
+)
 
 
 def test_without_the_extension():
@@ -209,3 +216,37 @@ def test_without_the_extension():
     fatal = _run(_WITHOUT, DENSREG_REQUIRE_EXTENSION="1")
     assert fatal.returncode == 1
     assert "ImportError: DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is missing" in fatal.stderr
+
+
+_SECOND_ORDER = (
+    _HIDDEN
+    + """
+import math
+from benchmarks.second_order import measure
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for p in (1, 1.5, 2, 4, math.inf):
+        for compiler in (None, "aot_eager"):
+            print(measure("fused", p, torch.float64, compiler))
+    print(measure("fused", 2, torch.float64, "inductor"))
+    assert set(ops.calls()) == {f"{op}/torch" for op in ops.OPERATORS if op != "log_softmax_difference"}, ops.calls()
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_second_order_of_the_fallback():
+    """The penalty alone against float64, as devices without kernels have it: eager, compiled, by inductor."""
+    done = _run(_SECOND_ORDER, DENSREG_REQUIRE_EXTENSION="0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = [float(line) for line in done.stdout.splitlines()]
+    assert len(errors) == 11
+    assert max(errors) < 1e-10
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize("p", ORDERS)
+def test_second_order_on_each_backend(backend, p, compiler, fresh_dynamo):
+    assert measure("fused", p, torch.float64, compiler) < 1e-10

@@ -1,8 +1,8 @@
 // Vectors as GCC and clang write them, for one instruction set at a time.
 //
 // Kernel bodies are templates over the vector's size in bytes and always inlined into wrappers that carry the target
-// attribute (DENSREG_FOR_EACH_ISA): one source, three machine codes, chosen when the first kernel runs. Nothing here
-// may call a function that is not inlined, or use a lambda: those would not inherit the target.
+// attribute (run_* in dispatch.h): one source, three machine codes, chosen when the first kernel runs. Nothing here may
+// call a function that is not inlined, or use a lambda: those would not inherit the target.
 #pragma once
 
 #include <cmath>
@@ -156,7 +156,7 @@ DENSREG_INLINE void store(typename V::F f, typename S::Raw* p) {
   }
 }
 
-// Past the caches: the line is not read before it is written. p is aligned to 16 bytes; call stream_fence at the end.
+// Past the caches: the line is not read before it is written. p is aligned to 16 bytes; stream_fence orders it before later stores.
 template <class S, class V>
 DENSREG_INLINE void stream(typename V::F f, typename S::Raw* p) {
 #if defined(__x86_64__)

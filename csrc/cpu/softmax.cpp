@@ -52,7 +52,7 @@ DENSREG_INLINE void finish_row(Acc m, double s, bool nan, Acc f_y, double shortf
 }
 
 // sum_i (m - f_i), for label smoothing.
-template <class S, int BYTES>
+template <class S>
 DENSREG_INLINE double shortfall_of(const typename S::Raw* f, int64_t n, typename S::Acc m) {
   double total = 0;
   for (int64_t i = 0; i < n; ++i) total += static_cast<double>(m) - static_cast<double>(load_one<S>(f + i));
@@ -126,7 +126,6 @@ struct ForwardRows {
     constexpr bool kInPlace = sizeof(Raw) == sizeof(Acc);  // exp(f - m) can wait in the output
     const int64_t n = a.classes;
     const bool resident = n * static_cast<int64_t>(sizeof(Raw)) <= kResidentBytes;
-    bool streamed = false;
     for (int64_t row = begin; row < end; ++row) {
       const Raw* f = a.logits + row * a.stride;
       Raw* y = a.softmax ? a.softmax + row * n : nullptr;
@@ -166,7 +165,7 @@ struct ForwardRows {
       const int64_t target = a.target ? a.target[row] : 0;
       const bool counts = a.target && target != a.ignore_index;
       finish_row<Acc>(m, s, std::isinf(m) && has_nan<S>(f, n), counts ? load_one<S>(f + target) : Acc(0),
-                      counts && a.label_smoothing > 0 ? shortfall_of<S, BYTES>(f, n, m) : 0.0, target,
+                      counts && a.label_smoothing > 0 ? shortfall_of<S>(f, n, m) : 0.0, target,
                       a.ignore_index, a.label_smoothing, static_cast<double>(n), a.log_density + row,
                       a.target ? a.cross_entropy + row : nullptr);
       a.statistics[row] = m;
@@ -177,7 +176,7 @@ struct ForwardRows {
         const F last = load<S, V>(y + n - W) * inverse;
         for (int64_t i = 0; i + W <= n; i += W) store<S, V>(load<S, V>(y + i) * inverse, y + i);
         store<S, V>(last, y + n - W);
-      } else if (resident || reinterpret_cast<uintptr_t>(y) % sizeof(Raw)) {
+      } else if (resident) {
         for (int64_t i = 0; i < n; i += W) {
           const int64_t at = i + W <= n ? i : n - W;
           store<S, V>(exp_difference<V>(load<S, V>(f + at), m) * inverse, y + at);
@@ -193,10 +192,8 @@ struct ForwardRows {
         for (; i + W <= n; i += W) stream<S, V>(exp_difference<V>(load<S, V>(f + i), m) * inverse, y + i);
         stream_fence();
         store<S, V>(exp_difference<V>(load<S, V>(f + n - W), m) * inverse, y + n - W);
-        streamed = true;
       }
     }
-    if (streamed) stream_fence();
   }
 };
 
