@@ -1,18 +1,24 @@
 """densreg: smoothing a classifier's input marginal density, right to second order."""
 
 from densreg.functional import density_cross_entropy, log_density, log_softmax_difference, pnorm
+from densreg.objective import ObjectiveOutput, RegularizedObjective
 from densreg.ops import backend
 from densreg.paths import input_score
 from densreg.penalty import DensityPenalty, density_loss, density_penalty
+from densreg.second_order import check_model, fast_second_order
 from densreg.version import __version__
 
 __all__ = [
     "DensityPenalty",
+    "ObjectiveOutput",
+    "RegularizedObjective",
     "__version__",
     "backend",
+    "check_model",
     "density_cross_entropy",
     "density_loss",
     "density_penalty",
+    "fast_second_order",
     "input_score",
     "log_density",
     "log_softmax_difference",

@@ -206,6 +206,8 @@ PATHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 def check_path(path: str) -> str:
     """The name of a path; raises ValueError where there is none of that name."""
+    if path == "directional":
+        raise ValueError('path "directional" runs the model again: it is one of densreg.RegularizedObjective')
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}; got {path!r}")
     return path

@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ORDERS = (1, 1.5, 2, 3, 4, math.inf)
@@ -40,3 +40,25 @@ def error(actual: Tensor, expected: Tensor) -> float:
     if not finite.any():
         return 0.0
     return float((actual[finite] - expected[finite]).abs().max() / expected[finite].abs().max().clamp(min=1e-300))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# training steps
+
+
+def nothing(logits: Tensor, target: Tensor) -> Tensor:
+    """A criterion without gradient, beside which the penalty stands alone."""
+    return (logits.double() * 0).sum()
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters()]
+
+
+def by_autograd(model, x, y, coeff, p=2.0, criterion=F.cross_entropy) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients by torch alone."""
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    (g,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), x, create_graph=True)
+    loss = criterion(logits, y) + coeff * torch.linalg.vector_norm(g.flatten(1), p, dim=1).mean()
+    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))

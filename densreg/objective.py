@@ -1,0 +1,492 @@
+"""The penalized loss of a model as one training step: forward, score, double backward and gradients in one graph."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx.traceback
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+from densreg import directional, functional, paths
+from densreg.paths import Inputs
+from densreg.penalty import density_loss, density_penalty
+from densreg.second_order import fast_second_order, hardsigmoid_under_compile
+
+AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
+"""Weight of the auxiliary classifiers' loss, by torchvision's output type: what its models are trained with."""
+
+
+class ObjectiveOutput(NamedTuple):
+    """What a step of :class:`RegularizedObjective` gives. Only ``loss`` carries a graph.
+
+    Attributes:
+        loss: scalar, ``ce + coeff * penalty``.
+        logits: [B, C].
+        ce: scalar, the criterion; with auxiliary classifiers, theirs included.
+        penalty: scalar, NaN where it was not computed: without gradients, and on the steps that ``interval`` skips.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    ce: Tensor
+    penalty: Tensor
+
+
+class _HandOut(Function):
+    """A loss whose gradients are there already: its backward hands them out, times what comes in."""
+
+    @staticmethod
+    def forward(ctx, loss, factor, gradients, *parameters):
+        ctx.factor = factor
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, incoming):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the loss of RegularizedObjective cannot be differentiated twice (create_graph=True): its gradients "
+                "were computed along with it. Use densreg.density_loss, whose graph goes on"
+            )
+        gradients = ctx.saved_tensors
+        factor = incoming * ctx.factor
+        # Looking is free on the CPU; loss.backward() takes them as they are, and autograd copies what it cannot own.
+        if factor.device.type != "cpu" or factor != 1:
+            present = [g for g in gradients if g is not None]
+            scaled = iter(torch._foreach_mul(present, factor) if present else ())
+            gradients = [None if g is None else next(scaled) for g in gradients]
+        return None, None, None, *gradients
+
+
+_Outputs = list[tuple[float, Tensor]]
+"""Logits with their weight in the loss: the classifier's own first, of weight 1, then those of auxiliary ones."""
+
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor | None]]
+"""(loss, logits, ce, penalty), without graph, and the gradients of the trained parameters."""
+
+
+def _whole_step(
+    objective: RegularizedObjective,
+    xs: tuple[Tensor, ...],
+    target: Any,
+    coeff: Tensor,
+    scale: Tensor,
+    penalized: bool = True,
+    rest: tuple[Tensor, ...] | None = None,
+    whole: tuple[Tensor, ...] | None = None,
+) -> _Results:
+    """The step that becomes one graph.
+
+    Args:
+        xs: the inputs that are penalized; leaves that require grad.
+        scale: of the loss, before anything is differentiated.
+        rest: with ``fraction``, the inputs that are not penalized, which come before xs in the batch; or
+        whole: the whole batch, where xs goes through the model once more.
+    """
+    with fast_second_order():
+        if whole is not None:
+            outputs = objective._classify(whole)
+            penalized_logits = objective._classify(xs, frozen=True)[0][1]
+        else:
+            outputs = objective._classify(xs)
+            penalized_logits = outputs[0][1]
+            if rest is not None:
+                before = objective._classify(rest)
+                outputs = [(w, torch.cat([a, b])) for (w, a), (_, b) in zip(before, outputs, strict=True)]
+        logits = outputs[0][1]
+        with torch.autocast(logits.device.type, enabled=False):  # where torch wants every backward to be
+            if penalized and logits is penalized_logits and objective.path == "fused" and objective.criterion is None:
+                _, ce, penalty = density_loss(logits, target, xs, coeff, objective.p)
+                ce = ce + objective._loss_of(outputs[1:], target)
+            else:
+                ce = objective._loss_of(outputs, target)
+                penalty = None
+                if penalized:
+                    penalty = density_penalty(penalized_logits, xs, objective.p, objective.path)
+            loss = ce if penalty is None else ce + coeff.to(penalty.dtype) * penalty
+            # The backward for which checkpointed activations are computed again, of the two that are in the graph.
+            with torch.fx.traceback.annotate({"phase": "backward"}):
+                gradients = torch.autograd.grad(loss * scale.to(loss.dtype), objective._trained(), allow_unused=True)
+    if penalty is None:
+        penalty = torch.full_like(ce, float("nan"))
+    return loss.detach(), logits.detach(), ce.detach(), penalty.detach(), gradients
+
+
+def _directional_step(
+    objective: RegularizedObjective,
+    xs: tuple[Tensor, ...],
+    target: Any,
+    coeff: Tensor,
+    scale: Tensor,
+    penalized: bool = True,
+    whole: tuple[Tensor, ...] | None = None,
+) -> _Results:
+    """The same by first-order kernels, in eager: see :mod:`densreg.directional`."""
+    device = xs[0].device
+    trained = objective._trained()
+    leaves = [*trained, *xs, *(whole or ())]
+    states = directional.random_states(device)
+    pieces = directional.Pieces()
+    autocast = torch.is_autocast_enabled(device.type)
+    apart = penalized and (autocast or whole is not None)  # the density is not that of the classifying forward
+
+    with pieces.recorded() if penalized and not apart else contextlib.nullcontext():
+        outputs = objective._classify(xs if whole is None else whole)
+    with torch.autocast(device.type, enabled=False):  # half precision would drown a difference
+        ce = loss = total = objective._loss_of(outputs, target)
+        penalty = torch.full_like(ce, float("nan"))
+        if penalized:
+
+            def log_density(inputs: tuple[Tensor, ...], mode: TorchFunctionMode) -> Tensor:
+                with directional.replayed(states, device), mode:
+                    return functional.log_density(objective._classify(inputs, frozen=True)[0][1])
+
+            at_x = log_density(xs, pieces.recorded()) if apart else functional.log_density(outputs[0][1])
+            norm, direction = directional.dual_direction(_score(at_x, xs, leaves, retain_graph=True), objective.p)
+            penalty = norm.mean()
+            along = directional.difference(
+                lambda inputs: log_density(inputs, pieces.reused()), xs, direction, objective.central, at_x
+            )
+            weight = coeff.to(penalty.dtype)
+            total = ce + weight * along / len(norm)
+            loss = ce.detach() + weight * penalty
+        gradients = directional.first_order_gradients(total * scale.to(total.dtype), trained, leaves)
+    return loss.detach(), outputs[0][1].detach(), ce.detach(), penalty, gradients
+
+
+def _score(
+    log_density: Tensor, xs: tuple[Tensor, ...], leaves: Sequence[Tensor], retain_graph: bool = False
+) -> list[Tensor]:
+    """The input score without a graph of its own, by first-order kernels."""
+    score = directional.first_order_gradients(log_density.sum(), xs, leaves, retain_graph)
+    present = [g for g in score if g is not None]
+    if len(present) < len(score):
+        raise ValueError("the logits do not depend on x")
+    return present
+
+
+class RegularizedObjective(nn.Module):
+    """Cross-entropy and density penalty of a model: ``out = objective(x, y); out.loss.backward()``.
+
+    Only ``out.loss`` carries a graph: the logits, the cross-entropy and the penalty are there to be looked at. The
+    forward, the input score, its double backward, the loss and the parameters' gradients are one step, by default one
+    compiled graph; ``backward()`` hands the gradients out. So the loss cannot be differentiated a second time, and
+    parameters must not change between the two calls. ``x.grad`` is not touched.
+
+        objective = densreg.RegularizedObjective(model, coeff=0.1)
+        for x, y in loader:
+            out = objective(x, y)
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+
+    With F a forward of the model, a plain step costs 3F, and this one 6F. What makes it cheaper changes what is
+    optimized: with ``interval=k`` the penalty is part of every k-th step only, times k: (3 + 3/k) F on average. With
+    ``fraction=s`` it is taken of a random part of the batch, which goes through the model apart from the rest: (3 + 3s)
+    F, an unbiased estimate. Where a layer uses batch statistics (BatchNorm in training mode) the part goes through the
+    model once more, so that the cross-entropy and the running statistics stay those of the whole batch: (3 + 6s) F,
+    which saves time for s < 1/2; and the penalty is biased, that of a smaller batch.
+
+    Under no_grad the output is the cross-entropy alone, by the model as it is, in eager.
+
+    Args:
+        model: [B, ...] -> logits [B, C], with its parameters on one device; anything torch.nn. torchvision's GoogLeNet
+            and Inception return auxiliary logits in training: these enter the cross-entropy at their usual weights. A
+            compiled model is unwrapped. It stays what it is, as ``objective.model``.
+        coeff: weight of the penalty, >= 0. ``objective.coeff`` is a tensor buffer: ``objective.coeff.fill_(0.2)``
+            changes it without a recompilation. It is no part of the state_dict.
+        p: order of the norm, 1 <= p <= inf.
+        path: a name in the table of :mod:`densreg.paths`; or "directional", a finite difference by first-order kernels
+            alone for models that cannot be differentiated twice (:func:`densreg.check_model` tells): see ``central``.
+            It runs in eager.
+        compile: whether the step is compiled, as one graph; where that is impossible the first call raises.
+        interval: k above.
+        fraction: s above, 0 < s <= 1, rounded to at least one sample.
+        criterion: (logits, target) -> scalar loss; None is the mean cross-entropy of [B] int64 classes. If it is a
+            module its parameters are trained too.
+        output: model output -> logits [B, C], for models that return something else than a tensor.
+        central: for path "directional": two perturbed forwards instead of one, 10F instead of 7F, with an error that
+            is quadratic in the step instead of linear.
+        mode, backend: of :func:`torch.compile`.
+
+    Raises:
+        TypeError, ValueError: what was given and what is wanted.
+    """
+
+    coeff: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coeff: float,
+        p: float = 2,
+        path: str = "fused",
+        compile: bool = True,
+        interval: int = 1,
+        fraction: float = 1.0,
+        criterion: Callable[[Tensor, Any], Tensor] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        central: bool = False,
+        mode: str | None = None,
+        backend: str | Callable = "inductor",
+    ) -> None:
+        super().__init__()
+        self.model = _bare(model)
+        if isinstance(coeff, (bool, str)) or not isinstance(coeff, (int, float, Tensor)):
+            raise TypeError(f"coeff must be a number, got {type(coeff).__name__}")
+        value = float(coeff)
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"coeff must be finite and at least 0, got {value}")
+        if isinstance(interval, bool) or not isinstance(interval, int):
+            raise TypeError(f"interval must be an int, got {type(interval).__name__}")
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval}")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
+        for name, function in (("criterion", criterion), ("output", output)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable or None, got {type(function).__name__}")
+        if path not in (*paths.PATHS, "directional"):
+            raise ValueError(f"path must be one of {', '.join(paths.PATHS)}, directional; got {path!r}")
+        first = next(self.model.parameters(), torch.empty(0))
+        double = first.dtype == torch.float64
+        self.register_buffer(
+            "coeff",
+            torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=first.device),
+            persistent=False,
+        )
+        self.p = functional.check_order(p)
+        self.path = path
+        self.interval = interval
+        self.fraction = float(fraction)
+        self.criterion = criterion
+        self.output = output
+        self.central = central
+        self.compiled = compile and path != "directional"
+        self.calls = 0
+        """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
+        self._step = _directional_step if path == "directional" else _whole_step
+        self._compiled_step = _compile(mode, backend) if self.compiled else None
+        self._cuda_graphs = mode in ("reduce-overhead", "max-autotune")
+
+    def forward(self, x: Inputs, target: Any, loss_scale: float | Tensor | None = None) -> ObjectiveOutput:
+        """The penalized loss of a batch.
+
+        Args:
+            x: [B, ...], floating point, or a sequence of such inputs, ``model(*x)``, whose joint norm is taken. It is
+                detached: no gradient reaches what x came from.
+            target: [B] int64 classes, or what the criterion takes.
+            loss_scale: needed in float16, where gradients underflow: the scale of
+                :class:`torch.amp.GradScaler`, ``scaler.scale(torch.ones((), device=x.device))``, by which the loss is
+                multiplied before it is differentiated. ``out.loss`` and its gradients are unscaled by it again, so
+                that ``scaler.scale(out.loss).backward()`` follows as usual.
+
+        Raises:
+            TypeError, ValueError: what was given and what is wanted.
+            RuntimeError: the step cannot be compiled as one graph, or a layer cannot be differentiated twice.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError("RegularizedObjective compiles its own step: call it outside of torch.compile")
+        xs = _check_x(x)
+        if not torch.is_grad_enabled():
+            outputs = self._classify(xs)
+            with torch.autocast(xs[0].device.type, enabled=False):
+                ce = self._loss_of(outputs, target)
+            return ObjectiveOutput(ce, outputs[0][1], ce, torch.full_like(ce, float("nan")))
+        trained = self._trained()
+        if not trained:
+            raise ValueError("no parameter of the model requires grad: there is nothing to train")
+        penalized, coeff = True, self.coeff
+        if self.model.training:
+            penalized = self.calls % self.interval == 0
+            coeff = coeff * self.interval
+            self.calls += 1
+        factor, scale = self._scales(xs, loss_scale, coeff)
+        *shown, gradients = self._run(xs, target, coeff, scale, penalized)
+        if self._cuda_graphs:  # its next replay would overwrite them
+            shown = [t.clone() for t in shown]
+            gradients = [g if g is None else g.clone() for g in gradients]
+        loss = _HandOut.apply(shown[0], factor, gradients, *trained)
+        return ObjectiveOutput(loss, *shown[1:])
+
+    @torch.enable_grad()
+    def penalty(self, x: Inputs) -> Tensor:
+        """The penalty's value, a scalar without graph; the model's buffers (running statistics) stay as they are.
+
+        Args:
+            x: as in :meth:`forward`.
+        """
+        xs = tuple(t.detach().requires_grad_() for t in _check_x(x))
+        logits = self._classify(xs, frozen=True)[0][1]
+        with torch.autocast(logits.device.type, enabled=False):
+            score = _score(functional.log_density(logits), xs, [*self._trained(), *xs])
+            return directional.dual_direction(score, self.p)[0].mean()
+
+    def _scales(self, xs: tuple[Tensor, ...], loss_scale: float | Tensor | None, coeff: Tensor) -> tuple[Any, Tensor]:
+        """What the gradients are multiplied by after the graph, and the loss before it is differentiated."""
+        device = xs[0].device
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+        if loss_scale is None:
+            if autocast or xs[0].dtype == torch.float16:
+                raise ValueError(
+                    "float16 needs loss_scale, or small gradients underflow without a word: with a GradScaler, "
+                    "objective(x, y, loss_scale=scaler.scale(torch.ones((), device=x.device)))"
+                )
+            return 1.0, torch.ones((), device=device)
+        scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device).detach()
+        if scale.ndim:
+            raise ValueError(f"loss_scale must be a number or a tensor of shape [], got shape {list(scale.shape)}")
+        # A large coefficient would overflow what the scale was made for, the cross-entropy's gradient.
+        scale = scale / coeff.clamp_min(1)
+        return 1 / scale, scale
+
+    def _run(self, xs: tuple[Tensor, ...], target: Any, coeff: Tensor, scale: Tensor, penalized: bool) -> _Results:
+        if not penalized:
+            return self._call(self._step, xs, target, coeff, scale, penalized=False)
+        batch = len(xs[0])
+        chosen = max(1, round(self.fraction * batch))
+        if chosen == batch:
+            return self._call(self._step, _leaves(xs), target, coeff, scale)
+        order = torch.randperm(batch, device=xs[0].device)
+        part = _leaves(tuple(x[order[batch - chosen :]] for x in xs))
+        if self.path == "directional" or _uses_batch_statistics(self.model):
+            return self._call(self._step, part, target, coeff, scale, whole=xs)
+        rest = tuple(x[order[: batch - chosen]] for x in xs)
+        loss, logits, *others = self._call(self._step, part, target[order], coeff, scale, rest=rest)
+        return loss, torch.empty_like(logits).index_copy_(0, order, logits), *others  # type: ignore[return-value]
+
+    def _call(self, step: Callable[..., _Results], *args, **kwargs) -> _Results:
+        if self._compiled_step is None:
+            return step(self, *args, **kwargs)
+        with torch._dynamo.config.patch(_DYNAMO), hardsigmoid_under_compile():
+            try:
+                return self._compiled_step(self, *args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                failure = error
+        self._raise_what_eager_raises(step, *args, **kwargs)
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise RuntimeError(
+            f"the training step could not be compiled as one graph: {reason} (above in full). "
+            "densreg.check_model names the layers that are in the way of second order; compile=False runs in eager"
+        ) from failure
+
+    def _raise_what_eager_raises(self, step: Callable[..., _Results], *args, **kwargs) -> None:
+        """After a failed compilation: the error of the step itself, if it has one, says more than Dynamo's."""
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        device = args[0][0].device
+        try:
+            with directional.replayed(directional.random_states(device), device):
+                step(self, *args, **kwargs)
+        finally:
+            with torch.no_grad():
+                for buffer, kept in buffers:
+                    buffer.copy_(kept)
+
+    def _classify(self, xs: tuple[Tensor, ...], frozen: bool = False) -> _Outputs:
+        """The model's logits; frozen: with copies of its buffers, so that running statistics stay as they are."""
+        if frozen:
+            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            output = torch.func.functional_call(self.model, buffers, xs)
+        else:
+            output = self.model(*xs)
+        if self.output is not None:
+            output = self.output(output)
+        weight = AUXILIARY.get(type(output).__name__)
+        if weight is not None:
+            logits, *auxiliary = output
+            return [(1.0, logits), *((weight, f) for f in auxiliary if f is not None)]
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the model returns {type(output).__name__}, wanted a tensor of logits [B, C]: pass output=..., "
+                "a function that takes them out of it"
+            )
+        return [(1.0, output)]
+
+    def _loss_of(self, outputs: _Outputs, target: Any) -> Tensor:
+        total: Any = 0
+        for weight, logits in outputs:
+            total = total + weight * (self.criterion or _cross_entropy)(logits, target)
+        return total
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [w for w in self.parameters() if w.requires_grad]
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+    def _apply(self, fn, recurse=True):
+        value = self.coeff
+        super()._apply(fn, recurse)
+        self.coeff = value.to(self.coeff.device)  # .half() and .to(bfloat16) are for the model
+        return self
+
+    def extra_repr(self) -> str:
+        options = ["p", "path", "interval", "fraction", "compiled"]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+
+# What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its
+# splitting into buckets would cut; and that new shapes, not an oversight, are what a step is compiled again for.
+_DYNAMO = {"trace_autograd_ops": True, "optimize_ddp": False, "recompile_limit": 64}
+
+
+def _compile(mode: str | None, backend: str | Callable) -> Callable[..., _Results]:
+    # Dynamo keeps what it compiled by code object, with one limit for all: each objective gets its own.
+    code = _whole_step.__code__.replace()
+    step = types.FunctionType(code, _whole_step.__globals__, argdefs=_whole_step.__defaults__)
+    return torch.compile(step, fullgraph=True, dynamic=False, mode=mode, backend=backend)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model itself; raises where it is wrapped in what cannot be differentiated twice."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        model = model._orig_mod
+    for module in model.modules():
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise TypeError(
+                f"the model is wrapped in {type(module).__name__}, through which torch cannot take the input's "
+                "gradient: wrap the objective, DistributedDataParallel(RegularizedObjective(model, ...))"
+            )
+        if type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
+            raise TypeError(
+                "the model is sharded (FSDP), and gradients of gradients do not go through its resharding: "
+                "wrap the objective in DistributedDataParallel instead"
+            )
+    return model
+
+
+def _check_x(x: Inputs) -> tuple[Tensor, ...]:
+    xs = (x,) if isinstance(x, Tensor) else tuple(x) if isinstance(x, Sequence) else ()
+    if not xs or not all(isinstance(t, Tensor) for t in xs):
+        raise TypeError(f"x must be a tensor or a non-empty sequence of tensors, got {type(x).__name__}")
+    for t in xs:
+        if not t.is_floating_point():
+            raise TypeError(f"x must be floating point to have a score, got {t.dtype}")
+        if t.ndim < 2 or len(t) != len(xs[0]):
+            raise ValueError(f"x must have shape [B, ...], got {[list(t.shape) for t in xs]}")
+    return xs
+
+
+def _leaves(xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.detach().requires_grad_() for x in xs)
+
+
+def _uses_batch_statistics(model: nn.Module) -> bool:
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(m, batch_norm) and (m.training or m.running_mean is None) for m in model.modules())
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    ce, _ = functional.density_cross_entropy(logits, target)
+    return ce.sum() / (target != -100).sum()

@@ -1,0 +1,190 @@
+"""The directional path: a finite difference in place of second order, by first-order kernels."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from reference import by_autograd, gradients, nothing
+from torch import nn
+
+import densreg
+from benchmarks.second_order import problem, reference, relative_error
+from densreg import RegularizedObjective, directional
+
+Y = torch.tensor([0, 1, 2, 3, 4])
+F32, F64 = torch.float32, torch.float64
+
+
+def directional_error(dtype: torch.dtype, p: float, central: bool) -> float:
+    model, x = problem(dtype)
+    objective = RegularizedObjective(model, 1.0, p, path="directional", central=central, criterion=nothing)
+    objective(x, Y).loss.backward()
+    return relative_error(gradients(model), reference(p))
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 4, math.inf])
+@pytest.mark.parametrize(
+    ("dtype", "central", "bound"),
+    [
+        (torch.float32, False, 0.02),
+        (torch.float32, True, 2e-3),
+        (torch.float64, False, 1e-5),
+        (torch.float64, True, 1e-7),
+    ],
+)
+def test_error_against_exact(dtype, central, bound, p):
+    """The documented errors, on a network with BatchNorm in training mode, a smooth and a piecewise linear layer."""
+    assert directional_error(dtype, p, central) < bound
+
+
+def test_penalty_and_loss_are_exact():
+    model, x = problem(torch.float64)
+    twin = copy.deepcopy(model)
+    loss, _ = by_autograd(twin, x, Y, 0.5)
+    out = RegularizedObjective(model, 0.5, path="directional")(x, Y)
+    torch.testing.assert_close(out.loss.detach(), loss)
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):  # the perturbed forwards leave them alone
+        torch.testing.assert_close(a, b)
+    assert x.grad is None
+
+
+def test_orders_of_the_error():
+    """Halving h halves the one-sided error and quarters the central one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    score = densreg.input_score(model(x), x)
+    norm, direction = directional.dual_direction([score], 2)
+
+    def error(h: float, central: bool) -> float:
+        step = directional.step_size
+        directional.step_size = lambda *_: torch.tensor(h, dtype=torch.float64)
+        try:
+            at_x = torch.logsumexp(model(x), 1)
+            along = directional.difference(lambda xs: torch.logsumexp(model(*xs), 1), [x], direction, central, at_x)
+        finally:
+            directional.step_size = step
+        return abs(float(along - norm.sum()))
+
+    assert error(1e-2, False) / error(5e-3, False) == pytest.approx(2, rel=0.1)
+    assert error(1e-2, True) / error(5e-3, True) == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 4, math.inf])
+def test_dual_direction(p):
+    score = [torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)]
+    score[0][1], score[1][1] = 0, 0
+    norm, direction = directional.dual_direction(score, p)
+    rows = torch.cat([g.flatten(1) for g in score], 1)
+    along = sum((g * v).flatten(1).sum(1) for g, v in zip(score, direction, strict=True))
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(rows, p, dim=1))
+    torch.testing.assert_close(along, norm)
+
+
+def test_step_of_zeros():
+    zeros = [torch.zeros(2, 3)]
+    assert directional.step_size(zeros, [torch.ones(2, 3)], False) > 0
+    along = directional.difference(lambda xs: xs[0].sum(1), zeros, zeros, False, torch.zeros(2))
+    assert float(along) == 0, "a zero score has no direction"
+
+
+def test_dropout_is_replayed():
+    """With the same masks in all forwards the error is a difference's; with others it would be of order 1."""
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Dropout(0.5), nn.Linear(64, 5)).double()
+    x, y = torch.randn(6, 8, dtype=torch.float64), torch.randint(5, (6,))
+    torch.manual_seed(1)
+    _, expected = by_autograd(model, x, y, 1.0, criterion=nothing)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    RegularizedObjective(model, 1.0, path="directional", criterion=nothing)(x, y).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-5
+    assert torch.equal(torch.get_rng_state(), after), "the generator goes on as after one forward"
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * (1 - ctx.saved_tensors[0] ** 2)
+
+
+class _Reentrant(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("case", ["once differentiable", "reentrant checkpoint"])
+def test_models_that_cannot_be_differentiated_twice(case):
+    body = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    x, y = torch.randn(6, 8, dtype=torch.float64), torch.randint(5, (6,))
+    _, expected = by_autograd(copy.deepcopy(body), x, y, 1.0)
+    model: nn.Module = _Reentrant(body)
+    if case == "once differentiable":
+        model = nn.Sequential(body[0], type("Tanh", (nn.Module,), {"forward": lambda _, x: _Once.apply(x)})(), body[2])
+    (finding,) = densreg.check_model(model, x)
+    assert "directional" in finding.advice
+    kept = torch.randn_like(body[0].weight)
+    body[0].weight.grad = kept.clone()
+    out = RegularizedObjective(model, 1.0, path="directional")(x, y)
+    torch.testing.assert_close(body[0].weight.grad, kept)
+    body[0].weight.grad = None
+    out.loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-5
+
+
+def test_lstm():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    model = Net()
+    x, y = torch.randn(6, 3, 4), torch.randint(5, (6,))
+    RegularizedObjective(model, 1.0, path="directional", central=True, criterion=nothing)(x, y).loss.backward()
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), y, 1.0, criterion=nothing)
+    assert relative_error(gradients(model), expected) < 2e-3
+
+
+def test_autocast_keeps_the_difference_in_float32():
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 5))
+    x, y = torch.randn(6, 8), torch.randint(5, (6,))
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), y, 1.0, criterion=nothing)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = RegularizedObjective(model, 1.0, path="directional", criterion=nothing)(x, y)
+    out.loss.backward()
+    assert relative_error(gradients(model), expected) < 0.02
+
+
+def test_interval_and_fraction():
+    model, x = problem(torch.float64)
+    x = x.detach()
+    objective = RegularizedObjective(model, 0.5, path="directional", interval=2, fraction=0.4)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(3)
+    part = x[torch.randperm(5)[3:]].requires_grad_()
+    torch.manual_seed(3)
+    out = objective(x, Y)
+    torch.testing.assert_close(out.penalty, densreg.density_penalty(copy.deepcopy(twin)(part), part).detach())
+    assert objective(x, Y).penalty.isnan()
+
+
+def test_without_a_model_it_is_refused():
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="RegularizedObjective"):
+        densreg.density_penalty(x * 2, x, path="directional")

@@ -1,0 +1,326 @@
+"""densreg.second_order: layers with the derivatives of torch's, and check_model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import densreg
+from densreg.second_order import fast_second_order
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def derivatives(function, tensors, inside: bool) -> list[Tensor]:
+    """The value, a gradient, and the gradient of a gradient, in every tensor; the same random cotangents each time."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    generator = torch.Generator().manual_seed(1)
+
+    def cotangent(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+    with fast_second_order() if inside else torch.enable_grad():
+        y = function(*tensors)
+        first = torch.autograd.grad(y, tensors, cotangent(y).requires_grad_(), create_graph=True)
+        total = sum((g * cotangent(g)).sum() for g in first)
+        second = torch.autograd.grad(total, tensors, allow_unused=True, materialize_grads=True)
+    return [y, *first, *second]
+
+
+def assert_equal_derivatives(function, *tensors: Tensor) -> None:
+    ours, torchs = derivatives(function, tensors, True), derivatives(function, tensors, False)
+    for a, b in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@st.composite
+def convolutions(draw):
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 2))
+    transposed = draw(st.booleans())
+    c_in, c_out = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    kernel = [draw(st.integers(1, 3)) for _ in range(dims)]
+    options = {
+        "stride": [draw(st.integers(1, 3)) for _ in range(dims)],
+        "padding": [draw(st.integers(0, 2)) for _ in range(dims)],
+        "dilation": [draw(st.integers(1, 2)) for _ in range(dims)],
+        "groups": groups,
+    }
+    if transposed:
+        bound = [max(s, d) - 1 for s, d in zip(options["stride"], options["dilation"], strict=True)]
+        options["output_padding"] = [draw(st.integers(0, b)) for b in bound]
+    image = [draw(st.integers(5, 7)) for _ in range(dims)]
+    batch = draw(st.sampled_from([None, 1, 3]))
+    weight = (c_in, c_out // groups, *kernel) if transposed else (c_out, c_in // groups, *kernel)
+    shape = (c_in, *image) if batch is None else (batch, c_in, *image)
+    return dims, transposed, shape, weight, c_out if draw(st.booleans()) else None, options
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_convolutions(case):
+    dims, transposed, shape, weight, bias, options = case
+    tensors = [torch.randn(s, dtype=torch.float64) for s in (shape, weight)]
+    if bias is not None:
+        tensors.append(torch.randn(bias, dtype=torch.float64))
+    native = (TRANSPOSED if transposed else CONV)[dims]
+    assert_equal_derivatives(lambda x, w, b=None: native(x, w, b, **options), *tensors)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 5), (4, 2)])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_padding_by_name(padding, kernel):
+    x, w = torch.randn(2, 3, 9, 10, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
+    assert_equal_derivatives(lambda x, w: F.conv2d(x, w, padding=padding, dilation=(1, 2)), x, w)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradgradcheck_and_third_order(transposed):
+    native = F.conv_transpose2d if transposed else F.conv2d
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((1, 2, 4, 4), (2, 2, 2, 2), (2,)))
+
+    def convolve(x, w, b):
+        with fast_second_order():
+            return native(x, w, b, stride=2, padding=1)
+
+    assert torch.autograd.gradcheck(convolve, (x, w, b))
+    assert torch.autograd.gradgradcheck(convolve, (x, w, b))
+
+    def gradient(x, w, b):
+        return torch.autograd.grad(convolve(x, w, b).tanh().sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradgradcheck(gradient, (x, w, b))
+
+
+def test_channels_last_stays():
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    with fast_second_order():
+        y = F.conv2d(x, w)
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    for t in (y, g):
+        assert t.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Count(TorchDispatchMode):
+    """The kernels of convolutions that run: "forward", "input", "weight", or several."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.kernels.append("+".join(n for n, here in zip(("input", "weight"), args[-1], strict=False) if here))
+        elif func is torch.ops.aten.convolution.default:
+            # An image-sized filter is the weight gradient of torch's own double backward.
+            self.kernels.append("forward" if args[1].shape[-1] <= 3 else "image-sized")
+        return func(*args, **(kwargs or {}))
+
+
+def _kernels(inside: bool) -> tuple[list[str], list[str]]:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with fast_second_order() if inside else torch.enable_grad():
+        logits = model(x)
+        with _Count() as score:
+            (g,) = torch.autograd.grad(logits, x, torch.softmax(logits, 1), create_graph=True)
+        with _Count() as double:
+            g.square().sum().backward(inputs=list(model.parameters()))
+    return score.kernels, double.kernels
+
+
+def test_only_ordinary_kernels_and_none_for_nothing():
+    score, double = _kernels(inside=True)
+    assert score == ["input", "input"], "the score's backward wants no weight gradient"
+    # In 2 layers: weight gradients of the score's backward and of the forward; 2 forwards; 1 way back to layer 1.
+    assert sorted(double) == ["forward"] * 2 + ["input"] + ["weight"] * 4
+    assert "image-sized" in _kernels(inside=False)[1], "this measure would see what torch does"
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hardsigmoid(inplace):
+    x = torch.linspace(-5, 5, 41, dtype=torch.float64)
+    value, first, _ = derivatives(lambda t: F.hardsigmoid(t + 0, inplace), [x], True)
+    expected = torch.autograd.functional.vjp(F.hardsigmoid, x, torch.ones_like(x))[0]
+    torch.testing.assert_close(value, expected)
+    y = x.clone().requires_grad_()
+    F.hardsigmoid(y).backward(torch.randn(41, generator=torch.Generator().manual_seed(1), dtype=x.dtype))
+    torch.testing.assert_close(first, y.grad)
+
+
+def test_attention():
+    q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64, requires_grad=True).unbind()
+
+    def attend(q, k, v):
+        with fast_second_order():
+            return F.scaled_dot_product_attention(q, k, v)
+
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert torch.autograd.gradgradcheck(attend, (q, k, v))
+    layer = nn.MultiheadAttention(4, 2, batch_first=True).double()
+
+    def self_attend(x):
+        with fast_second_order():
+            return layer(x, x, x, need_weights=False)[0]
+
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(self_attend(x), layer(x, x, x, need_weights=False)[0])
+    assert torch.autograd.gradgradcheck(self_attend, (x,))
+
+
+def test_normalize():
+    assert_equal_derivatives(lambda x: F.normalize(x, dim=-1), torch.randn(3, 4, dtype=torch.float64))
+    assert_equal_derivatives(lambda x: F.normalize(x, p=3.0), torch.randn(3, 4, dtype=torch.float64))
+    rows = torch.zeros(2, 3, dtype=torch.float64)
+    rows[1] = 1
+    ours, torchs = (derivatives(lambda x: F.normalize(x, dim=1, eps=0.1), [rows], inside) for inside in (True, False))
+    assert all(t.isfinite().all() for t in ours)
+    assert not all(t.isfinite().all() for t in torchs), "torch has mended it: the replacement can go"
+    half = torch.full((1, 4), 300.0, dtype=torch.float16)  # whose square overflows
+    with fast_second_order():
+        torch.testing.assert_close(F.normalize(half), torch.full_like(half, 0.5))
+
+
+def test_model_and_no_grad_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    with fast_second_order():
+        assert model(x).grad_fn is not None
+        with torch.no_grad():
+            assert torch.equal(model(x), model(x))
+    assert list(model.state_dict()) == list(before)
+    assert type(model[0]) is nn.Conv2d
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    conv = nn.Conv2d(3, 4, 3)
+    x = torch.randn(2, 3, 8, 8)
+
+    def run(inside):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype), fast_second_order() if inside else torch.enable_grad():
+            y = conv(leaf)
+        (g,) = torch.autograd.grad(y.float().square().sum(), leaf, create_graph=True)
+        return y, g, *torch.autograd.grad(g.square().sum(), list(conv.parameters()))
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+    assert run(True)[0].dtype == dtype
+
+
+def test_torch_func_gets_torchs_own():
+    conv = nn.Conv2d(2, 3, 3).double()
+    x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+
+    def value(x):
+        with fast_second_order():
+            return conv(x).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(value)(x), torch.func.grad(lambda t: conv(t).square().sum())(x))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# check_model
+
+
+class _ConstantBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.no_grad():
+            return 2 * ctx.saved_tensors[0] * grad
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class _Loses(torch.autograd.Function):
+    """Its backward depends on the incoming gradient twice, and forgets one of the two."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + grad.detach()
+
+
+class _Layer(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def _norm_at_zero(x):
+    return (x - x).norm(dim=1, keepdim=True) + x
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (_ConstantBackward.apply, "outside of autograd"),
+        (_OnceDifferentiable.apply, "loses the incoming gradient"),
+        (_Loses.apply, "loses the incoming gradient"),
+        (_norm_at_zero, "not finite"),
+        (lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=True), "checkpoint"),
+        (torch.compile(torch.tanh, backend="aot_eager"), "compiled by itself"),
+    ],
+)
+def test_check_model_names_the_layer(function, problem, fresh_dynamo):
+    inner = nn.Sequential(nn.Linear(4, 4), _Layer(function))
+    model = nn.Sequential(nn.Linear(4, 4), inner, nn.BatchNorm1d(4), nn.Linear(4, 3))
+    (finding,) = densreg.check_model(model, torch.randn(5, 4))
+    assert finding.module == "1.1"
+    assert finding.type == "_Layer"
+    assert problem.lower() in finding.problem.lower()
+    assert "1.1 (_Layer): " in str(finding)
+
+
+def test_check_model_on_sound_models():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), nn.Hardsigmoid(), nn.Dropout(0.5), nn.ReLU(True)),
+        *(nn.MaxPool2d(2), nn.GELU(), nn.Flatten(), nn.LayerNorm(72), nn.Linear(72, 3)),
+    )
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    state = torch.get_rng_state()
+    assert densreg.check_model(model, x) == []
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    assert all(w.grad is None for w in model.parameters())
+    assert densreg.check_model(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8)) == []
+
+
+def test_check_model_raises_what_the_model_raises():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        densreg.check_model(nn.Linear(4, 3), torch.randn(2, 5))

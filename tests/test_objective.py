@@ -1,0 +1,579 @@
+"""RegularizedObjective: the penalty's gradient alone, the whole step, and what a training loop does with it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import by_autograd, gradients, nothing
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import densreg
+from benchmarks.second_order import problem, reference, relative_error
+from densreg import RegularizedObjective
+from densreg.objective import AUXILIARY
+from densreg.paths import PATHS
+
+pytestmark = pytest.mark.compile
+
+COMPILERS = (None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
+Y = torch.tensor([0, 1, 2, 3, 4])
+
+
+def objective_of(model: nn.Module, compiler: str | None = None, coeff: float = 0.5, **options) -> RegularizedObjective:
+    return RegularizedObjective(model, coeff, compile=compiler is not None, backend=compiler or "inductor", **options)
+
+
+def twins() -> tuple[nn.Module, nn.Module, Tensor]:
+    model, x = problem(torch.float64)
+    return model, copy.deepcopy(model), x.detach()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the penalty alone
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("path", PATHS)
+def test_penalty_alone(path, compiler, fresh_dynamo):
+    model, x = problem(torch.float64)
+    objective_of(model, compiler, 1.0, path=path, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), reference(2)) < 1e-10
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize("p", [1, 1.5, 4, math.inf])
+def test_penalty_alone_in_other_norms(p, compiler, fresh_dynamo):
+    model, x = problem(torch.float64)
+    objective_of(model, compiler, 1.0, p=p, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), reference(p)) < 1e-10
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_penalty_alone_in_float32(compiler, fresh_dynamo):
+    model, x = problem(torch.float32)
+    objective_of(model, compiler, 1.0, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), reference(2)) < 2e-6
+
+
+def test_penalty_alone_on_each_backend(backend):
+    model, x = problem(torch.float64)
+    objective_of(model, None, 1.0, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), reference(2)) < 1e-10
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the step
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_the_step_is_torchs(compiler, fresh_dynamo):
+    model, twin, x = twins()
+    loss, expected = by_autograd(twin, x, Y, 0.5)
+    out = objective_of(model, compiler)(x, Y)
+    torch.testing.assert_close(out.loss, loss, check_dtype=False)
+    torch.testing.assert_close(out.loss.detach(), out.ce + 0.5 * out.penalty)
+    out.loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):  # one plain step's running statistics
+        torch.testing.assert_close(a, b)
+    assert int(model[1].num_batches_tracked) == 1
+    torch.testing.assert_close(out.logits, copy.deepcopy(twin)(x).detach())
+    assert out.loss.requires_grad
+    assert not any(t.requires_grad for t in (out.logits, out.ce, out.penalty))
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_inputs_are_left_alone(compiler, fresh_dynamo):
+    model, x = problem(torch.float64)
+    out = objective_of(model, compiler)(x, Y)
+    out.loss.backward()
+    assert x.grad is None
+    plain = x.detach()
+    objective_of(model, compiler)(plain, Y)
+    assert not plain.requires_grad
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_accumulation(compiler, fresh_dynamo):
+    """Two losses summed before one backward; four backwards; one graph kept for two: equal to autograd's."""
+    model, twin, x = twins()
+    for m in (model, twin):
+        m.eval()  # so that calls do not change one another's statistics
+    objective = objective_of(model, compiler)
+    batches = [x, x + 1, x - 1, 2 * x]
+    expected = [by_autograd(twin, b, Y, 0.5)[1] for b in batches]
+
+    def total(indices) -> list[Tensor]:
+        return [sum(parts) for parts in zip(*(expected[i] for i in indices), strict=True)]
+
+    (objective(batches[0], Y).loss + 3 * objective(batches[1], Y).loss).backward()
+    assert relative_error(gradients(model), total([0, 1, 1, 1])) < 1e-10
+    model.zero_grad()
+    for batch in batches:
+        objective(batch, Y).loss.backward()
+    assert relative_error(gradients(model), total(range(4))) < 1e-10
+    model.zero_grad()
+    loss = objective(batches[0], Y).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert relative_error(gradients(model), total([0, 0])) < 1e-10
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_gradients_are_nobody_elses_memory():
+    model, x = problem(torch.float64)
+    loss = objective_of(model)(x, Y).loss
+    loss.backward(retain_graph=True)
+    first = [g.clone() for g in gradients(model)]
+    for w in model.parameters():
+        w.grad.zero_()  # as an optimizer may
+    loss.backward()
+    assert relative_error(gradients(model), first) < 1e-12
+
+
+def test_clipping_and_an_optimizer():
+    model, twin, x = twins()
+    for m, loss in ((model, lambda: objective_of(model)(x, Y).loss), (twin, None)):
+        optimizer = torch.optim.SGD(m.parameters(), 0.1)
+        if loss is None:
+            for w, g in zip(m.parameters(), by_autograd(twin, x, Y, 0.5)[1], strict=True):
+                w.grad = g
+        else:
+            loss().backward()
+        nn.utils.clip_grad_norm_(m.parameters(), 0.01)
+        optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_coefficient_changes_without_recompiling(fresh_dynamo):
+    model, twin, x = twins()
+    counter = CompileCounterWithBackend("aot_eager")
+    objective = RegularizedObjective(model, 0.5, backend=counter)
+    objective(x, Y)
+    compiled = counter.frame_count
+    for coeff in (0.0, 0.25, 3.0):
+        objective.coeff.fill_(coeff)
+        model.zero_grad()
+        objective(x, Y).loss.backward()
+        assert relative_error(gradients(model), by_autograd(twin, x, Y, coeff)[1]) < 1e-10
+    assert counter.frame_count == compiled
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+
+
+def test_compiles_once_for_each_shape(fresh_dynamo):
+    model, x = problem(torch.float32)
+    x = x.detach()
+    torch._dynamo.utils.counters.clear()
+    counter = CompileCounterWithBackend("aot_eager")
+    objective = RegularizedObjective(model, 0.5, backend=counter)
+    for batch in (x, x + 1, x[:3], x, x[:3]):
+        objective(batch, Y[: len(batch)])
+        model(x)  # a user's own eager call between two steps
+    assert counter.frame_count == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    other = RegularizedObjective(copy.deepcopy(model), 0.5, backend=counter)
+    other(x, Y)
+    objective(x, Y)
+    assert counter.frame_count == 3, "two objectives do not push each other out"
+    assert not torch._dynamo.config.trace_autograd_ops
+
+
+def test_interval(fresh_dynamo):
+    model, twin, x = twins()
+    counter = CompileCounterWithBackend("aot_eager")
+    objective = RegularizedObjective(model, 0.5, interval=3, backend=counter)
+    for call in range(7):
+        model.zero_grad()
+        out = objective(x, Y)
+        out.loss.backward()
+        assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.0 if call % 3 else 1.5)[1]) < 1e-10
+        assert out.penalty.isnan() == bool(call % 3)
+    again = objective_of(copy.deepcopy(model), interval=3)
+    again.load_state_dict(objective.state_dict())
+    assert again.calls == 7
+    assert again(x, Y).penalty.isnan()
+
+
+def _smooth() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Tanh(), nn.Linear(10, 7)).double()
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_fraction_of_a_model_without_batch_statistics(compiler, fresh_dynamo):
+    torch.manual_seed(0)
+    model = _smooth()
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    objective = objective_of(model, compiler, fraction=0.4)
+    plain, _ = by_autograd(model, x, Y, 0.0)
+    seen = []
+    for _ in range(40):
+        out = objective(x, Y)
+        torch.testing.assert_close(out.ce, plain)
+        torch.testing.assert_close(out.logits, model(x).detach())
+        seen.append(float(out.penalty))
+    leaf = x.clone().requires_grad_()
+    norms = densreg.density_penalty(model(leaf), leaf, reduction="none").detach()
+    pairs = {round(float((norms[i] + norms[j]) / 2), 10) for i in range(5) for j in range(i)}
+    assert {round(s, 10) for s in seen} <= pairs, "each is the mean of two samples' norms"
+    assert len({round(s, 10) for s in seen}) > 5
+    # The gradient is that of the cross-entropy of all and the penalty of these two.
+    torch.manual_seed(3)
+    order = torch.randperm(5)
+    torch.manual_seed(3)
+    model.zero_grad()
+    objective(x, Y).loss.backward()
+    part = x[order[3:]].requires_grad_()
+    loss = F.cross_entropy(model(x), Y) + 0.5 * densreg.density_penalty(model(part), part)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    assert relative_error(gradients(model), expected) < 1e-10
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_fraction_with_batch_statistics(compiler, fresh_dynamo):
+    model, twin, x = twins()
+    torch.manual_seed(3)
+    order = torch.randperm(5)
+    torch.manual_seed(3)
+    out = objective_of(model, compiler, fraction=0.4)(x, Y)
+    out.loss.backward()
+    ce = F.cross_entropy(twin(x), Y)
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):  # those of one plain step
+        torch.testing.assert_close(a, b)
+    part = x[order[3:]].requires_grad_()
+    expected = torch.autograd.grad(ce + 0.5 * densreg.density_penalty(twin(part), part), list(twin.parameters()))
+    assert relative_error(gradients(model), expected) < 1e-10
+    torch.testing.assert_close(out.ce, ce)
+
+
+def test_criterion():
+    model, twin, x = twins()
+    soft = torch.softmax(torch.randn(5, 7, dtype=torch.float64), 1)
+    out = objective_of(model, criterion=F.cross_entropy)(x, soft)
+    out.loss.backward()
+    assert relative_error(gradients(model), by_autograd(twin, x, soft, 0.5)[1]) < 1e-10
+
+    class Temperature(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, logits, target):
+            return F.cross_entropy(logits / self.t, target)
+
+    criterion = Temperature()
+    objective_of(model, criterion=criterion)(x, Y).loss.backward()
+    assert criterion.t.grad.abs() > 0
+
+
+def test_no_grad_and_penalty():
+    model, x = problem(torch.float64)
+    x = x.detach()
+    objective = objective_of(model, "aot_eager")
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        out = objective(x, Y)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "nothing is compiled for it"
+    assert out.penalty.isnan()
+    assert not out.loss.requires_grad
+    assert objective.calls == 0
+    for mode in (True, False):
+        objective.train(mode)
+        buffers = [b.clone() for b in model.buffers()]
+        with torch.no_grad():
+            value = objective.penalty(x)
+        assert not value.requires_grad
+        assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(value, densreg.density_penalty(copy.deepcopy(model)(leaf), leaf).detach())
+    assert all(w.grad is None for w in model.parameters())
+
+
+def test_frozen_unused_and_shared_parameters():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.body, self.unused = nn.Linear(192, 7), nn.Linear(7, 7), nn.Linear(2, 2)
+            self.again = nn.Linear(7, 7)
+            self.again.weight = self.body.weight
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x):
+            return self.again(self.body(self.frozen(x.flatten(1)).tanh()).tanh())
+
+    torch.manual_seed(0)
+    model = Net().double()
+    twin = copy.deepcopy(model)
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    objective_of(model)(x, Y).loss.backward()
+    leaf = x.clone().requires_grad_()
+    logits = twin(leaf)
+    (F.cross_entropy(logits, Y) + 0.5 * densreg.density_penalty(logits, leaf)).backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (a.grad is None) == name.startswith(("frozen", "unused")), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 6)
+            self.c = nn.Linear(6, 7)
+
+        def forward(self, u, v):
+            return self.c((self.a(u) * self.b(v)).tanh())
+
+    model = Two().double()
+    u, v = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    out = objective_of(model, criterion=nothing)((u, v), Y)
+    leaves = (u.clone().requires_grad_(), v.clone().requires_grad_())
+    penalty = densreg.density_penalty(model(*leaves), leaves)
+    torch.testing.assert_close(out.penalty, penalty.detach())
+    out.loss.backward()
+    assert relative_error(gradients(model), torch.autograd.grad(0.5 * penalty, list(model.parameters()))) < 1e-10
+
+
+class GoogLeNetOutputs(NamedTuple):
+    logits: Tensor
+    aux_logits2: Tensor | None
+    aux_logits1: Tensor | None
+
+
+class _Heads(nn.Module):
+    """Several heads on one body; returns what `wrap` makes of them."""
+
+    def __init__(self, heads: int, wrap) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_smooth() for _ in range(heads))
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(*(head(x) for head in self.heads))
+
+
+def test_auxiliary_and_other_outputs():
+    assert set(AUXILIARY) == {"GoogLeNetOutputs", "InceptionOutputs"}
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    model = _Heads(3, GoogLeNetOutputs)
+    out = objective_of(model)(x, Y)
+    losses = [F.cross_entropy(head(x), Y) for head in model.heads]
+    torch.testing.assert_close(out.ce, (losses[0] + 0.3 * (losses[1] + losses[2])).detach())
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(out.penalty, densreg.density_penalty(model.heads[0](leaf), leaf).detach())
+    dictionary = _Heads(1, lambda logits: {"out": logits})
+    with pytest.raises(TypeError, match=r"returns dict, wanted a tensor.*output="):
+        objective_of(dictionary)(x, Y)
+    torch.testing.assert_close(
+        objective_of(dictionary, output=lambda o: o["out"])(x, Y).logits, dictionary.heads[0](x).detach()
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# half precision
+
+
+def _conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(), nn.Flatten(), nn.Linear(128, 7))
+
+
+def _gradients_under(dtype, compiler, model, x, coeff=1.0, scale=None, criterion=nothing) -> list[Tensor]:
+    objective = objective_of(model, compiler, coeff, criterion=criterion)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype):
+        out = objective(x, Y, loss_scale=scale)
+    incoming = torch.ones(()) if scale is None else torch.tensor(scale)
+    out.loss.backward(incoming)
+    return [g / incoming for g in gradients(model)]
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, None), (torch.float16, 1024.0)])
+def test_autocast(dtype, scale, compiler, fresh_dynamo):
+    model = _conv_net()
+    x = torch.randn(5, 3, 8, 8)
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), Y, 1.0, criterion=nothing)
+    error = relative_error(_gradients_under(dtype, compiler, model, x, scale=scale), expected)
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_tiny_gradients_survive_float16(compiler, fresh_dynamo):
+    """A penalty whose gradients lie below float16's range, in the score and in the weights."""
+    model = _conv_net()
+    with torch.no_grad():
+        model[5].weight.mul_(1e-2)
+    x = torch.randn(5, 3, 8, 8)
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), Y, 1e-4, criterion=nothing)
+    assert float(expected[0].abs().max()) < 6e-8, "the smallest number of float16"
+    survived = _gradients_under(torch.float16, compiler, model, x, 1e-4, scale=2.0**16)
+    assert relative_error(survived, expected) < 0.01
+    lost = _gradients_under(torch.float16, compiler, model, x, 1e-4, scale=1.0)
+    assert relative_error(lost, expected) > 0.05, "this measure would see what the scale is for"
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_large_coefficients_do_not_overflow(compiler, fresh_dynamo):
+    model = _conv_net()
+    x = torch.randn(5, 3, 8, 8)
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), Y, 1e3, criterion=nothing)
+    grads = _gradients_under(torch.float16, compiler, model, x, 1e3, scale=2.0**16)
+    assert relative_error(grads, expected) < 0.01
+
+
+def test_float16_without_a_scale_is_refused():
+    model, x = _conv_net(), torch.randn(5, 3, 8, 8)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=r"loss_scale.*scaler\.scale"):
+        objective_of(model)(x, Y)
+
+
+def test_grad_scaler():
+    model = _conv_net()
+    x = torch.randn(5, 3, 8, 8)
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), Y, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with torch.autocast("cpu", torch.float16):
+        out = objective_of(model)(x, Y, loss_scale=scaler.scale(torch.ones(())))
+    scaler.scale(out.loss).backward()
+    scaler.unscale_(optimizer)
+    assert relative_error(gradients(model), expected) < 0.01
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**12
+
+
+def test_casting_the_model_keeps_the_coefficient():
+    objective = RegularizedObjective(_conv_net(), 0.1)
+    assert float(objective.to(torch.bfloat16).coeff) == pytest.approx(0.1, rel=1e-7)
+    assert "coeff" not in objective.state_dict()
+    assert {k.removeprefix("model.") for k in objective.state_dict()} == {*objective.model.state_dict(), "_extra_state"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# company: checkpointing, compiled models, errors
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_activation_checkpointing(compiler, fresh_dynamo):
+    class Checkpointed(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            x = torch.utils.checkpoint.checkpoint(self.body[:3], x, use_reentrant=False)
+            return self.body[3:](x)
+
+    model, twin, x = twins()
+    loss, expected = by_autograd(twin, x, Y, 0.5)
+    out = objective_of(Checkpointed(model), compiler)(x, Y)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), loss)
+    assert relative_error(gradients(model), expected) < 1e-10
+
+
+def test_compiled_model_is_unwrapped(fresh_dynamo):
+    model, twin, x = twins()
+    compiled = torch.compile(model, backend="aot_eager")
+    objective = objective_of(compiled)
+    assert objective.model is model
+    objective(x, Y).loss.backward()
+    assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5)[1]) < 1e-10
+
+
+def test_errors_of_the_constructor():
+    model = _conv_net()
+    for options, error, match in [
+        ({"coeff": -1.0}, ValueError, "coeff must be finite and at least 0, got -1"),
+        ({"coeff": math.nan}, ValueError, "coeff must be finite"),
+        ({"coeff": "1"}, TypeError, "coeff must be a number, got str"),
+        ({"interval": 0}, ValueError, "interval must be at least 1, got 0"),
+        ({"interval": 1.5}, TypeError, "interval must be an int, got float"),
+        ({"fraction": 0}, ValueError, r"fraction must lie in \(0, 1\], got 0"),
+        ({"fraction": 1.5}, ValueError, "fraction"),
+        ({"p": 0.5}, ValueError, "p must be at least 1"),
+        ({"path": "best"}, ValueError, "directional; got 'best'"),
+        ({"criterion": 3}, TypeError, "criterion must be callable or None, got int"),
+        ({"model": "resnet"}, TypeError, "model must be an nn.Module, got str"),
+        ({"model": nn.DataParallel(model)}, TypeError, "wrapped in DataParallel.*wrap the objective"),
+    ]:
+        with pytest.raises(error, match=match):
+            RegularizedObjective(**{"model": model, "coeff": 0.1, **options})
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_errors_of_the_call(compiler, fresh_dynamo):
+    x = torch.randn(5, 3, 8, 8)
+
+    class Closure(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+            self.w = nn.Parameter(torch.randn(192, 7))
+
+        def forward(self, x):
+            return self.function(x, self.w)
+
+    def objective(function):
+        return objective_of(Closure(function), compiler)
+
+    def linear(x, w):
+        return x.flatten(1) @ w
+
+    with pytest.raises(TypeError, match=r"floating point.*got torch\.uint8"):
+        objective(linear)(x.to(torch.uint8), Y)
+    with pytest.raises(TypeError, match="x must be a tensor or a non-empty sequence of tensors, got int"):
+        objective(linear)(3, Y)
+    with pytest.raises(ValueError, match="logits do not depend on x"):
+        objective(lambda x, w: linear(x.detach(), w))(x, Y)
+    with pytest.raises(TypeError, match="the model returns str, wanted a tensor of logits"):
+        objective(lambda x, w: "logits")(x, Y)
+    with pytest.raises(ValueError, match=r"logits must have shape \[batch, classes\]"):
+        objective(lambda x, w: linear(x, w).sum(1))(x, Y)
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        objective(lambda x, w: linear(x.mul_(2), w))(x, Y)
+    with pytest.raises(TypeError, match="target must hold int64 class indices"):
+        objective(linear)(x, Y.float())
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*density_loss"):
+        objective(linear)(x, Y).loss.backward(create_graph=True)
+    frozen = objective(linear)
+    frozen.model.w.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model requires grad"):
+        frozen(x, Y)
+
+
+def test_no_silent_eager(fresh_dynamo):
+    """What cannot be one graph is an error that says so, and leaves the model as it was."""
+
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.body = nn.BatchNorm2d(3), nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
+
+        def forward(self, x):
+            x = self.norm(x)
+            torch._dynamo.graph_break()
+            return self.body(x)
+
+    model = Breaks()
+    with pytest.raises(RuntimeError, match=r"could not be compiled as one graph.*compile=False"):
+        RegularizedObjective(model, 0.5, backend="aot_eager")(torch.randn(5, 3, 8, 8), Y)
+    assert int(model.norm.num_batches_tracked) == 0
+    assert torch.equal(model.norm.running_mean, torch.zeros(3))
+
+
+def test_inside_the_users_torch_compile(fresh_dynamo):
+    model, x = problem(torch.float32)
+    objective = RegularizedObjective(model, 0.5, compile=False)
+    with pytest.raises(Exception, match=r"call it outside of torch\.compile"):
+        torch.compile(objective, backend="aot_eager", fullgraph=True)(x.detach(), Y)
