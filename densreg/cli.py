@@ -1,4 +1,4 @@
-"""The command line: ``densreg train`` and ``densreg info``."""
+"""The command line: ``densreg train``, ``densreg stability`` and ``densreg info``."""
 
 from __future__ import annotations
 
@@ -73,6 +73,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the run in the run directory")
     add("--overwrite", action="store_true", help="replace a run that is already in the run directory")
 
+    stability = commands.add_parser(
+        "stability",
+        help="the norm of the penalty's gradient over training, by every path",
+        description="Train a classifier by each path from the same seed, and measure the Frobenius norm of the "
+        "penalty's gradient in the parameters, with the logits as trained and scaled up: a table and pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_task(stability)
+    add = stability.add_argument
+    add("--data", nargs="+", default=["blockmnist", "cifar100"], metavar="NAME", help="data sets, one picture for each")
+    add("--model", metavar="NAME", help="by default mlp for blockmnist, mnist and digits, otherwise resnet18")
+    add(
+        "--paths",
+        nargs="+",
+        default=[path for path in PATHS if path != "per_class"],
+        metavar="NAME",
+        help="paths, each training its own model",
+    )
+    add("--scales", type=float, nargs="+", default=[1.0, 100.0], metavar="X", help="factors of the measured logits")
+    add("--steps", type=int, default=400, metavar="N", help="training steps of each path")
+    add("--every", type=int, default=10, metavar="N", help="steps between two measurements")
+    add("--out", default="runs/stability", metavar="DIR", help="folder for stability.csv and stability-DATA.png")
+    add("--overwrite", action="store_true", help="replace what is already in the folder")
+
     commands.add_parser("info", help="say what is installed, and which backend serves which device")
     return parser
 
@@ -137,6 +161,14 @@ def _train(options: dict) -> int:
     return 0
 
 
+def _stability(options: dict) -> int:
+    from densreg import stability
+
+    for line in stability.run(**options):
+        print(line, flush=True)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a training that broke off, 2 for a bad request."""
     options = vars(_parser().parse_args(argv))
@@ -149,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
     try:
-        return _train(options)
+        return {"train": _train, "stability": _stability}[command](options)
     except ModuleNotFoundError as error:
         return fail(f"{error.name} is not installed: pip install 'densreg[train]'", 2)
     except (ValueError, TypeError) as error:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     *("version", "ops", "functional", "paths", "penalty"),
-    *("data", "runs", "models", "training", "cli"),
+    *("data", "runs", "models", "training", "stability", "cli"),
 )
 
 
