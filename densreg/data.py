@@ -485,7 +485,10 @@ def _synthetic(request: _Request) -> DataSet:
     generator = torch.Generator().manual_seed(0)
 
     def noise(n: int) -> Split:
-        images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+        try:
+            images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+        except (RuntimeError, MemoryError) as error:
+            raise DataError(f"--data synthetic: no memory for {n} images of {side}x{side} pixels") from error
         return Split(images, torch.randint(classes, (n,), generator=generator))
 
     return DataSet("synthetic", noise(1024), noise(256), classes)

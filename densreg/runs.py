@@ -45,9 +45,12 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], Any], prev
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows with the same keys as a table."""
+    """Write rows with the same keys as a table; without rows there is no file."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys() if rows else (), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))

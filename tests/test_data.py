@@ -361,6 +361,8 @@ def test_synthetic():
     assert noise.train.labels.max() < 1000
     assert len(set(noise.train.labels.tolist())) > 500
     assert torch.equal(noise.train.images, data.load("synthetic", classes=1000, image_size=48).train.images)
+    with pytest.raises(data.DataError, match="no memory for 1024 images of 10000000x10000000 pixels"):
+        data.load("synthetic", image_size=10**7)
 
 
 def test_errors(tmp_path):

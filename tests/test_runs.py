@@ -127,3 +127,11 @@ def test_curves(tmp_path):
     picture = imread(tmp_path / runs.CURVES)
     assert picture.shape[1] > 1000
     assert picture[..., :3].min() < 0.5, "something is drawn"
+
+
+def test_tables(tmp_path):
+    file = tmp_path / runs.METRICS
+    runs.write_csv(file, [{"a": 1, "b": "x"}, {"a": 2.5, "b": "y,z"}])
+    assert file.read_bytes() == b'a,b\n1,x\n2.5,"y,z"\n'
+    runs.write_csv(file, [])
+    assert not file.exists(), "what lay there is of another run"
