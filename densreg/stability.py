@@ -89,6 +89,8 @@ def run(
     Raises:
         As :func:`densreg.training.fit`.
     """
+    import matplotlib.figure  # noqa: F401  # where it is missing, better said now than after an hour
+
     for name, value in (("steps", steps), ("every", every)):
         if not 1 <= value < 2**31:
             raise ValueError(f"{name} must lie in [1, 2^31), got {value}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -101,3 +102,11 @@ def test_bad_requests(arguments, message, tmp_path, monkeypatch, capsys):
     assert error.startswith("densreg stability: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_missing_matplotlib_is_said_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["stability", "--data", "digits", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error == ("densreg stability: error: matplotlib.figure is not installed: pip install 'densreg[train]'\n")
+    assert not (tmp_path / "out").exists()
