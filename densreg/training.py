@@ -407,7 +407,8 @@ class _Watch:
         """Whether this step (from 1) is not finite, on the device: called after the step, with its gradients."""
         gradients = [w.grad for w in parameters if w.grad is not None]
         gradient = torch.nn.utils.get_total_norm(gradients, math.inf)  # the largest: a sum of squares might overflow
-        seen = torch.stack([torch.full_like(out.loss, step), out.loss, gradient, out.largest]).to(self.first.dtype)
+        number = torch.full_like(self.first[0], step)
+        seen = torch.stack([number, *(value.to(number.dtype) for value in (out.loss, gradient, out.largest))])
         bad = ~seen[1:3].isfinite().all()
         self.first = torch.where(bad & (self.first[0] == 0), seen, self.first)
         return bad
