@@ -83,6 +83,7 @@ def test_blockmnist(mnist_dir):
     above = (x[:, 0, :28] == tile).all(2).all(1)
     assert torch.equal(below, ~above)
     assert 150 < below.sum() < 250, "in training it is above or below at random"
+    pickle.loads(pickle.dumps(blocks.train))  # as workers that are not forked want it
 
 
 @pytest.mark.parametrize("flip", [True, False])

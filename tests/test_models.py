@@ -59,7 +59,6 @@ def test_wide_block_is_differentiated_twice_and_keeps_its_input():
         assert torch.equal(wider(x), wider.shortcut(wider.norm1(x).relu()))
 
 
-@pytest.mark.slow
 def test_wrn28_10_trains():
     model = models.build("wrn28-10", 10, (3, 8, 8))
     models.check_trainable(model, "wrn28-10", (3, 8, 8), "fused")
