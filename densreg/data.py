@@ -1,18 +1,21 @@
-"""Image data sets as tensors, and loaders that give whole batches.
+"""Image data sets, and loaders that give whole batches.
 
-Images are uint8 in memory and float32 in [0, 1] in a batch; normalisation belongs to the model, so that the score and
-its norm are taken in pixels.
+Images are uint8 and become float32 in [0, 1] in a batch; normalisation belongs to the model, so that the score and its
+norm are taken in pixels. What is random in a batch follows from (seed, epoch, number of the batch) alone: a run that is
+resumed in the middle of an epoch skips to its batch, and workers change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -21,22 +24,79 @@ class DataError(ValueError):
     """The data set is unknown, absent or not what it should be; the message is one line for the user."""
 
 
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class Files:
+    """Image files, read when a batch wants them; indexed like a uint8 tensor [N, 3, H, W].
+
+    Args:
+        size: (H, W). A file of another size is an error, or scaled and cropped in the middle where ``fit`` is set.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int], fit: bool = False) -> None:
+        self.paths, self.size, self.fit = paths, size, fit
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Tensor | slice) -> Any:
+        if isinstance(index, slice):
+            return Files(self.paths[index], self.size, self.fit)
+        return torch.stack([self._read(self.paths[i]) for i in index.tolist()])
+
+    def _read(self, path: Path) -> Tensor:
+        image = read_image(path)
+        if self.fit:
+            from torchvision.transforms.v2 import functional
+
+            h, w = image.shape[1:]
+            scale = max(self.size[0] / h, self.size[1] / w)
+            image = functional.resize(image, [round(h * scale), round(w * scale)], antialias=True)
+            image = functional.center_crop(image, list(self.size))
+        if tuple(image.shape[1:]) != self.size:
+            given, wanted = ("x".join(map(str, size)) for size in (image.shape[1:], self.size))
+            raise DataError(f"{path} is {given} pixels; wanted {wanted} as the others (--data folder: or --image-size)")
+        return image
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file as [3, H, W] uint8.
+
+    Raises:
+        DataError: the file is absent, damaged or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # Pillow raises all sorts for damaged files
+        raise DataError(f"cannot read the image {path}: {_reason(error)}") from error
+
+
 @dataclass(frozen=True)
 class Split:
     """One split of a data set.
 
     Attributes:
-        images: [N, channels, H, W] uint8.
+        images: [N, channels, H, W] uint8, in memory or in files.
         labels: [N] int64.
         transform: from a float batch in [0, 1] and a random generator to what the model sees.
     """
 
-    images: Tensor
+    images: Tensor | Files
     labels: Tensor
     transform: Transform | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, key: tuple[Tensor, tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """The batch of an index and of the numbers that seed its generator: what a DataLoader asks for."""
+        index, numbers = key
+        return self.batch(index, seeded(*numbers))
 
     def batch(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images [n, channels, H', W'] float32 in [0, 1], labels [n]."""
@@ -47,16 +107,17 @@ class Split:
 
     def first(self, n: int | None) -> Split:
         """The first n samples; all of them for None."""
-        return self if n is None else Split(self.images[:n], self.labels[:n], self.transform)
+        return self if n is None else replace(self, images=self.images[:n], labels=self.labels[:n])
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set for classification, both splits in memory.
+    """A data set for classification.
 
     Attributes:
         classes: number of classes.
         mean, std: per channel, of pixels in [0, 1], for the model's normalisation; 0 and 1 for none.
+        note: what a user must know of it: that it is a subset, for one.
     """
 
     name: str
@@ -65,6 +126,7 @@ class DataSet:
     classes: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    note: str = ""
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -73,15 +135,47 @@ class DataSet:
         return tuple(images.shape[1:])
 
 
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator that follows from these numbers, which are >= 0, in their order."""
+    # torch's generator on the CPU takes 32 bits of a seed; SeedSequence mixes all numbers into them.
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
 def batches(
-    split: Split, batch_size: int, generator: torch.Generator | None = None, drop_last: bool = False
+    split: Split,
+    batch_size: int,
+    seed: int | None = None,
+    epoch: int = 0,
+    numbers: range | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a split: shuffled and transformed by the generator, or in order where there is none."""
-    order = torch.arange(len(split)) if generator is None else torch.randperm(len(split), generator=generator)
-    for index in order.split(batch_size):
-        if drop_last and len(index) < batch_size:
-            return
-        yield split.batch(index, generator or torch.Generator().manual_seed(0))
+    """Batches of a split, ``(images, labels)`` as :meth:`Split.batch` gives them; only the last may be smaller.
+
+    Args:
+        seed, epoch: what the order and the random transforms follow from; in order for a seed of None.
+        numbers: which batches; all of them for None.
+        workers: processes that prepare batches; with 0 this one does.
+        pin_memory: see :class:`torch.utils.data.DataLoader`.
+
+    Raises:
+        DataError: a file is damaged; it is named.
+    """
+    order = torch.arange(len(split)) if seed is None else torch.randperm(len(split), generator=seeded(seed, epoch))
+    parts = order.split(batch_size)
+    keys = [(parts[i], (seed or 0, epoch, i + 1)) for i in (range(len(parts)) if numbers is None else numbers)]
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+        split,  # type: ignore[arg-type]  # a data set by its methods
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # or it would draw from the global one, which random classes come from
+    )
+    try:
+        yield from loader
+    except DataError as error:  # a worker sends its traceback along
+        raise DataError(str(error).rstrip().rpartition("densreg.data.DataError: ")[2]) from error
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -123,22 +217,75 @@ def _null_below(images: Tensor, generator: torch.Generator) -> Tensor:
 # augmentation
 
 
-def _crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crop after padding by 4, and horizontal flip, drawn for each image: CIFAR's standard augmentation."""
-    from torchvision.transforms import v2
+@dataclass(frozen=True)
+class CropAndFlip:
+    """Random crop after padding, and horizontal flip where ``flip``, drawn for each image: the usual augmentation.
 
-    transform = v2.Compose([v2.RandomCrop(images.shape[-2:], padding=4), v2.RandomHorizontalFlip()])
-    # torchvision draws from the global generator; what a batch looks like must not depend on what else draws from it.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-        return torch.stack([transform(image) for image in images])
+    The padding is an eighth of the side: CIFAR's 4 of 32.
+    """
+
+    flip: bool = True
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        from torchvision.transforms import v2
+
+        size = list(images.shape[-2:])
+        steps = [v2.RandomCrop(size, padding=max(size) // 8), *([v2.RandomHorizontalFlip()] if self.flip else [])]
+        transform = v2.Compose(steps)
+        # torchvision draws from the global generator; a batch must not depend on what else draws from it.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+            return torch.stack([transform(image) for image in images])
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # the data sets
 
 
-def _digits(data_dir: Path | None, download: bool) -> DataSet:
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of :func:`load`."""
+
+    name: str
+    data_dir: Path | None
+    download: bool
+    augment: bool
+    classes: int | None
+    image_size: int | None
+
+    def folder(self) -> Path:
+        """The data directory, which is there unless it may be downloaded to."""
+        if self.data_dir is None:
+            raise DataError(f"--data {self.name} needs --data-dir: the folder with (or for, with --download) its files")
+        try:
+            if not self.data_dir.is_dir() and not self.download:
+                raise DataError(f"--data-dir {self.data_dir} is not a folder")
+        except OSError as error:
+            raise DataError(f"--data-dir {self.data_dir} cannot be read: {error.strerror}") from error
+        return self.data_dir
+
+    def transform(self, flip: bool = True) -> Transform | None:
+        return CropAndFlip(flip) if self.augment else None
+
+
+def _check(
+    images: Any, labels: Any, shape: tuple[int, ...], classes: int, images_file: Path, labels_file: Path
+) -> Split:
+    """A split in memory; raises DataError, naming the file, unless number, shapes and labels are right."""
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
+    if len(images) == 0:
+        raise DataError(f"{images_file} holds no images")
+    if tuple(images.shape[1:]) != shape:
+        raise DataError(f"{images_file} holds images of shape {list(images.shape[1:])}; wanted {list(shape)}")
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{labels_file} holds {len(labels)} labels; wanted {len(images)}, one for each image")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise DataError(f"{labels_file} holds the label {wrong[0]}; wanted 0 to {classes - 1}")
+    return Split(images, labels)
+
+
+def _digits(request: _Request) -> DataSet:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -149,80 +296,262 @@ def _digits(data_dir: Path | None, download: bool) -> DataSet:
     return DataSet("digits", Split(images[train], labels[train]), Split(images[test], labels[test]), 10)
 
 
-def _torchvision(name: str, data_dir: Path | None, download: bool) -> tuple[Split, Split]:
-    """Train and test split of a torchvision data set."""
+def _read(kind: str, file: Path, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a reader gives; raises DataError, naming the file, for whatever it raises."""
+    try:
+        return read(*args, **options)
+    except Exception as error:  # readers and pickle raise all sorts for files that are absent or damaged
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else _reason(error)
+        raise DataError(f"no usable {kind} in {file} ({reason}); give its folder, or add --download") from error
+
+
+def _mnist_splits(request: _Request) -> tuple[Split, Split]:
+    from torchvision import datasets
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    root = request.folder()
+    raw = root / "MNIST" / "raw"
+    if request.download:
+        _read("MNIST", raw, datasets.MNIST, root, download=True)
+    splits = []
+    for prefix in ("train", "t10k"):
+        images_file, labels_file = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
+        images = _read("MNIST", images_file, read_image_file, str(images_file))
+        labels = _read("MNIST", labels_file, read_label_file, str(labels_file))
+        splits.append(_check(images.unsqueeze(1), labels, (1, 28, 28), 10, images_file, labels_file))
+    return splits[0], splits[1]
+
+
+def _mnist(request: _Request) -> DataSet:
+    return DataSet("mnist", *_mnist_splits(request), classes=10)
+
+
+def _blockmnist(request: _Request) -> DataSet:
+    train, test = _mnist_splits(request)
+    return DataSet(
+        "blockmnist", replace(train, transform=_random_null), replace(test, transform=_null_below), classes=10
+    )
+
+
+def _checksums(kind: str, folder: Path, files: Sequence[Sequence[str]]) -> None:
+    """Raise DataError unless each file, given as (name, md5), is the published one."""
+    from torchvision.datasets.utils import check_integrity
+
+    for name, md5 in files:
+        file = folder / name
+        if not check_integrity(file, md5):
+            reason = "its checksum is not the published one" if file.exists() else "there is no such file"
+            raise DataError(f"no usable {kind} in {file} ({reason}); give its folder, or add --download")
+
+
+def _cifar(request: _Request, kind: str, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> DataSet:
     from torchvision import datasets
 
-    if data_dir is None:
-        raise DataError(f"--data {name} needs --data-dir: the folder with (or for, with --download) its files")
-    cls = getattr(datasets, name)
+    root, cls = request.folder(), getattr(datasets, kind)
+    folder = root / cls.base_folder
+    if request.download:
+        _read(kind, folder, cls, root, download=True)
+    _checksums(kind, folder, [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])])
+    splits = []
+    for train in (True, False):
+        loaded = _read(kind, folder, cls, root, train=train)
+        images = torch.as_tensor(loaded.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(_check(images, loaded.targets, (3, 32, 32), classes, folder, folder))
+    train_split = replace(splits[0], transform=request.transform())
+    return DataSet(request.name, train_split, splits[1], classes, mean, std)
+
+
+def _cifar10(request: _Request) -> DataSet:
+    return _cifar(request, "CIFAR10", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def _cifar100(request: _Request) -> DataSet:
+    return _cifar(request, "CIFAR100", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def _svhn(request: _Request) -> DataSet:
+    from torchvision import datasets
+
+    root, splits = request.folder(), []
+    for name in ("train", "test"):
+        _, file, md5 = datasets.SVHN.split_list[name]
+        if request.download:
+            _read("SVHN", root / file, datasets.SVHN, root, name, download=True)
+        _checksums("SVHN", root, [(file, md5)])
+        loaded = _read("SVHN", root / file, datasets.SVHN, root, name)
+        images = torch.from_numpy(np.ascontiguousarray(loaded.data))
+        splits.append(_check(images, loaded.labels, (3, 32, 32), 10, root / file, root / file))
+    train = replace(splits[0], transform=request.transform(flip=False))  # a mirrored digit is another one, or none
+    return DataSet("svhn", train, splits[1], 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+
+
+def _by_turns(files: dict[int, list[Path]]) -> tuple[list[Path], Tensor]:
+    """Files of classes in turn, the first of each class, then the second, so that the first N are of all classes."""
+    turns = sorted((turn, label) for label, paths in files.items() for turn in range(len(paths)))
+    return [files[label][turn] for turn, label in turns], torch.tensor([label for _, label in turns])
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The image files below a folder, in the order of their names.
+
+    Raises:
+        DataError: there are none.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; wanted a folder with the images of a class")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise DataError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    return files
+
+
+_TINY_CLASSES, _TINY_TRAIN, _TINY_VAL = 200, 100_000, 10_000
+
+
+def _tiny_imagenet(request: _Request) -> DataSet:
+    root = request.folder()
+    if request.download:
+        raise DataError("--data tiny-imagenet cannot be downloaded; give the folder with tiny-imagenet-200 in it")
+    root = root / "tiny-imagenet-200"
     try:
-        if not data_dir.is_dir() and not download:
-            raise DataError(f"--data-dir {data_dir} is not a folder")
-        loaded = [cls(data_dir, train=train, download=download) for train in (True, False)]
-    except DataError:
-        raise
-    except Exception as error:  # torchvision and pickle raise all sorts for files that are absent or damaged
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"no usable {name} in {data_dir} ({reason}); give its folder, or add --download") from error
-    train, test = (_as_split(d) for d in loaded)
-    return train, test
-
-
-def _as_split(dataset: Any) -> Split:
-    images = torch.as_tensor(dataset.data)
-    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.as_tensor(dataset.targets).long())
-
-
-def _mnist(data_dir: Path | None, download: bool) -> DataSet:
-    train, test = _torchvision("MNIST", data_dir, download)
-    return DataSet("mnist", train, test, classes=10)
-
-
-def _blockmnist(data_dir: Path | None, download: bool) -> DataSet:
-    train, test = _torchvision("MNIST", data_dir, download)
+        names = (root / "wnids.txt").read_text().split()
+        annotations = (root / "val" / "val_annotations.txt").read_text().splitlines()
+    except (OSError, UnicodeError) as error:
+        where = getattr(error, "filename", None) or root
+        raise DataError(f"no usable Tiny ImageNet in {root} ({where}: {_reason(error)})") from error
+    label_of = {name: label for label, name in enumerate(names)}
+    train, train_labels = _by_turns({i: _image_files(root / "train" / name / "images") for name, i in label_of.items()})
+    val: dict[int, list[Path]] = {}
+    for number, line in enumerate(annotations, 1):
+        columns = line.split("\t")
+        if len(columns) < 2 or columns[1] not in label_of:
+            raise DataError(
+                f"{root / 'val' / 'val_annotations.txt'}, line {number}: {line[:80]!r}; "
+                "wanted a file name, a tab and a class of wnids.txt"
+            )
+        val.setdefault(label_of[columns[1]], []).append(root / "val" / "images" / columns[0])
+    if not val:
+        raise DataError(f"{root / 'val' / 'val_annotations.txt'} is empty; wanted a line for each image")
+    test, test_labels = _by_turns(val)
+    counts = ((len(names), _TINY_CLASSES), (len(train), _TINY_TRAIN), (len(test), _TINY_VAL))
+    note = "a subset of Tiny ImageNet: {} of {} classes, {} of {} training images, {} of {} validation images"
     return DataSet(
-        "blockmnist",
-        Split(train.images, train.labels, _random_null),
-        Split(test.images, test.labels, _null_below),
-        classes=10,
+        "tiny-imagenet",
+        Split(Files(train, (64, 64)), train_labels, request.transform()),
+        Split(Files(test, (64, 64)), test_labels),
+        len(names),
+        (0.4802, 0.4481, 0.3975),
+        (0.2770, 0.2691, 0.2821),
+        "" if all(a == b for a, b in counts) else note.format(*(n for pair in counts for n in pair)),
     )
 
 
-def _cifar100(data_dir: Path | None, download: bool) -> DataSet:
-    train, test = _torchvision("CIFAR100", data_dir, download)
+def _folder(request: _Request) -> DataSet:
+    root = request.folder()
+    if request.download:
+        raise DataError("--data folder cannot be downloaded; give a folder with train/ and val/ or test/ in it")
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if held_out is None or not (root / "train").is_dir():
+        raise DataError(f"{root} has no folders train and val (or test); wanted both, with a folder for each class")
+    names = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    if not names:
+        raise DataError(f"{root / 'train'} is empty; wanted a folder for each class")
+    label_of = {name: label for label, name in enumerate(names)}
+    held_out_names = sorted(path.name for path in held_out.iterdir() if path.is_dir())
+    unknown = [name for name in held_out_names if name not in label_of]
+    if unknown or not held_out_names:
+        what = f"the class {unknown[0]!r}, which {root / 'train'} lacks" if unknown else "no classes"
+        raise DataError(f"{held_out} has {what}; wanted folders named as those of the training images")
+    train, train_labels = _by_turns({label_of[name]: _image_files(root / "train" / name) for name in names})
+    test, test_labels = _by_turns({label_of[name]: _image_files(held_out / name) for name in held_out_names})
+    fit = request.image_size is not None
+    height, width = read_image(train[0]).shape[1:]
+    size = (request.image_size, request.image_size) if request.image_size else (height, width)
     return DataSet(
-        "cifar100",
-        Split(train.images, train.labels, _crop_and_flip),
-        test,
-        classes=100,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
+        "folder",
+        Split(Files(train, size, fit), train_labels, request.transform()),
+        Split(Files(test, size, fit), test_labels),
+        len(names),
+        (0.485, 0.456, 0.406),  # ImageNet's
+        (0.229, 0.224, 0.225),
     )
 
 
-DATA_SETS: dict[str, Callable[[Path | None, bool], DataSet]] = {
+def _synthetic(request: _Request) -> DataSet:
+    """Noise with random labels, 1024 and 256 images."""
+    classes, side = request.classes or 10, request.image_size or 32
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(n: int) -> Split:
+        try:
+            images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+        except (RuntimeError, MemoryError) as error:
+            raise DataError(f"--data synthetic: no memory for {n} images of {side}x{side} pixels") from error
+        return Split(images, torch.randint(classes, (n,), generator=generator))
+
+    return DataSet("synthetic", noise(1024), noise(256), classes)
+
+
+DATA_SETS: dict[str, Callable[[_Request], DataSet]] = {
     "digits": _digits,
     "mnist": _mnist,
     "blockmnist": _blockmnist,
+    "cifar10": _cifar10,
     "cifar100": _cifar100,
+    "svhn": _svhn,
+    "tiny-imagenet": _tiny_imagenet,
+    "folder": _folder,
+    "synthetic": _synthetic,
 }
 
 
-def load(name: str, data_dir: str | Path | None = None, download: bool = False) -> DataSet:
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    augment: bool = True,
+    classes: int | None = None,
+    image_size: int | None = None,
+) -> DataSet:
     """A data set by name.
 
+    ============= ============================================================================= ======================
+    name          what                                                                          training images are
+    ============= ============================================================================= ======================
+    digits        scikit-learn's, 8x8, needs no files
+    mnist         MNIST
+    blockmnist    MNIST digits stacked with a null tile, 56x28; below the digit in test         null above or below
+    cifar10       CIFAR-10                                                                      cropped and flipped
+    cifar100      CIFAR-100                                                                     cropped and flipped
+    svhn          Street View House Numbers                                                     cropped
+    tiny-imagenet Tiny ImageNet as published: train/, wnids.txt, val/val_annotations.txt        cropped and flipped
+    folder        any: a folder for each class in train/, and in val/ or test/                  cropped and flipped
+    synthetic     noise with random labels, any number of classes and image size: for timing
+    ============= ============================================================================= ======================
+
+    The images of the last but one and of tiny-imagenet are read from their files batch by batch, classes by turns.
+
     Args:
-        name: "digits" (scikit-learn's, 8x8, needs no files), "mnist", "blockmnist" (MNIST digits stacked with a null
-            tile, 56x28: above or below at random in training, below in test) or "cifar100" (cropped and flipped at
-            random in training).
-        data_dir: the folder that torchvision would download into; not for "digits".
+        data_dir: the folder that torchvision would download into; for tiny-imagenet the one that holds
+            tiny-imagenet-200, for folder the one that holds train/.
         download: let torchvision download what is absent.
+        augment: whether training images are cropped and flipped.
+        classes: of synthetic; 10 for None.
+        image_size: side of the images of synthetic (32 for None) and folder (None: as they are, all of one size;
+            otherwise scaled, and cropped in the middle).
 
     Raises:
-        DataError: unknown name, or files that are absent or damaged.
+        DataError: unknown name, or files that are absent or damaged: named in one line.
     """
     if name not in DATA_SETS:
         raise DataError(f"unknown data set {name!r}; wanted one of {', '.join(DATA_SETS)}")
-    return DATA_SETS[name](None if data_dir is None else Path(data_dir), download)
+    for option, value, users in (("classes", classes, ("synthetic",)), ("image-size", image_size, _SIZED)):
+        if value is not None and name not in users:
+            raise DataError(f"--{option} is for --data {' and '.join(users)}; {name} has its own")
+    request = _Request(name, None if data_dir is None else Path(data_dir), download, augment, classes, image_size)
+    return DATA_SETS[name](request)
+
+
+_SIZED = ("synthetic", "folder")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from densreg import runs
 from densreg.penalty import density_penalty
 
 SMALL_IMAGE = 64
 """Up to this size ResNets get the stem of the CIFAR papers: a 3x3 convolution of stride 1 and no pooling."""
 
-OWN_MODELS = ("mlp", "vgg11", "resnet18")
+OWN_MODELS = ("mlp", "vgg11", "resnet18", "resnet34", "wrn28-10")
 
 
 class ModelError(ValueError):
@@ -76,11 +76,11 @@ def vgg11(classes: int, image_shape: Sequence[int]) -> nn.Module:
     return model
 
 
-def resnet18(classes: int, image_shape: Sequence[int]) -> nn.Module:
-    """torchvision's ResNet-18; for images up to 64x64 with the stem of the CIFAR papers."""
-    from torchvision.models import resnet18 as build
+def resnet(name: str, classes: int, image_shape: Sequence[int]) -> nn.Module:
+    """torchvision's ResNet of that name; for images up to 64x64 with the stem of the CIFAR papers."""
+    from torchvision.models import get_model
 
-    model = build(num_classes=classes)
+    model = get_model(name, weights=None, num_classes=classes)
     channels = image_shape[0]
     if max(image_shape[1:]) <= SMALL_IMAGE:
         model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
@@ -89,6 +89,40 @@ def resnet18(classes: int, image_shape: Sequence[int]) -> nn.Module:
         model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     if model.conv1.in_channels != 3 or model.conv1.stride == (1, 1):
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+class _WideBlock(nn.Module):
+    """BatchNorm, ReLU and 3x3 convolution, twice, beside a shortcut: the pre-activation block of Wide ResNets."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width_in), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x).relu()
+        # Where the width changes the shortcut starts after the activation, as in the authors' code.
+        short = x if self.shortcut is None else self.shortcut(y)
+        return short + self.conv2(self.norm2(self.conv1(y)).relu())
+
+
+def wrn28_10(classes: int, image_shape: Sequence[int]) -> nn.Module:
+    """WRN-28-10 without dropout (Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016), pooled globally."""
+    layers: list[nn.Module] = [nn.Conv2d(image_shape[0], 16, 3, padding=1, bias=False)]
+    width = 16
+    for wide, stride in ((160, 1), (320, 2), (640, 2)):
+        for i in range(4):  # (28 - 4) / 6 blocks in each group
+            layers.append(_WideBlock(width, wide, stride if i == 0 else 1))
+            width = wide
+    layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
+    model = nn.Sequential(*layers)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(layers[-1].bias)  # type: ignore[arg-type]
     return model
 
 
@@ -125,8 +159,8 @@ def build(
     """A classifier with fresh weights that takes pixels in [0, 1].
 
     Args:
-        name: "mlp" (two hidden layers of 512), "vgg11", "resnet18" (for small images), or the name of any torchvision
-            classifier, which is built as it is; grey images are repeated in its three channels.
+        name: "mlp" (two hidden layers of 512), "vgg11", "resnet18", "resnet34", "wrn28-10" (for small images), or the
+            name of any torchvision classifier, which is built as it is; grey images are repeated in its three channels.
         classes: number of classes.
         image_shape: (channels, H, W).
         mean, std: of the pixels, per channel, for the first layer.
@@ -137,7 +171,8 @@ def build(
     check_name(name)
     channels = image_shape[0]
     if name in OWN_MODELS:
-        body = {"mlp": mlp, "vgg11": vgg11, "resnet18": resnet18}[name](classes, image_shape)
+        own: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "vgg11": vgg11, "wrn28-10": wrn28_10}
+        body = own[name](classes, image_shape) if name in own else resnet(name, classes, image_shape)
     else:
         from torchvision.models import get_model
 
@@ -178,11 +213,10 @@ def check_trainable(
         ) from error
 
 
-CONFIG, CHECKPOINT = "config.json", "checkpoint.pt"
-
-
 def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a run, in eval mode, and the run's configuration.
+    """The model of a run, in eval mode, and the run's configuration (that of config.json).
+
+    Where the last checkpoint is damaged it is the one before, with a warning that says so.
 
     Args:
         run_dir: what ``densreg train --out`` wrote.
@@ -191,16 +225,18 @@ def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> 
     Raises:
         ModelError: there is no run, or its files cannot be read.
     """
-    run_dir = Path(run_dir)
     try:
-        config = json.loads((run_dir / CONFIG).read_text())
-        saved = torch.load(run_dir / CHECKPOINT, map_location=device, weights_only=True)
-        spec = saved["spec"]
-        model = build(**spec)
+        saved, note = runs.load_checkpoint(Path(run_dir), device)
+        if saved is None:
+            raise runs.RunError(f"there is no {runs.CHECKPOINT}")
+        model = build(**saved["spec"])
         model.load_state_dict(saved["model"])
+        config = saved["config"]
     except ModelError:
         raise
-    except Exception as error:  # a damaged file can raise anything
+    except Exception as error:  # what is not ours can lack anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"no readable run in {run_dir}: {reason}") from error
+    if note:
+        warnings.warn(note, stacklevel=2)
     return model.to(device).eval(), config

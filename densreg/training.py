@@ -1,17 +1,16 @@
-"""Training a classifier with the density penalty: the step, the epochs, and the run directory."""
+"""Training a classifier with the density penalty: the step, the epochs, and going on where a run was killed."""
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
 import json
 import math
-import os
 import platform
 import re
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,22 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from densreg import data, functional, models, paths
+from densreg import data, functional, models, paths, runs
 from densreg.penalty import density_loss, density_penalty
+from densreg.runs import RunError, TrainingError
 from densreg.version import __version__
-
-METRICS, STEPS = "metrics.csv", "steps.csv"
 
 PENALTY_SAMPLES = 1000
 """Test images over which the epoch's test penalty is the mean: it costs three forwards, accuracy one."""
 
-
-class RunError(ValueError):
-    """The run directory cannot be used; the message is one line for the user."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line for the user."""
+OPTIMIZERS, SCHEDULES, ON_NONFINITE = ("sgd", "adam", "adamw"), ("constant", "step", "cosine"), ("stop", "record")
 
 
 @dataclass(frozen=True)
@@ -47,17 +39,30 @@ class Recipe:
     lr: float
     batch_size: int
     weight_decay: float = 0.0
-    milestones: tuple[float, ...] = ()  # in parts of the epochs; the learning rate is divided by 10 at each
+    schedule: str = "constant"
+    milestones: tuple[float, ...] = ()
 
 
 _MNIST_RECIPE = Recipe(epochs=80, optimizer="adam", lr=1e-4, batch_size=128)
+_CIFAR_RECIPE = Recipe(
+    epochs=200,
+    optimizer="sgd",
+    lr=0.01,
+    batch_size=128,
+    weight_decay=5e-4,
+    schedule="step",
+    milestones=(0.5, 0.875),  # 100 and 175 of 200
+)
 RECIPES = {
     "digits": Recipe(epochs=30, optimizer="adam", lr=1e-3, batch_size=64),
     "mnist": _MNIST_RECIPE,
     "blockmnist": _MNIST_RECIPE,
-    "cifar100": Recipe(
-        epochs=200, optimizer="sgd", lr=0.01, batch_size=128, weight_decay=5e-4, milestones=(0.5, 0.875)
-    ),
+    "cifar10": _CIFAR_RECIPE,
+    "cifar100": _CIFAR_RECIPE,
+    "svhn": _CIFAR_RECIPE,
+    "tiny-imagenet": _CIFAR_RECIPE,
+    "folder": _CIFAR_RECIPE,
+    "synthetic": Recipe(epochs=1, optimizer="sgd", lr=0.01, batch_size=128),
 }
 
 
@@ -66,15 +71,26 @@ class Config:
     """What a run is. ``None`` stands for the data set's recipe; :meth:`complete` fills it in.
 
     Attributes:
-        data, data_dir, download: see :func:`densreg.data.load`.
+        data, data_dir, download, augment, classes, image_size: see :func:`densreg.data.load`.
         model: see :func:`densreg.models.build`.
         path, p, coeff: the penalty; with coeff 0 it is not computed at all.
+        coeff_warmup: epochs in which the coefficient rises from 0 to coeff, a step at a time.
         out: the run directory.
         seed: of weights, shuffling, augmentation and random classes.
+        optimizer: "sgd", "adam" or "adamw".
+        momentum: of sgd.
+        schedule: of the learning rate: "constant", "step" (divided by 10 at each milestone) or "cosine" (down to 0).
+        milestones: in parts of the epochs, 0 to 1.
         train_size, test_size: use only so many images of a split.
         max_steps: stop after so many steps of the optimizer, in the middle of an epoch if need be.
-        log_every: steps between two rows of steps.csv.
+        log_every: steps between two rows of steps.csv, and between two looks at whether all was finite.
+        checkpoint_every: steps between two checkpoints; there is one at the end of each epoch in any case.
+        on_nonfinite: what a loss or gradient that is not finite does: "stop" the run, or "record" it and go on.
         device: "auto" is CUDA where there is one.
+        channels_last: memory format of images and weights.
+        threads: of torch on the CPU, as long as the run lasts; None leaves them as they are.
+        workers: processes that prepare the batches; 0 for none.
+        tensorboard: write events for TensorBoard too.
     """
 
     out: str
@@ -83,19 +99,32 @@ class Config:
     path: str = "fused"
     p: float = 2.0
     coeff: float = 0.1
+    coeff_warmup: float = 0.0
     epochs: int | None = None
     seed: int = 0
     data_dir: str | None = None
     download: bool = False
+    augment: bool = True
+    classes: int | None = None
+    image_size: int | None = None
     batch_size: int | None = None
     optimizer: str | None = None
     lr: float | None = None
+    momentum: float = 0.9
     weight_decay: float | None = None
+    schedule: str | None = None
+    milestones: tuple[float, ...] | None = None
     train_size: int | None = None
     test_size: int | None = None
     max_steps: int | None = None
     log_every: int = 50
+    checkpoint_every: int | None = None
+    on_nonfinite: str = "stop"
     device: str = "auto"
+    channels_last: bool = False
+    threads: int | None = None
+    workers: int = 0
+    tensorboard: bool = False
 
     def complete(self) -> Config:
         """This configuration with the recipe filled in and every value checked.
@@ -107,24 +136,41 @@ class Config:
             raise data.DataError(f"unknown data set {self.data!r}; wanted one of {', '.join(RECIPES)}")
         recipe = RECIPES[self.data]
         values = asdict(self)
-        for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay"):
+        for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule"):
             if values[name] is None:
                 values[name] = getattr(recipe, name)
         if values["device"] == "auto":
             values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         paths.check_path(values["path"])
         functional.check_order(values["p"])
-        for name in ("epochs", "batch_size", "train_size", "test_size", "max_steps", "log_every"):
+        for name in (
+            *("epochs", "batch_size", "train_size", "test_size", "max_steps", "log_every", "checkpoint_every"),
+            *("threads", "classes", "image_size"),
+        ):
             if values[name] is not None and not 1 <= values[name] < 2**31:
                 raise ValueError(f"{name} must lie in [1, 2^31), got {values[name]}")
-        for name, positive in (("coeff", False), ("weight_decay", False), ("lr", True)):
+        if not 0 <= values["workers"] <= 1024:
+            raise ValueError(f"workers must lie in [0, 1024], got {values['workers']}")
+        for name, positive in (("coeff", False), ("coeff_warmup", False), ("weight_decay", False), ("lr", True)):
             value = values[name]
             if not 0 <= value < 1e38 or (positive and value == 0):  # 1e38: float32
                 raise ValueError(f"{name} must be finite and {'above' if positive else 'at least'} 0, got {value}")
+        if not 0 <= values["momentum"] < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {values['momentum']}")
         if not 0 <= values["seed"] < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {values['seed']}")
-        if values["optimizer"] not in ("adam", "sgd"):
-            raise ValueError(f"optimizer must be adam or sgd, got {values['optimizer']!r}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("on_nonfinite", ON_NONFINITE)):
+            if values[name] not in known:
+                raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {values[name]!r}")
+        if values["milestones"] is None:
+            values["milestones"] = recipe.milestones if values["schedule"] == "step" else ()
+        elif values["milestones"] and values["schedule"] != "step":
+            raise ValueError(f"milestones are for the schedule step, got the schedule {values['schedule']!r}")
+        values["milestones"] = tuple(values["milestones"])
+        if not all(0 < part <= 1 for part in values["milestones"]):
+            raise ValueError(f"milestones must be parts of the epochs, above 0 to 1, got {values['milestones']}")
+        if values["schedule"] == "step" and not values["milestones"]:
+            raise ValueError("the schedule step needs milestones, in parts of the epochs: 0.5 0.875")
         match = re.fullmatch(r"cpu|cuda(?::(\d+))?", values["device"])
         if not match:
             raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {values['device']!r}")
@@ -132,14 +178,21 @@ class Config:
             raise ValueError(f"device {values['device']!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
         return Config(**values)
 
+    def describe(self) -> dict[str, Any]:
+        """The configuration as JSON can hold it."""
+        # JSON has no infinity; p may be one.
+        values = {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
+        return json.loads(json.dumps(values))
+
 
 class StepOutput(NamedTuple):
-    """What a training step saw, without graph: means over the batch, and the number of right answers."""
+    """What a training step saw, without graph: means over the batch, the number of right answers, the largest logit."""
 
     loss: Tensor
     ce: Tensor
     penalty: Tensor
     correct: Tensor
+    largest: Tensor
 
 
 def train_step(
@@ -171,11 +224,19 @@ def train_step(
     # Only the parameters: the gradient in x would be computed for nothing.
     loss.backward(inputs=[w for w in model.parameters() if w.requires_grad])
     optimizer.step()
-    correct = (logits.detach().argmax(1) == y).sum()
-    return StepOutput(loss.detach(), ce.detach(), penalty.detach(), correct)
+    largest, best = logits.detach().max(1)
+    return StepOutput(loss.detach(), ce.detach(), penalty.detach(), (best == y).sum(), largest.max())
 
 
-def evaluate(model: nn.Module, split: data.Split, p: float, batch_size: int, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    split: data.Split,
+    p: float,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> dict[str, float]:
     """Cross-entropy and accuracy on a split, and the mean penalty (path "fused") of its first 1000 images.
 
     The model is put into eval mode, and back.
@@ -184,110 +245,398 @@ def evaluate(model: nn.Module, split: data.Split, p: float, batch_size: int, dev
     model.eval()
     ce = correct = penalty = 0.0
     with torch.no_grad():
-        for x, y in data.batches(split, batch_size):
-            logits = model(x.to(device))
+        for x, y in data.batches(split, batch_size, workers=workers):
+            logits = model(x.to(device, memory_format=memory_format))
             y = y.to(device)
             ce += F.cross_entropy(logits, y, reduction="sum").item()
             correct += (logits.argmax(1) == y).sum().item()
     some = split.first(PENALTY_SAMPLES)
-    for x, _ in data.batches(some, batch_size):
-        x = x.to(device).requires_grad_()
+    for x, _ in data.batches(some, batch_size, workers=workers):
+        x = x.to(device, memory_format=memory_format).requires_grad_()
         penalty += density_penalty(model(x), x, p, reduction="sum").item()
     model.train(training)
     return {"test_ce": ce / len(split), "test_accuracy": correct / len(split), "test_penalty": penalty / len(some)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# the run directory
+# what is trained
 
 
-def write_atomically(path: Path, write: Callable[[io.BufferedWriter], Any]) -> None:
-    """Write a file so that it is either the old one or the whole new one, whenever the machine stops."""
-    part = path.with_name(f".{path.name}.part")
+class Problem:
+    """What a configuration stands for: data, a model with fresh weights, and its optimizer.
+
+    Seeds torch's global generator, which the weights come from, and in training the random classes and dropout.
+
+    Args:
+        config: complete.
+
+    Raises:
+        DataError, ModelError: in one line.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = torch.device(config.device)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        models.check_name(config.model)
+        dataset = data.load(
+            config.data, config.data_dir, config.download, config.augment, config.classes, config.image_size
+        )
+        self.note = dataset.note
+        self.train, self.test = dataset.train.first(config.train_size), dataset.test.first(config.test_size)
+        self.spec: dict[str, Any] = {
+            "name": config.model,
+            "classes": dataset.classes,
+            "image_shape": dataset.image_shape,
+            "mean": dataset.mean,
+            "std": dataset.std,
+        }
+        torch.manual_seed(config.seed)
+        self.model = models.build(**self.spec).to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        path = config.path if config.coeff > 0 else None
+        smallest = min(2, self.batch_size, len(self.train))  # BatchNorm cannot take one sample
+        models.check_trainable(self.model, config.model, dataset.image_shape, path, smallest)
+        self.optimizer = _optimizer(self.model, config)
+
+    @property
+    def batch_size(self) -> int:
+        assert self.config.batch_size is not None
+        return min(self.config.batch_size, len(self.train))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """A last batch that is not full is left out: one sample cannot go through BatchNorm in training mode."""
+        return len(self.train) // self.batch_size
+
+    def batches(self, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an epoch (from 1) by their numbers (from 0), on the device."""
+        pin = self.device.type == "cuda"
+        for x, y in data.batches(
+            self.train, self.batch_size, self.config.seed, epoch, numbers, self.config.workers, pin
+        ):
+            yield (
+                x.to(self.device, non_blocking=True, memory_format=self.memory_format),
+                y.to(self.device, non_blocking=True),
+            )
+
+    def step(self, step: int, x: Tensor, y: Tensor) -> StepOutput:
+        """Step number ``step`` (from 0) with the learning rate and coefficient that belong to it."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, self.steps_per_epoch)
+        coeff = coefficient(config, step, self.steps_per_epoch)
+        return train_step(self.model, self.optimizer, x, y, coeff, config.p, config.path)
+
+
+@contextlib.contextmanager
+def threads(n: int | None) -> Iterator[None]:
+    """Let torch use n threads on the CPU; as many as before for None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
     try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        yield
     finally:
-        part.unlink(missing_ok=True)
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys() if rows else (), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-_FILES = (models.CONFIG, models.CHECKPOINT, METRICS, STEPS)
-
-
-def _open_run(out: str, overwrite: bool) -> Path:
-    """The run directory, which can be written to; what it holds stays until the first epoch is saved."""
-    if not out:
-        raise RunError("--out is empty; wanted a folder")
-    run = Path(out)
-    try:
-        if run.exists() and not run.is_dir():
-            raise RunError(f"--out {run} is a file; wanted a folder")
-        held = [name for name in _FILES if (run / name).exists()]
-        if held and not overwrite:
-            raise RunError(f"--out {run} already holds {held[0]}; choose another folder or add --overwrite")
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(run / ".writable", lambda file: file.write(b""))
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise RunError(f"cannot write to --out {run}: {error.strerror}") from error
-    return run
+        torch.set_num_threads(before)
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     assert config.lr is not None
     assert config.weight_decay is not None
-    if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    cls = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return cls(model.parameters(), config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step (from 0): a function of the step, so that there is no state to save."""
+    assert config.lr is not None
+    assert config.epochs is not None
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * step / (config.epochs * steps_per_epoch)))
+    passed = [
+        part for part in config.milestones or () if step // steps_per_epoch >= max(1, round(part * config.epochs))
+    ]
+    return config.lr * 0.1 ** len(passed)
+
+
+def coefficient(config: Config, step: int, steps_per_epoch: int) -> float:
+    """The penalty's coefficient in a step (from 0); in the warm-up it is above 0 from the first step on."""
+    rising = config.coeff_warmup * steps_per_epoch
+    return config.coeff * min(1.0, (step + 1) / rising) if rising else config.coeff
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what is seen on the way: kept on the device, because reading it is what synchronises
 
 
 class _Running:
-    """Sums of step outputs, kept on the device; reading the means is what synchronises."""
+    """Sums of step outputs, and the largest logit."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(4, device=device, dtype=torch.float64)
+        self.sums = torch.zeros(5, device=device, dtype=torch.float64)  # loss, ce, penalty, right answers, bad steps
+        self.largest = torch.full((), -math.inf, device=device)
         self.samples = 0
 
-    def add(self, out: StepOutput, samples: int) -> None:
-        means = torch.stack([out.loss, out.ce, out.penalty]).to(self.sums.dtype)
-        self.sums[:3] += means * samples
+    def add(self, out: StepOutput, samples: int, bad: Tensor) -> None:
+        self.sums[:3] += torch.stack([out.loss, out.ce, out.penalty]).to(self.sums.dtype) * samples
         self.sums[3] += out.correct
+        self.sums[4] += bad
+        self.largest = torch.maximum(self.largest, out.largest)
         self.samples += samples
 
     def means(self) -> dict[str, float]:
         """Means per sample since the start; the penalty of a plain step is NaN."""
-        loss, ce, penalty, correct = (self.sums / max(self.samples, 1)).tolist()
+        loss, ce, penalty, correct = (self.sums[:4] / max(self.samples, 1)).tolist()
         return {"loss": loss, "ce": ce, "penalty": penalty, "accuracy": correct}
 
+    def state(self) -> dict[str, Any]:
+        return dict(vars(self))
 
-def _check_finite(means: dict[str, float], config: Config, step: int) -> None:
-    if not math.isfinite(means["loss"]):
-        raise TrainingError(
-            f"the loss is {means['loss']} at or before step {step} (cross-entropy {means['ce']:.4g}, "
-            f"penalty {means['penalty']:.4g}, path {config.path}): lower --lr or --coeff, or use --path fused"
+    def load(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class _Watch:
+    """Finds the first step whose loss or gradient is not finite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.first = torch.zeros(4, device=device, dtype=torch.float64)  # step (0: none), loss, gradient, logit
+
+    def see(self, step: int, out: StepOutput, parameters: Sequence[Tensor]) -> Tensor:
+        """Whether this step (from 1) is not finite, on the device: called after the step, with its gradients."""
+        gradients = [w.grad for w in parameters if w.grad is not None]
+        gradient = torch.nn.utils.get_total_norm(gradients, math.inf)  # the largest: a sum of squares might overflow
+        number = torch.full_like(self.first[0], step)
+        seen = torch.stack([number, *(value.to(number.dtype) for value in (out.loss, gradient, out.largest))])
+        bad = ~seen[1:3].isfinite().all()
+        self.first = torch.where(bad & (self.first[0] == 0), seen, self.first)
+        return bad
+
+    def report(self, path: str | None) -> str:
+        """One line on the first bad step; "" where there is none."""
+        step, loss, gradient, logit = self.first.tolist()
+        if not step:
+            return ""
+        return (
+            f"step {step:.0f} is the first whose loss or gradient is not finite (loss {loss:.4g}, "
+            f"largest gradient {gradient:.4g}, largest logit {logit:.4g}, {f'path {path}' if path else 'no penalty'})"
         )
 
 
-def fit(config: Config, overwrite: bool = False, progress: bool | None = None) -> list[dict[str, Any]]:
-    """Train a classifier, and leave a run directory: config.json, metrics.csv, steps.csv and checkpoint.pt.
+# --------------------------------------------------------------------------------------------------------------------
+# a run
 
-    Every file is replaced as a whole, at the end of each epoch.
+
+_FREE = (
+    *("out", "data_dir", "download", "device", "channels_last", "threads", "workers"),
+    *("max_steps", "log_every", "checkpoint_every", "on_nonfinite", "tensorboard"),
+)
+"""What may differ between a run and its continuation: what is trained follows from the rest (up to rounding, which
+device, channels_last and threads change)."""
+
+_PICTURE_SECONDS = 60.0
+
+
+class _Run:
+    """A run directory and where its training stands: all that a checkpoint holds."""
+
+    def __init__(self, problem: Problem, out: str, overwrite: bool, resume: bool) -> None:
+        self.problem = problem
+        self.config = problem.config
+        self.epoch = 0  # whole epochs
+        self.done = 0  # steps of the one that has begun
+        self.step = 0
+        self.seconds = 0.0  # of that epoch
+        self.whole, self.window = _Running(problem.device), _Running(problem.device)
+        self.watch = _Watch(problem.device)
+        self.told = False  # of a first bad step, which is recorded
+        self.epoch_rows: list[dict[str, Any]] = []
+        self.step_rows: list[dict[str, Any]] = []
+        self.run = runs.open_run(out, overwrite or resume, hint="--resume or --overwrite")
+        self.fresh = True  # no checkpoint in the directory is this run's
+        self.drawn = time.monotonic()
+        if resume:
+            self._resume()
+        self.events = _events(self.run, self.step) if self.config.tensorboard else None
+
+    def _resume(self) -> None:
+        checkpoint, note = runs.load_checkpoint(self.run, self.problem.device)
+        if checkpoint is None:
+            print(f"no checkpoint in {self.run}: starting from the beginning", file=sys.stderr)
+            return
+        try:
+            self._check_same(checkpoint)
+            self._load(checkpoint)
+        except RunError:
+            raise
+        except Exception as error:  # what is not ours can lack anything
+            reason = str(error).splitlines()[0] if str(error) else ""
+            raise RunError(
+                f"the checkpoint in {self.run} is of another kind: {type(error).__name__} {reason}"
+            ) from error
+        if self.config.max_steps is not None and self.config.max_steps < self.step:
+            raise RunError(f"the run in {self.run} has done {self.step} steps; got max_steps {self.config.max_steps}")
+        if note:
+            print(note, file=sys.stderr)
+            (self.run / runs.CHECKPOINT).unlink(missing_ok=True)  # or it would be kept as the previous one
+        print(f"resuming {self.run} after step {self.step}, {self.epoch} whole epochs", flush=True)
+
+    def _load(self, checkpoint: dict[str, Any]) -> None:
+        problem = self.problem
+        problem.model.load_state_dict(checkpoint["model"])
+        problem.optimizer.load_state_dict(checkpoint["optimizer"])
+        for name in ("epoch", "done", "step", "seconds", "epoch_rows", "step_rows"):
+            setattr(self, name, checkpoint[name])
+        self.whole.load(checkpoint["whole"])
+        self.window.load(checkpoint["window"])
+        self.watch.first = checkpoint["first_bad"]
+        torch.set_rng_state(checkpoint["rng"].cpu())
+        if problem.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu(), problem.device)
+        self.fresh = False
+
+    def _check_same(self, checkpoint: dict[str, Any]) -> None:
+        default = {field.name: field.default for field in fields(Config)}
+        for name, value in self.config.describe().items():
+            held = checkpoint["config"].get(name, default[name])
+            if name not in _FREE and held != value:
+                raise RunError(
+                    f"--resume: the run in {self.run} has {name} {held!r}, got {value!r}; "
+                    "give the same, or another --out"
+                )
+        if checkpoint["train_images"] != len(self.problem.train):
+            raise RunError(
+                f"--resume: the run in {self.run} has {checkpoint['train_images']} training images, "
+                f"got {len(self.problem.train)} from {self.config.data_dir}"
+            )
+
+    def _checkpoint(self) -> dict[str, Any]:
+        problem = self.problem
+        cuda = problem.device.type == "cuda"
+        return {
+            "spec": problem.spec,
+            "model": problem.model.state_dict(),
+            "optimizer": problem.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "done": self.done,
+            "step": self.step,
+            "seconds": self.seconds,
+            "whole": self.whole.state(),
+            "window": self.window.state(),
+            "first_bad": self.watch.first,
+            "epoch_rows": self.epoch_rows,
+            "step_rows": self.step_rows,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(problem.device) if cuda else None,
+            "train_images": len(problem.train),
+            "config": self._description(),
+        }
+
+    def _description(self) -> dict[str, Any]:
+        versions = {"densreg": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+        return {**self.config.describe(), "note": self.problem.note, "versions": versions}
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise TrainingError(f"cannot write to {self.run}: {reason}; {self._kept()}") from error
+
+    def _kept(self) -> str:
+        return "no checkpoint was saved yet" if self.fresh else "the last checkpoint is kept"
+
+    def save(self) -> None:
+        """Write the checkpoint; the one before stays as the previous one."""
+        with self._writing():
+            runs.save_checkpoint(self.run, self._checkpoint(), keep=not self.fresh)
+        self.fresh = False
+
+    def write_tables(self, rows: Sequence[dict[str, Any]], over: bool = False) -> None:
+        """Write what follows from the checkpoint; where the run is over, with the steps since the last row too."""
+        tail = [self.window_row()] if over and self.window.samples else []
+        text = json.dumps(self._description(), indent=2) + "\n"
+        with self._writing():
+            runs.write_atomically(self.run / runs.CONFIG, lambda file: file.write(text.encode()))
+            runs.write_csv(self.run / runs.METRICS, rows)
+            runs.write_csv(self.run / runs.STEPS, [*self.step_rows, *tail])
+
+    def draw(self, rows: Sequence[dict[str, Any]], now: bool = False) -> None:
+        """Draw the curves: now, or if a minute has passed since the last time."""
+        if rows and (now or time.monotonic() - self.drawn > _PICTURE_SECONDS):
+            self.drawn = time.monotonic()
+            try:
+                with self._writing():
+                    runs.draw_curves(self.run / runs.CURVES, rows)
+            except ModuleNotFoundError as error:
+                print(f"no {runs.CURVES}: {error.name} is not installed: pip install 'densreg[train]'", file=sys.stderr)
+
+    def scalars(self, row: dict[str, Any]) -> None:
+        """A row for TensorBoard."""
+        if self.events is not None:
+            with self._writing():
+                for name, value in row.items():
+                    if name not in ("step", "epoch"):
+                        self.events.add_scalar(
+                            name.replace("train_", "train/").replace("test_", "test/"), value, row["step"]
+                        )
+                self.events.flush()
+
+    def check_finite(self) -> None:
+        """Read what the watch has seen: raise TrainingError, or tell of it once, as on_nonfinite says."""
+        report = self.watch.report(self.config.path if self.config.coeff > 0 else None)
+        if report and self.config.on_nonfinite == "stop":
+            raise TrainingError(f"{report}: lower --lr or --coeff, or use --path fused; {self._kept()}")
+        if report and not self.told:
+            print(f"{report}; going on", file=sys.stderr)
+            self.told = True
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate and coefficient of the last step."""
+        last, per_epoch = max(self.step - 1, 0), self.problem.steps_per_epoch
+        return {
+            "lr": learning_rate(self.config, last, per_epoch),
+            "coeff": coefficient(self.config, last, per_epoch),
+        }
+
+    def window_row(self) -> dict[str, Any]:
+        """The row of steps.csv for the steps since the last one."""
+        seen = {"largest_logit": self.window.largest.item(), "nonfinite_steps": int(self.window.sums[4].item())}
+        return {"step": self.step, "epoch": self.epoch + bool(self.done), **self.window.means(), **seen, **self.rates()}
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
+
+
+def _events(run: Path, step: int) -> Any:
+    """TensorBoard's writer, in whose directory what lies after a step is no longer shown."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error.name} is not installed: pip install 'densreg[tensorboard]'") from error
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+
+def fit(
+    config: Config, overwrite: bool = False, progress: bool | None = None, resume: bool = False
+) -> list[dict[str, Any]]:
+    """Train a classifier, and leave a run directory.
+
+    checkpoint.pt (and checkpoint.previous.pt, the one before), config.json, metrics.csv (a row for each epoch),
+    steps.csv and curves.png. Every file is replaced as a whole, at the end of each epoch and every
+    ``config.checkpoint_every`` steps; curves.png at the end and at most once a minute.
+
+    A resumed run ends with the weights of one that was never interrupted: bit for bit on the CPU, with the same torch
+    and the same number of threads.
 
     Args:
         config: what to do; see :class:`Config`.
-        overwrite: whether a run already in ``config.out`` is replaced, at the end of the first epoch.
+        overwrite: whether a run already in ``config.out`` is replaced, at its first checkpoint.
         progress: whether to show a progress bar; None shows it on a terminal.
+        resume: go on from the last checkpoint in ``config.out``; from the beginning where there is none.
 
     Returns:
         The rows of metrics.csv, one for each epoch. train_* are means over the epoch's steps, as trained; seconds
@@ -295,90 +644,85 @@ def fit(config: Config, overwrite: bool = False, progress: bool | None = None) -
 
     Raises:
         DataError, ModelError, RunError, TypeError, ValueError: a bad request, in one line.
-        TrainingError: the loss is not finite, or the disk is full.
+        TrainingError: the loss or a gradient is not finite, or the disk is full.
     """
     config = config.complete()
+    if overwrite and resume:
+        raise RunError("--resume goes on with a run and --overwrite replaces it: choose one")
+    with threads(config.threads):
+        problem = Problem(config)
+        if problem.note:
+            print(f"{config.data}: {problem.note}", flush=True)
+        with contextlib.closing(_Run(problem, config.out, overwrite, resume)) as run:
+            return _fit(problem, run, progress)
+
+
+def _fit(problem: Problem, run: _Run, progress: bool | None) -> list[dict[str, Any]]:
+    config, per_epoch = problem.config, problem.steps_per_epoch
     assert config.epochs is not None
-    assert config.batch_size is not None
-    device = torch.device(config.device)
-    models.check_name(config.model)
-    dataset = data.load(config.data, config.data_dir, config.download)
-    train, test = dataset.train.first(config.train_size), dataset.test.first(config.test_size)
-
-    torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    spec: dict[str, Any] = {
-        "name": config.model,
-        "classes": dataset.classes,
-        "image_shape": dataset.image_shape,
-        "mean": dataset.mean,
-        "std": dataset.std,
-    }
-    model = models.build(**spec).to(device)
-    path = config.path if config.coeff > 0 else None
-    smallest = min(2, config.batch_size, len(train))  # BatchNorm cannot take one sample
-    models.check_trainable(model, config.model, dataset.image_shape, path, smallest)
-    optimizer = _optimizer(model, config)
-    milestones = [max(1, round(part * config.epochs)) for part in RECIPES[config.data].milestones]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-
-    run = _open_run(config.out, overwrite)
-    epoch_rows: list[dict[str, Any]] = []
-    step_rows: list[dict[str, Any]] = []
-    step = 0
-    # A last batch of one sample cannot go through BatchNorm in training mode.
-    drop_last = len(train) >= config.batch_size
-    per_epoch = len(train) // config.batch_size * config.batch_size if drop_last else len(train)
-    for epoch in range(1, config.epochs + 1):
-        if step == config.max_steps:
-            break
-        model.train()
-        whole, window = _Running(device), _Running(device)
-        start = time.perf_counter()
+    parameters = list(problem.model.parameters())
+    rows = run.epoch_rows
+    while run.epoch < config.epochs and (run.done or run.step != config.max_steps):
+        epoch = run.epoch + 1
+        problem.model.train()
+        until = per_epoch if config.max_steps is None else min(per_epoch, run.done + config.max_steps - run.step)
+        start = time.perf_counter() - run.seconds
         bar = tqdm(
-            total=per_epoch,
+            total=per_epoch * problem.batch_size,
+            initial=run.done * problem.batch_size,
             desc=f"epoch {epoch}/{config.epochs}",
             unit="img",
             disable=None if progress is None else not progress,
             leave=False,
         )
         with bar:
-            for x, y in data.batches(train, config.batch_size, generator, drop_last):
-                x, y = x.to(device), y.to(device)
-                out = train_step(model, optimizer, x, y, config.coeff, config.p, config.path)
-                step += 1
-                whole.add(out, len(y))
-                window.add(out, len(y))
+            for x, y in problem.batches(epoch, range(run.done, until)):
+                out = problem.step(run.step, x, y)
+                run.step += 1
+                run.done += 1
+                bad = run.watch.see(run.step, out, parameters)
+                run.whole.add(out, len(y), bad)
+                run.window.add(out, len(y), bad)
                 bar.update(len(y))
-                if step % config.log_every == 0:
-                    means = window.means()
-                    _check_finite(means, config, step)
-                    step_rows.append({"step": step, "epoch": epoch, **means})
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k != "ce" and v == v})
-                    window = _Running(device)
-                if step == config.max_steps:
-                    break
-        means = whole.means()
-        seconds = time.perf_counter() - start
-        _check_finite(means, config, step)
-        row = {"epoch": epoch, "step": step, **{f"train_{k}": v for k, v in means.items()}}
-        row |= evaluate(model, test, config.p, config.batch_size, device)
-        row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "images_per_second": whole.samples / seconds}
-        schedule.step()
-        epoch_rows.append(row)
-        checkpoint = {
-            "spec": spec,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "epoch": epoch,
-            "step": step,
-        }
-        last = epoch == config.epochs or step == config.max_steps
-        tail = [{"step": step, "epoch": epoch, **window.means()}] if last and window.samples else []
-        _save(run, config, checkpoint, epoch_rows, step_rows + tail)
+                if run.step % config.log_every == 0:
+                    run.check_finite()
+                    row = run.window_row()
+                    run.step_rows.append(row)
+                    run.scalars(row)
+                    bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "penalty", "accuracy") if row[k] == row[k]})
+                    run.window = _Running(problem.device)
+                if config.checkpoint_every is not None and run.step % config.checkpoint_every == 0:
+                    run.check_finite()
+                    run.seconds = time.perf_counter() - start
+                    run.save()
+                    run.write_tables(run.epoch_rows)
+        run.check_finite()
+        run.seconds = seconds = time.perf_counter() - start
+        row = {"epoch": epoch, "step": run.step, **{f"train_{k}": v for k, v in run.whole.means().items()}}
+        row |= evaluate(
+            problem.model,
+            problem.test,
+            config.p,
+            problem.batch_size,
+            problem.device,
+            config.workers,
+            problem.memory_format,
+        )
+        row |= {**run.rates(), "seconds": seconds, "images_per_second": run.whole.samples / seconds}
+        rows = [*run.epoch_rows, row]
+        if run.done == per_epoch:  # else max_steps: the row is not of a whole epoch, and a continued run replaces it
+            run.epoch, run.done, run.seconds, run.epoch_rows = epoch, 0, 0.0, rows
+            run.whole = _Running(problem.device)
+        run.save()
+        run.write_tables(rows)
+        run.scalars(row)
+        run.draw(rows)
         print(_summary(row, config.epochs), flush=True)
-    return epoch_rows
+        if run.step == config.max_steps:
+            break
+    run.write_tables(rows, over=True)
+    run.draw(rows, now=True)
+    return rows
 
 
 def _summary(row: dict[str, Any], epochs: int) -> str:
@@ -388,23 +732,3 @@ def _summary(row: dict[str, Any], epochs: int) -> str:
         f"accuracy {row['train_accuracy']:.4f}; test accuracy {row['test_accuracy']:.4f}, "
         f"penalty {row['test_penalty']:.4f}; {row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
     )
-
-
-def _save(
-    run: Path,
-    config: Config,
-    checkpoint: dict[str, Any],
-    epoch_rows: list[dict[str, Any]],
-    step_rows: list[dict[str, Any]],
-) -> None:
-    versions = {"densreg": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    # JSON has no infinity; p may be one.
-    values = {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(config).items()}
-    text = json.dumps({**values, "versions": versions}, indent=2) + "\n"
-    try:
-        write_atomically(run / models.CHECKPOINT, lambda file: torch.save(checkpoint, file))
-        write_atomically(run / models.CONFIG, lambda file: file.write(text.encode()))
-        _write_csv(run / METRICS, epoch_rows)
-        _write_csv(run / STEPS, step_rows)
-    except OSError as error:
-        raise TrainingError(f"cannot write to {run}: {error.strerror}; what was written last is kept") from error

@@ -31,8 +31,16 @@ def test_default_run_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--data imagenet", "unknown data set 'imagenet'; wanted one of digits, mnist, blockmnist, cifar100"),
-        ("--data mnist", "--data MNIST needs --data-dir"),
+        ("--data imagenet", "unknown data set 'imagenet'; wanted one of digits, mnist, blockmnist, cifar10, cifar100"),
+        ("--data mnist", "--data mnist needs --data-dir"),
+        ("--data tiny-imagenet --data-dir .", "wnids.txt: [Errno 2] No such file or directory"),
+        ("--data folder --data-dir .", ". has no folders train and val (or test)"),
+        ("--data svhn --data-dir .", "no usable SVHN in train_32x32.mat (there is no such file)"),
+        ("--image-size 5", "--image-size is for --data synthetic and folder"),
+        ("--schedule linear", "schedule must be constant, step or cosine, got 'linear'"),
+        ("--milestones 0.5", "milestones are for the schedule step"),
+        ("--on-nonfinite skip", "on_nonfinite must be stop or record"),
+        ("--resume --overwrite", "--resume goes on with a run and --overwrite replaces it: choose one"),
         ("--data mnist --data-dir /nowhere", "--data-dir /nowhere is not a folder"),
         ("--model resnet19", "unknown model 'resnet19'"),
         ("--model inception_v3", "cannot be trained with the penalty on 1x8x8 images"),
@@ -65,7 +73,48 @@ def test_bad_requests(arguments, message, capsys, tmp_path, monkeypatch):
 def test_broken_off_training_has_status_one(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--optimizer", "sgd", "--lr", "1e9", "--epochs", "3"]) == 1
-    assert "the loss is" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("densreg train: error: step ")
+    assert "largest logit" in error
+    assert error.count("\n") == 1
+
+
+def test_image_that_is_damaged_in_training_has_status_two(capsys, tmp_path, monkeypatch):
+    """It is found when a batch wants it, here in a worker."""
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{i}.png")
+    damaged = tmp_path / "train" / "b" / "1.png"
+    damaged.write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        cli.main(
+            ["train", "--data", "folder", "--data-dir", ".", "--batch-size", "2", "--epochs", "1", "--workers", "1"]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert error.startswith("densreg train: error: cannot read the image train/b/1.png: ")
+    assert error.count("\n") == 1
+
+
+def test_resume(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--epochs", "2", "--train-size", "128", "--test-size", "20", "--out", "run"]
+    assert cli.main([*command, "--max-steps", "1"]) == 0
+    assert cli.main(command) == 2
+    assert "run already holds config.json; choose another folder or add --resume" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert "resuming run after step 1, 0 whole epochs" in capsys.readouterr().out
+    assert cli.main([*command, "--resume", "--coeff", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "densreg train: error: --resume: the run in run has coeff 0.1, got 1.0; give the same, or another --out\n"
+    )
 
 
 def test_version(capsys):

@@ -1,14 +1,16 @@
-"""Data sets: shapes, ranges, determinism, BlockMNIST's tiles, errors."""
+"""Data sets: shapes, ranges, determinism, BlockMNIST's tiles, and one line that names the file for what is wrong."""
 
 from __future__ import annotations
 
 import gzip
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from densreg import data
 
@@ -81,52 +83,89 @@ def test_blockmnist(mnist_dir):
     above = (x[:, 0, :28] == tile).all(2).all(1)
     assert torch.equal(below, ~above)
     assert 150 < below.sum() < 250, "in training it is above or below at random"
+    pickle.loads(pickle.dumps(blocks.train))  # as workers that are not forked want it
 
 
-def test_augmentation_draws_for_each_image_and_not_from_the_global_generator():
+@pytest.mark.parametrize("flip", [True, False])
+def test_augmentation_draws_for_each_image_and_not_from_the_global_generator(flip):
     images = torch.zeros(64, 3, 32, 32)
     images[:, :, 16, 8] = 1
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one = data._crop_and_flip(images, torch.Generator().manual_seed(1))
+    one = data.CropAndFlip(flip)(images, torch.Generator().manual_seed(1))
     assert torch.equal(torch.get_rng_state(), before)
-    same = data._crop_and_flip(images, torch.Generator().manual_seed(1))
+    same = data.CropAndFlip(flip)(images, torch.Generator().manual_seed(1))
     assert torch.equal(one, same)
     places = {tuple(image.nonzero()[0].tolist()) for image in one}
     assert len(places) > 30
-    assert {column < 16 for _, _, column in places} == {True, False}, "flipped and not"
+    assert {column < 16 for _, _, column in places} == ({True, False} if flip else {True}), "flipped and not"
     assert all(12 <= row <= 20 for _, row, _ in places)
 
 
+def _numbered(n, transform=None):
+    return data.Split(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1), torch.arange(n), transform)
+
+
 def test_batches():
-    split = data.Split(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10))
+    split = _numbered(10)
     in_order = [y.tolist() for _, y in data.batches(split, 4)]
     assert in_order == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    shuffled = [y.tolist() for _, y in data.batches(split, 4, torch.Generator().manual_seed(0), drop_last=True)]
-    assert [len(y) for y in shuffled] == [4, 4]
-    assert shuffled != in_order[:2]
-    generator = torch.Generator().manual_seed(0)
-    assert shuffled == [y.tolist() for _, y in data.batches(split, 4, generator, drop_last=True)]
-    assert shuffled != [y.tolist() for _, y in data.batches(split, 4, generator, drop_last=True)], "another epoch"
+    shuffled = [y.tolist() for _, y in data.batches(split, 4, seed=0, epoch=1)]
+    assert sorted(i for part in shuffled for i in part) == list(range(10))
+    assert shuffled != in_order
+    assert shuffled == [y.tolist() for _, y in data.batches(split, 4, seed=0, epoch=1)]
+    assert shuffled != [y.tolist() for _, y in data.batches(split, 4, seed=0, epoch=2)], "another epoch"
+    assert shuffled != [y.tolist() for _, y in data.batches(split, 4, seed=1, epoch=1)], "another seed"
     x, y = next(data.batches(split, 4))
     assert torch.equal(x.flatten(), y / 255)
     assert len(split.first(3)) == 3
     assert split.first(None) is split
 
 
-def test_cifar100(tmp_path, monkeypatch):
-    """torchvision's own reader on a folder of our making (its checksums are those of the whole data set)."""
-    from torchvision import datasets
+def _add_noise(images, generator):
+    return images + torch.rand(images.shape, generator=generator)
 
-    folder = tmp_path / "cifar-100-python"
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_the_middle_and_from_workers_are_the_same(workers):
+    split = _numbered(20, _add_noise)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    whole = list(data.batches(split, 4, seed=5, epoch=3))
+    middle = list(data.batches(split, 4, seed=5, epoch=3, numbers=range(2, 5), workers=workers))
+    assert len(whole) == 5
+    assert len(middle) == 3
+    for (x, y), (x2, y2) in zip(whole[2:], middle, strict=True):
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+    assert len({round(float((x - y.view(-1, 1, 1, 1) / 255)[0]), 6) for x, y in whole}) == 5, "noise of its own each"
+    assert torch.equal(torch.get_rng_state(), before), "random classes come from the global generator"
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """torchvision's own readers on files of our making: its checksums are those of the whole data sets."""
+    for place in ("utils", "cifar", "svhn"):
+        monkeypatch.setattr(f"torchvision.datasets.{place}.check_integrity", lambda file, md5=None: Path(file).exists())
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.SVHN._check_integrity", lambda self: True)
+
+
+def _write_cifar(folder, train, test, key, labels, meta, names):
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for name, n in (("train", 12), ("test", 6)):
+    for name, n in {**dict.fromkeys(train, 12), **dict.fromkeys(test, 6)}.items():
         pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": list(range(n))}))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
-    monkeypatch.setattr(datasets.CIFAR100, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, key: list(labels[:n])}))
+    (folder / meta).write_bytes(pickle.dumps({names: [str(i) for i in range(100)]}))
+
+
+_CIFAR100 = (["train"], ["test"], "fine_labels", range(12), "meta", "fine_label_names")
+
+
+def test_cifar100(tmp_path, unchecked):
+    folder = tmp_path / "cifar-100-python"
+    _write_cifar(folder, *_CIFAR100)
     cifar = data.load("cifar100", tmp_path)
     assert (len(cifar.train), len(cifar.test), cifar.classes) == (12, 6, 100)
     assert cifar.image_shape == (3, 32, 32)
@@ -134,6 +173,197 @@ def test_cifar100(tmp_path, monkeypatch):
     pixels = pickle.loads((folder / "test").read_bytes())["data"].reshape(6, 3, 32, 32)
     torch.testing.assert_close(x, torch.from_numpy(pixels).float() / 255)
     assert y.tolist() == list(range(6))
+    plain = data.load("cifar100", tmp_path, augment=False).train
+    x, _ = plain.batch(torch.arange(12), torch.Generator())
+    assert torch.equal(x, plain.images / 255)
+    x, _ = cifar.train.batch(torch.arange(12), torch.Generator())
+    assert not torch.equal(x, plain.images / 255)
+
+    labels = [0, 100, *range(10)]
+    (folder / "train").write_bytes(pickle.dumps({"data": np.zeros((12, 3072), np.uint8), "fine_labels": labels}))
+    with pytest.raises(data.DataError, match="cifar-100-python holds the label 100; wanted 0 to 99"):
+        data.load("cifar100", tmp_path)
+
+
+def test_cifar10(tmp_path, unchecked):
+    train = [f"data_batch_{i}" for i in range(1, 6)]
+    _write_cifar(
+        tmp_path / "cifar-10-batches-py",
+        *(train, ["test_batch"], "labels", [i % 10 for i in range(12)], "batches.meta", "label_names"),
+    )
+    cifar = data.load("cifar10", tmp_path)
+    assert (len(cifar.train), len(cifar.test), cifar.classes) == (60, 6, 10)
+    assert cifar.image_shape == (3, 32, 32)
+
+
+def test_svhn(tmp_path, unchecked):
+    from scipy.io import savemat
+
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 11), dtype=np.uint8)
+    for name in ("train", "test"):
+        savemat(tmp_path / f"{name}_32x32.mat", {"X": pixels, "y": np.arange(11)[:, None] % 10 + 1})
+    svhn = data.load("svhn", tmp_path)
+    assert (len(svhn.train), svhn.classes, svhn.image_shape) == (11, 10, (3, 32, 32))
+    assert svhn.test.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1], "10 stands for 0"
+    assert torch.equal(svhn.test.images[2], torch.from_numpy(pixels[..., 2]).permute(2, 0, 1))
+    (tmp_path / "test_32x32.mat").write_bytes(b"MATLAB 5.0 MAT-file")
+    with pytest.raises(data.DataError, match=r"no usable SVHN in .*test_32x32\.mat \("):
+        data.load("svhn", tmp_path)
+
+
+def _write_image(path, size=(64, 64), value=0, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size[::-1], (value,) * 3 if mode == "RGB" else value).save(path)
+
+
+@pytest.fixture
+def tiny_dir(tmp_path):
+    """Tiny ImageNet as published, with three classes; PNGs named JPEG, so that pixels are exact."""
+    root = tmp_path / "tiny-imagenet-200"
+    names = ("n01", "n02", "n03")
+    for i, name in enumerate(names):
+        for j in range(i + 1):
+            _write_image(root / "train" / name / "images" / f"{name}_{j}.png", value=10 * i + j)
+            (root / "train" / name / "images" / f"{name}_{j}.png").rename(
+                root / "train" / name / "images" / f"{name}_{j}.JPEG"
+            )
+    lines = []
+    for i, name in enumerate(reversed(names)):
+        _write_image(root / "val" / "images" / f"val_{i}.png", value=100 + i, mode="RGB" if i else "L")
+        (root / "val" / "images" / f"val_{i}.png").rename(root / "val" / "images" / f"val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{name}\t0\t0\t62\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text("".join(f"{name}\n" for name in names))
+    return tmp_path
+
+
+def test_tiny_imagenet(tiny_dir):
+    tiny = data.load("tiny-imagenet", tiny_dir, augment=False)
+    assert tiny.note == (
+        "a subset of Tiny ImageNet: 3 of 200 classes, 6 of 100000 training images, 3 of 10000 validation images"
+    )
+    assert (tiny.classes, tiny.image_shape) == (3, (3, 64, 64))
+    x, y = tiny.train.batch(torch.arange(6), torch.Generator())
+    assert y.tolist() == [0, 1, 2, 1, 2, 2], "classes in turn"
+    assert (x[:, 0, 0, 0] * 255).round().tolist() == [0, 10, 20, 11, 21, 22]
+    x, y = tiny.test.batch(torch.arange(3), torch.Generator())
+    assert y.tolist() == [0, 1, 2]
+    assert (x[:, 2, 5, 5] * 255).round().tolist() == [102, 101, 100], "the classes are those of val_annotations.txt"
+    assert len(tiny.train.first(2)) == 2
+    assert [y.tolist() for _, y in data.batches(tiny.train.first(4), 2, workers=1)] == [[0, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(b"no image"), "cannot identify image file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:120]), "truncated"),
+        (lambda file: file.unlink(), "No such file"),
+        (lambda file: file.write_bytes(b""), "cannot identify image file"),
+    ],
+)
+def test_damaged_image_is_named(tiny_dir, damage, message, workers):
+    file = tiny_dir / "tiny-imagenet-200" / "train" / "n02" / "images" / "n02_1.JPEG"
+    tiny = data.load("tiny-imagenet", tiny_dir)
+    damage(file)
+    with pytest.raises(data.DataError) as caught:
+        list(data.batches(tiny.train, 2, seed=0, workers=workers))
+    assert str(caught.value).startswith(f"cannot read the image {file}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tiny_imagenet_errors(tiny_dir, tmp_path):
+    root = tiny_dir / "tiny-imagenet-200"
+    annotations = root / "val" / "val_annotations.txt"
+    good = annotations.read_text()
+    for text, message in (
+        (good + "val_3.JPEG\tn09\t0\t0\t1\t1\n", r"val_annotations\.txt, line 4: 'val_3.* a class of wnids\.txt"),
+        ("val_0.JPEG n01\n", r"val_annotations\.txt, line 1: 'val_0\.JPEG n01'; wanted a file name, a tab"),
+        ("", r"val_annotations\.txt is empty"),
+    ):
+        annotations.write_text(text)
+        with pytest.raises(data.DataError, match=message):
+            data.load("tiny-imagenet", tiny_dir)
+    annotations.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(data.DataError, match="no usable Tiny ImageNet in"):
+        data.load("tiny-imagenet", tiny_dir)
+    annotations.write_text(good)
+    (root / "wnids.txt").write_text("n01\nn04\n")
+    with pytest.raises(data.DataError, match=r"n04.images is not a folder"):
+        data.load("tiny-imagenet", tiny_dir)
+    (root / "wnids.txt").unlink()
+    with pytest.raises(data.DataError, match=r"wnids\.txt: .*No such file"):
+        data.load("tiny-imagenet", tiny_dir)
+    with pytest.raises(data.DataError, match="cannot be downloaded"):
+        data.load("tiny-imagenet", tiny_dir, download=True)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    for split in ("train", "test"):
+        for i, name in enumerate(("cat", "dog", "emu")):
+            for j in range(2):
+                _write_image(tmp_path / split / name / f"{j}.png", (20, 24), 50 * i + j)
+    return tmp_path
+
+
+def test_folder(image_folder):
+    folder = data.load("folder", image_folder, augment=False)
+    assert (folder.classes, folder.image_shape, len(folder.test)) == (3, (3, 20, 24), 6)
+    x, y = folder.test.batch(torch.arange(6), torch.Generator())
+    assert y.tolist() == [0, 1, 2, 0, 1, 2]
+    assert (x[:, 0, 3, 3] * 255).round().tolist() == [0, 50, 100, 1, 51, 101]
+    sized = data.load("folder", image_folder, image_size=16)
+    x, _ = sized.train.batch(torch.arange(6), torch.Generator())
+    assert x.shape == (6, 3, 16, 16)
+
+
+def test_scaled_images_are_cropped_in_the_middle(image_folder):
+    """A wide image with a white middle: its margins are cut off, however it is scaled."""
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 255, 255), (8, 0, 32, 20))
+    image.save(image_folder / "train" / "cat" / "0.png")
+    files = data.load("folder", image_folder, image_size=10, augment=False).train.images
+    assert files[torch.tensor([0])].shape == (1, 3, 10, 10)
+    assert files[torch.tensor([0])].min() > 250
+
+
+def test_folder_errors(image_folder):
+    with pytest.raises(data.DataError, match=r"--image-size is for --data synthetic and folder; digits has its own"):
+        data.load("digits", image_size=4)
+    with pytest.raises(data.DataError, match="--classes is for --data synthetic; folder has its own"):
+        data.load("folder", image_folder, classes=4)
+    _write_image(image_folder / "train" / "dog" / "1.png", (21, 24))
+    with pytest.raises(data.DataError, match=r"dog.1\.png is 21x24 pixels; wanted 20x24"):
+        list(data.batches(data.load("folder", image_folder).train, 2))
+    (image_folder / "test" / "fox").mkdir()
+    with pytest.raises(data.DataError, match=r"test has the class 'fox', which .*train lacks"):
+        data.load("folder", image_folder)
+    (image_folder / "train" / "fox").mkdir()
+    with pytest.raises(data.DataError, match=r"train.fox holds no images \(\.jpg"):
+        data.load("folder", image_folder)
+    empty = image_folder / "empty"
+    (empty / "val").mkdir(parents=True)
+    with pytest.raises(data.DataError, match=r"empty has no folders train and val \(or test\)"):
+        data.load("folder", empty)
+    (empty / "train").mkdir()
+    with pytest.raises(data.DataError, match="train is empty; wanted a folder for each class"):
+        data.load("folder", empty)
+    _write_image(empty / "train" / "a" / "1.png")
+    with pytest.raises(data.DataError, match="val has no classes"):
+        data.load("folder", empty)
+
+
+def test_synthetic():
+    noise = data.load("synthetic", classes=1000, image_size=48)
+    assert (noise.classes, noise.image_shape) == (1000, (3, 48, 48))
+    assert noise.train.labels.max() < 1000
+    assert len(set(noise.train.labels.tolist())) > 500
+    assert torch.equal(noise.train.images, data.load("synthetic", classes=1000, image_size=48).train.images)
+    with pytest.raises(data.DataError, match="no memory for 1024 images of 10000000x10000000 pixels"):
+        data.load("synthetic", image_size=10**7)
 
 
 def test_errors(tmp_path):
@@ -143,13 +373,47 @@ def test_errors(tmp_path):
         data.load("mnist")
     with pytest.raises(data.DataError, match="nowhere is not a folder"):
         data.load("mnist", tmp_path / "nowhere")
-    for name in ("mnist", "blockmnist", "cifar100"):
-        with pytest.raises(data.DataError, match=r"no usable \w+ in .*; give its folder, or add --download"):
+    for name, file in (
+        ("mnist", "train-images-idx3-ubyte"),
+        ("blockmnist", "train-images-idx3-ubyte"),
+        ("cifar10", "data_batch_1"),
+        ("cifar100", "train"),
+        ("svhn", r"train_32x32\.mat"),
+    ):
+        message = rf"no usable \w+ in .*{file} \(there is no such file\); give its folder, or add --download"
+        with pytest.raises(data.DataError, match=message):
             data.load(name, tmp_path)
 
 
-def test_damaged_file(mnist_dir):
-    file = mnist_dir / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(data.DataError, match="no usable MNIST"):
+def test_wrong_checksum_names_the_file(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    _write_cifar(folder, *_CIFAR100)
+    with pytest.raises(data.DataError, match=r"cifar-100-python.train \(its checksum is not the published one\)"):
+        data.load("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("train-images-idx3-ubyte", lambda b: b[:-100], r"no usable MNIST in .*train-images-idx3-ubyte \("),
+        ("t10k-images-idx3-ubyte", lambda b: b"", r"no usable MNIST in .*t10k-images-idx3-ubyte \("),
+        ("t10k-labels-idx1-ubyte", lambda b: b[:8] + bytes([12]) + b[9:], "holds the label 12; wanted 0 to 9"),
+        (
+            "train-labels-idx1-ubyte",
+            lambda b: struct.pack(">ii", 2049, 39) + b[9:],
+            r"train-labels-idx1-ubyte holds 39 labels; wanted 40, one for each image",
+        ),
+        (
+            "t10k-images-idx3-ubyte",
+            lambda b: struct.pack(">iiii", 2051, 20, 14, 56) + b[16:],
+            r"t10k-images-idx3-ubyte holds images of shape \[1, 14, 56\]; wanted \[1, 28, 28\]",
+        ),
+        ("train-images-idx3-ubyte", lambda b: struct.pack(">iiii", 2051, 0, 28, 28), "holds no images|no usable MNIST"),
+    ],
+)
+def test_damaged_mnist_file(mnist_dir, file, change, message):
+    path = mnist_dir / "MNIST" / "raw" / file
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(data.DataError, match=message) as caught:
         data.load("mnist", mnist_dir)
+    assert file in str(caught.value)

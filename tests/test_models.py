@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import densreg
-from densreg import models
+from densreg import models, runs
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (1, 56, 28), (3, 32, 32), (3, 64, 64)])
-@pytest.mark.parametrize("name", models.OWN_MODELS)
+@pytest.mark.parametrize("name", [name for name in models.OWN_MODELS if name != "wrn28-10"])
 def test_own_models_take_every_data_sets_images(name, shape):
     model = models.build(name, 7, shape)
     x = torch.rand(2, *shape, requires_grad=True)
@@ -22,11 +22,46 @@ def test_own_models_take_every_data_sets_images(name, shape):
     assert any(w.grad.abs().sum() > 0 for w in weights)
 
 
-def test_resnet18_has_the_small_stem_for_small_images():
-    small, large = models.build("resnet18", 10, (3, 32, 32))[1], models.build("resnet18", 10, (3, 96, 96))[1]
-    assert (small.conv1.kernel_size, small.conv1.stride) == ((3, 3), (1, 1))
-    assert isinstance(small.maxpool, torch.nn.Identity)
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_resnets_have_the_small_stem_for_small_images(name):
+    with torch.device("meta"):
+        small, medium, large = (models.resnet(name, 10, (3, side, side)) for side in (32, 64, 96))
+    for model in (small, medium):
+        assert (model.conv1.kernel_size, model.conv1.stride) == ((3, 3), (1, 1))
+        assert isinstance(model.maxpool, torch.nn.Identity)
     assert (large.conv1.kernel_size, large.conv1.stride) == ((7, 7), (2, 2))
+    blocks = sum(len(getattr(small, f"layer{i}")) for i in (1, 2, 3, 4))
+    assert blocks == {"resnet18": 8, "resnet34": 16}[name]
+
+
+def test_wrn28_10_is_the_published_one():
+    """36.5M parameters (Table 4 of the paper), 28 convolutions with those of the shortcuts, an 8x8 map at the end."""
+    with torch.device("meta"):
+        model = models.wrn28_10(10, (3, 32, 32))
+        assert sum(w.numel() for w in model.parameters()) == 36_479_194
+        sizes = [m.kernel_size for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert (sizes.count((3, 3)), sizes.count((1, 1))) == (25, 3)
+        assert model[:-3](torch.rand(2, 3, 32, 32)).shape == (2, 640, 8, 8)
+
+
+def test_wide_block_is_differentiated_twice_and_keeps_its_input():
+    block = models._WideBlock(4, 4, 1)
+    wider = models._WideBlock(4, 6, 2)
+    x = torch.randn(3, 4, 6, 6, requires_grad=True)
+    y = wider(block(x))
+    assert y.shape == (3, 6, 3, 3)
+    densreg.density_penalty(y.mean((2, 3)), x).backward()
+    assert all(w.grad is not None and w.grad.isfinite().all() for w in wider.parameters())
+    with torch.no_grad():
+        for w in (block.conv2.weight, wider.conv2.weight):
+            w.zero_()
+        assert torch.equal(block(x), x), "nothing lies on the shortcut"
+        assert torch.equal(wider(x), wider.shortcut(wider.norm1(x).relu()))
+
+
+def test_wrn28_10_trains():
+    model = models.build("wrn28-10", 10, (3, 8, 8))
+    models.check_trainable(model, "wrn28-10", (3, 8, 8), "fused")
 
 
 def test_normalisation_is_in_the_model():
@@ -74,9 +109,36 @@ def test_unknown_name():
 
 
 def test_load_checkpoint_errors(tmp_path):
+    with pytest.raises(models.ModelError, match=r"no readable run in .*: there is no checkpoint\.pt"):
+        models.load_checkpoint(tmp_path)
+    (tmp_path / runs.CHECKPOINT).write_bytes(b"PK not a checkpoint")
+    with pytest.raises(models.ModelError, match=r"no readable run in .*checkpoint\.pt cannot be read"):
+        models.load_checkpoint(tmp_path)
+    torch.save({"model": {}}, tmp_path / runs.CHECKPOINT)
+    with pytest.raises(models.ModelError, match=r"no readable run in .*: 'spec'"):
+        models.load_checkpoint(tmp_path)
+
+
+def test_load_checkpoint_executes_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "opened"), "w"))
+
+    torch.save({"spec": Evil()}, tmp_path / runs.CHECKPOINT)
     with pytest.raises(models.ModelError, match="no readable run in"):
         models.load_checkpoint(tmp_path)
-    (tmp_path / models.CONFIG).write_text("{}")
-    (tmp_path / models.CHECKPOINT).write_bytes(b"PK not a checkpoint")
-    with pytest.raises(models.ModelError, match="no readable run in"):
-        models.load_checkpoint(tmp_path)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_load_checkpoint_goes_back_to_the_previous_one(tmp_path):
+    spec = {"name": "mlp", "classes": 3, "image_shape": (1, 2, 2)}
+    model = models.build(**spec)
+    for seed in (1, 2):
+        runs.save_checkpoint(tmp_path, {"spec": spec, "model": model.state_dict(), "config": {"seed": seed}})
+    assert models.load_checkpoint(tmp_path)[1] == {"seed": 2}
+    file = tmp_path / runs.CHECKPOINT
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt cannot be read .*; going back to checkpoint\.previous\.pt"):
+        again, config = models.load_checkpoint(tmp_path)
+    assert config == {"seed": 1}
+    assert all(torch.equal(w, model.state_dict()[k]) for k, w in again.state_dict().items())

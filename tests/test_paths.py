@@ -57,6 +57,22 @@ def test_which_paths_overflow(path):
         torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_up_to_which_logits_the_second_order_is_right(path):
+    """Without a shift the square of the sum of exponentials overflows: from logits of 44 on, not from 88."""
+    good = {}
+    for top in (40.0, 60.0, 80.0, 100.0):
+        norms = []
+        for dtype, name in ((torch.float64, "fused"), (torch.float32, path)):
+            torch.manual_seed(0)
+            w = torch.randn(5, 8, dtype=torch.float64).to(dtype).requires_grad_()
+            x = torch.randn(4, 8, dtype=torch.float64).to(dtype).requires_grad_()
+            penalty = densreg.density_penalty(torch.tanh(x @ w.t()) + top, x, 2, name)
+            norms.append(torch.autograd.grad(penalty, w)[0].double())
+        good[top] = bool((norms[1] - norms[0]).norm() < 1e-4 * norms[0].norm())
+    assert good == {top: path not in ("naive", "inverse") or top == 40 for top in good}
+
+
 def test_tuple_of_inputs_gives_a_tuple():
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2, 2, requires_grad=True)
     weight = torch.randn(5, 4)

@@ -1,17 +1,25 @@
-"""The training step, the run directory, reproducibility, and that the penalty trains."""
+"""The training step, the run directory, reproducibility, going on after a kill, and that the penalty trains."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from benchmarks.second_order import problem, torch_penalty
-from densreg import data, models, training
+from densreg import data, models, runs, training
 from densreg.paths import PATHS
 from densreg.training import Config, TrainingError, fit, train_step
 
@@ -34,6 +42,7 @@ def test_step_is_a_step_along_the_whole_gradient(path):
     torch.testing.assert_close(out.loss, loss.detach())
     torch.testing.assert_close(out.ce + 0.7 * out.penalty, out.loss)
     assert out.correct == (logits.argmax(1) == y).sum()
+    assert out.largest == logits.max()
     for w, e in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(w.detach(), e.detach())
 
@@ -51,7 +60,7 @@ def test_plain_step():
 def test_run_directory(tmp_path):
     out = tmp_path / "deep" / "run"
     rows = fit(Config(str(out), epochs=2, train_size=256, test_size=100, log_every=2))
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv", "steps.csv"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*runs.FILES, runs.CURVES])
     config = json.loads((out / "config.json").read_text())
     assert (config["data"], config["lr"], config["optimizer"]) == ("digits", 1e-3, "adam")
     assert config["versions"]["torch"] == torch.__version__
@@ -110,7 +119,9 @@ def test_the_penalty_trains(tmp_path):
 
 def test_learning_rate_of_short_runs(monkeypatch, tmp_path):
     """The milestones are parts of the epochs; with one epoch there is nothing to divide."""
-    recipe = training.Recipe(epochs=200, optimizer="sgd", lr=0.01, batch_size=64, milestones=(0.5, 0.875))
+    recipe = training.Recipe(
+        epochs=200, optimizer="sgd", lr=0.01, batch_size=64, schedule="step", milestones=(0.5, 0.875)
+    )
     monkeypatch.setitem(training.RECIPES, "digits", recipe)
     for epochs, expected in ((1, [0.01]), (2, [0.01, 0.001]), (4, [0.01, 0.01, 0.001, 0.001])):
         out = str(tmp_path / str(epochs))
@@ -130,17 +141,54 @@ def test_infinite_order_is_valid_json(tmp_path):
     assert len(_rows(tmp_path / "steps.csv")) == 1  # the last step, whatever log_every is
 
 
-def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at or before step \d+ .*path naive"):
-        fit(Config(str(tmp_path / "a"), path="naive", optimizer="sgd", lr=1e6, epochs=3), progress=False)
-    assert not (tmp_path / "a" / "checkpoint.pt").exists()
+@pytest.mark.parametrize("path", ["naive", "inverse"])
+def test_the_first_step_that_is_not_finite_is_named(tmp_path, path, capsys):
+    """However seldom the device is asked; with "record" the run goes on and its rows count such steps."""
+    options = {"path": path, "optimizer": "sgd", "lr": 1e3, "epochs": 2, "test_size": 20}
+    for every in (1, 7, 50):
+        with pytest.raises(TrainingError) as caught:
+            fit(Config(str(tmp_path / str(every)), log_every=every, **options), progress=False)
+        assert not (tmp_path / str(every) / "checkpoint.pt").exists()
+        if every == 1:
+            first = str(caught.value)
+            step = int(first.split()[1])
+            assert step > 1
+            assert first.startswith(f"step {step} is the first whose loss or gradient is not finite (loss ")
+            assert f", path {path}): lower --lr or --coeff, or use --path fused; no checkpoint was saved" in first
+            assert float(first.split("largest logit ")[1].split(",")[0]) > 88
+        assert str(caught.value) == first
+    rows = fit(Config(str(tmp_path / "on"), on_nonfinite="record", log_every=5, **options), progress=False)
+    assert [row["step"] for row in rows] == [22, 44]
+    assert math.isnan(rows[-1]["train_loss"])
+    bad = [int(row["nonfinite_steps"]) for row in _rows(tmp_path / "on" / "steps.csv")]
+    assert sum(bad) == 44 - step + 1, "weights that are not finite stay so"
+    said = capsys.readouterr().err
+    assert said.count("is the first whose") == 1
+    assert said.endswith(f"path {path}); going on\n")
+
+
+def test_a_gradient_that_is_not_finite_counts_as_much_as_a_loss():
+    watch = training._Watch(torch.device("cpu"))
+    w = torch.zeros(3, requires_grad=True)
+    unused = torch.zeros(2, requires_grad=True)
+    for step, (loss, gradient) in enumerate(((1.0, 1e38), (1.0, math.inf), (math.nan, 1.0), (2.0, 3.0)), 1):
+        out = training.StepOutput(*(torch.tensor(loss) for _ in range(3)), torch.tensor(1), torch.tensor(9.5))
+        w.grad = torch.tensor([0.0, -gradient, gradient])
+        assert watch.see(step, out, [w, unused]) == (step in (2, 3))
+    assert watch.report("fused") == (
+        "step 2 is the first whose loss or gradient is not finite "
+        "(loss 1, largest gradient inf, largest logit 9.5, path fused)"
+    )
+    assert training._Watch(torch.device("cpu")).report("fused") == ""
 
 
 def test_an_existing_run_is_kept(tmp_path):
     config = Config(str(tmp_path / "run"), epochs=1, train_size=64, test_size=20)
     fit(config, progress=False)
-    with pytest.raises(training.RunError, match=r"already holds config\.json"):
+    with pytest.raises(training.RunError, match=r"already holds config\.json; .* or add --resume or --overwrite"):
         fit(config, progress=False)
+    with pytest.raises(training.RunError, match="choose one"):
+        fit(config, progress=False, overwrite=True, resume=True)
     # A request that fails, and a run that breaks off before its first epoch, leave the old run alone.
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(models.ModelError, match="cannot be trained"):
@@ -162,18 +210,291 @@ def test_an_existing_run_is_kept(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_failed_write_keeps_the_old_file(tmp_path):
-    file = tmp_path / "file"
-    training.write_atomically(file, lambda f: f.write(b"old"))
+# --------------------------------------------------------------------------------------------------------------------
+# optimizer, schedule, warm-up, memory format
 
-    def fails(f):
-        f.write(b"half of the n")
-        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
-        training.write_atomically(file, fails)
-    assert file.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [file]
+def test_schedules_are_torchs():
+    for options, scheduler in (
+        ({"schedule": "cosine"}, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 30)),
+        ({"schedule": "constant"}, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
+        (
+            {"schedule": "step", "milestones": (0.3, 0.8)},
+            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [9, 24]),
+        ),
+    ):
+        config = Config("", lr=0.5, epochs=10, **options).complete()
+        optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+        schedule = scheduler(optimizer)
+        for step in range(30):
+            assert training.learning_rate(config, step, 3) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+            optimizer.step()
+            schedule.step()
+
+
+def test_the_papers_schedule_is_the_default_for_cifar():
+    for name in ("cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"):
+        config = Config("", data=name).complete()
+        rates = [training.learning_rate(config, epoch, 1) for epoch in range(config.epochs)]
+        assert len(rates) == 200
+        assert rates[:100] == [0.01] * 100
+        assert rates[100:175] == pytest.approx([0.001] * 75)
+        assert rates[175:] == pytest.approx([0.0001] * 25)
+        optimizer = training._optimizer(nn.Linear(1, 1), config)
+        group = optimizer.param_groups[0]
+        assert isinstance(optimizer, torch.optim.SGD)
+        assert (group["momentum"], group["weight_decay"], config.batch_size) == (0.9, 5e-4, 128)
+
+
+def test_optimizers():
+    for name, cls in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        optimizer = training._optimizer(
+            nn.Linear(1, 1), Config("", optimizer=name, weight_decay=0.25, momentum=0.5).complete()
+        )
+        assert type(optimizer) is cls
+        assert optimizer.param_groups[0]["weight_decay"] == 0.25
+        assert name != "sgd" or optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_warm_up_of_the_coefficient(tmp_path):
+    config = Config(str(tmp_path), coeff=0.4, coeff_warmup=1.5, epochs=3, train_size=256, test_size=20, log_every=1)
+    fit(config, progress=False)
+    steps = [float(row["coeff"]) for row in _rows(tmp_path / "steps.csv")]
+    assert steps == pytest.approx([min(0.4, 0.4 * i / 6) for i in range(1, 13)])
+    first = _rows(tmp_path / "steps.csv")[0]
+    assert float(first["loss"]) == pytest.approx(float(first["ce"]) + 0.4 / 6 * float(first["penalty"]), rel=1e-5)
+
+
+def test_channels_last_threads_and_workers(tmp_path):
+    def run(name, **options):
+        common = {"model": "resnet18", "optimizer": "sgd", "max_steps": 2, "batch_size": 8, "test_size": 8}
+        fit(Config(str(tmp_path / name), train_size=32, **common, **options), progress=False)
+        return models.load_checkpoint(tmp_path / name)[0].state_dict()
+
+    before = torch.get_num_threads()
+    plain = run("plain")
+    other = run("other", channels_last=True, threads=1, workers=1)
+    assert torch.get_num_threads() == before
+    for k, w in plain.items():
+        torch.testing.assert_close(other[k], w, rtol=1e-3, atol=1e-5)
+    saved = torch.load(tmp_path / "other" / "checkpoint.pt", weights_only=True)["model"]
+    assert saved["1.conv1.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_threads_are_those_asked_for(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "_fit", lambda *args: seen.append(torch.get_num_threads()) or [])
+    for n in (1, 3, None):
+        fit(Config(str(tmp_path), threads=n), overwrite=True)
+    assert seen == [1, 3, torch.get_num_threads()]
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = Config(str(tmp_path), epochs=2, train_size=256, test_size=20, log_every=2, tensorboard=True)
+    rows = fit(config, progress=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("test/accuracy")] == [
+        (row["step"], pytest.approx(row["test_accuracy"])) for row in rows
+    ]
+    assert [e.step for e in events.Scalars("penalty")] == [2, 4, 6, 8]
+
+
+def test_missing_packages_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(training.RunError, match=r"tensorboard is not installed: pip install 'densreg\[tensorboard\]'"):
+        fit(Config(str(tmp_path / "a"), tensorboard=True))
+    fit(Config(str(tmp_path / "b"), max_steps=1, test_size=20), progress=False)
+    assert "no curves.png: matplotlib.figure is not installed" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# going on
+
+
+def _noisy(request):
+    """Digits with everything that is random: augmented images, to go with a model that drops units."""
+    digits = _digits(request)
+    return data.replace(digits, train=data.replace(digits.train, transform=data.CropAndFlip()))
+
+
+_digits = data.DATA_SETS["digits"]
+
+_TIMES = ("seconds", "images_per_second")
+
+
+def _untimed(rows):
+    return [{k: v for k, v in row.items() if k not in _TIMES} for row in rows]
+
+
+def _same_run(one, other):
+    """That two run directories hold the same weights, optimizer state and tables, bit for bit."""
+    a, b = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (one, other))
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(w, b["model"][k]) for k, w in a["model"].items())
+    for key, state in a["optimizer"]["state"].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(b["optimizer"]["state"][key][k])) for k, v in state.items()
+        )
+    assert torch.equal(a["rng"], b["rng"])
+    assert (a["epoch"], a["done"], a["step"]) == (b["epoch"], b["done"], b["step"])
+    for table in ("metrics.csv", "steps.csv"):
+        assert _untimed(_rows(one / table)) == _untimed(_rows(other / table))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("path", ["stable", "fused"])
+def test_resumed_run_is_the_same_run(tmp_path, monkeypatch, path, workers):
+    """Stopped within an epoch, at its end and within a window of steps.csv; with dropout and random classes."""
+    monkeypatch.setitem(data.DATA_SETS, "digits", _noisy)
+    build = models.mlp
+    monkeypatch.setattr(models, "mlp", lambda *args: nn.Sequential(nn.Dropout(0.2), *build(*args)))
+    options = {"path": path, "epochs": 3, "train_size": 640, "test_size": 50, "log_every": 4, "schedule": "cosine"}
+    options |= {"coeff_warmup": 2.0, "optimizer": "adamw"}
+    fit(Config(str(tmp_path / "whole"), **options), progress=False)
+    for steps in (3, 10, 17, 20, 30):
+        torch.manual_seed(steps)  # whatever another process would start from
+        config = Config(str(tmp_path / "parts"), max_steps=steps, workers=workers, **options)
+        rows = fit(config, progress=False, resume=True)
+        assert rows[-1]["step"] == steps
+        assert [int(row["step"]) for row in _rows(tmp_path / "parts" / "metrics.csv")] == [row["step"] for row in rows]
+    _same_run(tmp_path / "whole", tmp_path / "parts")
+    # What is finished stays as it is.
+    before = (tmp_path / "parts" / "checkpoint.pt").read_bytes()
+    rows = fit(Config(str(tmp_path / "parts"), **options), progress=False, resume=True)
+    assert len(rows) == 3
+    assert (tmp_path / "parts" / "checkpoint.pt").read_bytes() == before
+    with pytest.raises(training.RunError, match="has done 30 steps; got max_steps 3"):
+        fit(Config(str(tmp_path / "parts"), max_steps=3, **options), resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
+    config = Config(str(tmp_path / "run"), epochs=1, train_size=64, test_size=20)
+    assert len(fit(config, progress=False, resume=True)) == 1
+    assert "starting from the beginning" in capsys.readouterr().err
+
+
+def test_checkpoints_between_epochs(tmp_path, monkeypatch):
+    steps = []
+    save = runs.save_checkpoint
+    monkeypatch.setattr(runs, "save_checkpoint", lambda run, c, keep: steps.append(c["step"]) or save(run, c, keep))
+    fit(Config(str(tmp_path), epochs=2, train_size=640, test_size=20, checkpoint_every=4), progress=False)
+    assert steps == [4, 8, 10, 12, 16, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.5}, r"has lr 0\.001, got 0\.5; give the same, or another --out"),
+        ({"path": "taylor"}, "has path 'fused', got 'taylor'"),
+        ({"p": math.inf}, "has p 2.0, got 'inf'"),
+        ({"seed": 1}, "has seed 0, got 1"),
+        ({"epochs": 3}, "has epochs 2, got 3"),
+        ({"batch_size": 32}, "has batch_size 64, got 32"),
+        ({"train_size": 65}, "has train_size 64, got 65"),
+        ({"schedule": "step", "milestones": (0.5,)}, "has schedule 'constant', got 'step'"),
+        ({"augment": False}, "has augment True, got False"),
+        ({"model": "vgg11"}, "has model 'mlp', got 'vgg11'"),
+    ],
+)
+def test_checkpoint_of_another_configuration(tmp_path, options, message):
+    options = {"epochs": 2, "train_size": 64, "test_size": 20} | options
+    fit(Config(str(tmp_path), epochs=2, train_size=64, test_size=20), progress=False)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(training.RunError, match=message):
+        fit(Config(str(tmp_path), **options), progress=False, resume=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_checkpoint_of_other_data_or_of_another_kind(tmp_path, monkeypatch):
+    config = Config(str(tmp_path), epochs=2, test_size=20, max_steps=1)
+    fit(config, progress=False)
+    monkeypatch.setitem(data.DATA_SETS, "digits", lambda r: data.replace(_digits(r), train=_digits(r).train.first(99)))
+    with pytest.raises(training.RunError, match="has 1437 training images, got 99"):
+        fit(config, progress=False, resume=True)
+    torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
+    with pytest.raises(training.RunError, match=r"checkpoint in .* is of another kind: KeyError 'config'"):
+        fit(config, progress=False, resume=True)
+
+
+def test_truncated_checkpoint_goes_back_to_the_previous_one(tmp_path, capsys):
+    options = {"epochs": 3, "train_size": 640, "test_size": 20}
+    fit(Config(str(tmp_path / "whole"), **options), progress=False)
+    fit(Config(str(tmp_path / "run"), max_steps=25, checkpoint_every=5, **options), progress=False)
+    file = tmp_path / "run" / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:5000])
+    (tmp_path / "run" / "checkpoint.previous.pt").rename(tmp_path / "kept")
+    with pytest.raises(training.RunError, match=r"^[^\n]*checkpoint\.pt cannot be read [^\n]*$"):
+        fit(Config(str(tmp_path / "run"), **options), progress=False, resume=True)
+    (tmp_path / "kept").rename(tmp_path / "run" / "checkpoint.previous.pt")
+    capsys.readouterr()
+    fit(Config(str(tmp_path / "run"), **options), progress=False, resume=True)
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "checkpoint.pt cannot be read (" in said.err
+    assert "going back to checkpoint.previous.pt" in said.err
+    assert "after step 25" in said.out, "written twice: after 25 steps, and when max_steps ended the run there"
+    _same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    options = {"epochs": 3, "train_size": 640, "test_size": 20}
+    fit(Config(str(tmp_path / "whole"), **options), progress=False)
+    run = tmp_path / "run"
+    fit(Config(str(run), max_steps=5, **options), progress=False)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(TrainingError, match=r"cannot write to .*: File too large; the last checkpoint is kept"):
+            fit(Config(str(run), **options), progress=False, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    fit(Config(str(run), **options), progress=False, resume=True)
+    _same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
+    command = [sys.executable, "-m", "densreg.cli", "train", "--path", "stable", "--epochs", "20", "--test-size", "50"]
+    command += ["--checkpoint-every", "3", "--log-every", "5", "--threads", "1"]
+
+    def start(run, *options):
+        return subprocess.Popen(
+            [*command, "--out", str(run), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    whole = start(tmp_path / "whole")
+    whole.stdout.readline()
+    begun = time.perf_counter()
+    assert whole.communicate()[1] == ""
+    lasts = time.perf_counter() - begun
+    draw = random.Random(0)
+    killed, after = 0, 0
+    while killed < 4:
+        process = start(tmp_path / "run", "--resume")
+        if killed:
+            step = int(process.stdout.readline().split("after step ")[1].split(",")[0])
+            assert step >= after
+            after = step
+        else:
+            process.stdout.readline()  # the first epoch is over
+        time.sleep(draw.uniform(0, lasts / 4))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was still at work"
+        killed += 1
+    last = start(tmp_path / "run", "--resume")
+    assert "resuming" in last.communicate()[0]
+    assert last.returncode == 0
+    assert after > 0
+    _same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +512,18 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         ({"batch_size": 10**24}, "batch_size must lie in"),
         ({"train_size": -1}, "train_size must lie in"),
         ({"seed": -1}, "seed must lie in"),
-        ({"optimizer": "lion"}, "optimizer must be adam or sgd, got 'lion'"),
+        ({"optimizer": "lion"}, "optimizer must be sgd, adam or adamw, got 'lion'"),
+        ({"schedule": "linear"}, "schedule must be constant, step or cosine, got 'linear'"),
+        ({"schedule": "step"}, "the schedule step needs milestones"),
+        ({"schedule": "step", "milestones": (0.5, 1.5)}, r"milestones must be parts of the epochs.*got \(0\.5, 1\.5\)"),
+        ({"milestones": (0.5,)}, "milestones are for the schedule step, got the schedule 'constant'"),
+        ({"on_nonfinite": "skip"}, "on_nonfinite must be stop or record, got 'skip'"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+        ({"coeff_warmup": -1.0}, "coeff_warmup must be finite and at least 0"),
+        ({"workers": -1}, r"workers must lie in \[0, 1024\], got -1"),
+        ({"threads": 0}, r"threads must lie in \[1, 2\^31\), got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must lie in"),
+        ({"classes": 5}, "--classes is for --data synthetic; digits has its own"),
         ({"device": "tpu"}, "device must be cpu, cuda, cuda:N or auto, got 'tpu'"),
         ({"device": "cuda:256"}, "device 'cuda:256' is not there: torch sees"),
         ({"device": "cuda:99999999999999999999"}, "is not there: torch sees"),
