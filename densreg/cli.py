@@ -55,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, metavar="N", help="side of the images of synthetic and folder")
     add("--no-augment", dest="augment", action="store_false", help="do not crop and flip training images")
     add("--model", default="mlp", metavar="NAME", help=f"{', '.join(OWN_MODELS)} or any torchvision classifier")
-    add("--path", default="fused", metavar="NAME", help=f"how the score is computed: {', '.join(PATHS)}")
+    add("--path", default="fused", metavar="NAME", help=f"how the score is computed: {', '.join(PATHS)} or directional")
+    add("--interval", type=int, default=1, metavar="N", help="the penalty on every N-th step only, N times as heavy")
+    add("--fraction", type=float, default=1.0, metavar="X", help="the penalty of so large a part of the batch only")
+    compiled = "compile the step as one graph; by default runs of 1000 steps and more"
+    add("--compile", action=argparse.BooleanOptionalAction, default=None, help=compiled)
+    add("--amp", default="none", metavar="NAME", help="autocast: none, bf16 or fp16")
     add("--coeff-warmup", type=float, default=0.0, metavar="X", help="epochs in which the weight rises from 0")
     add("--epochs", type=int, metavar="N", help="by default the data set's recipe, as the next four")
     add("--optimizer", metavar="NAME", help="sgd, adam or adamw")

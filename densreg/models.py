@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from densreg import runs
-from densreg.penalty import density_penalty
+from densreg.objective import RegularizedObjective
+from densreg.second_order import check_model
 
 SMALL_IMAGE = 64
 """Up to this size ResNets get the stem of the CIFAR papers: a 3x3 convolution of stride 1 and no pooling."""
@@ -188,29 +189,27 @@ def check_trainable(
 ) -> None:
     """Raise ModelError unless a model takes such images and can be trained with the penalty; changes nothing in it.
 
-    Runs the penalty's own gradient on a few random images; only the forward for ``path=None``.
+    Runs a step of :class:`densreg.RegularizedObjective` on a few random images; a plain one for ``path=None``.
     """
     device = next(model.parameters()).device
     model = copy.deepcopy(model)  # BatchNorm's statistics would move
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            x = torch.rand(samples, *image_shape, device=device, requires_grad=True)
-            logits = model(x)
-            if not isinstance(logits, Tensor):
-                raise ModelError(
-                    f"model {name!r} returns {type(logits).__name__} in training; wanted a tensor of logits"
-                )
-            if path is not None:
-                penalty = density_penalty(logits, x, path=path)
-                torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True)
-    except ModelError:
-        raise
-    except Exception as error:
-        size = "x".join(map(str, image_shape))
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"model {name!r} cannot be trained{' with the penalty' if path else ''} on {size} images: {reason}"
-        ) from error
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        x = torch.rand(samples, *image_shape, device=device)
+        y = torch.zeros(samples, dtype=torch.int64, device=device)
+        interval = None if path is None else 1
+        try:
+            RegularizedObjective(model, 1.0, path=path or "fused", compile=False, interval=interval)(x, y)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            try:
+                findings = [] if path in (None, "directional") else check_model(model, x)
+            except Exception:  # the model cannot even be run; the first error says more
+                findings = []
+            size = "x".join(map(str, image_shape))
+            raise ModelError(
+                f"model {name!r} cannot be trained{' with the penalty' if path else ''} on {size} images: "
+                f"{findings[0] if findings else reason}"
+            ) from error
 
 
 def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:

@@ -206,7 +206,7 @@ class RegularizedObjective(nn.Module):
             alone for models that cannot be differentiated twice (:func:`densreg.check_model` tells): see ``central``.
             It runs in eager.
         compile: whether the step is compiled, as one graph; where that is impossible the first call raises.
-        interval: k above.
+        interval: k above; None leaves the penalty out of every step, which then is a plain one.
         fraction: s above, 0 < s <= 1, rounded to at least one sample.
         criterion: (logits, target) -> scalar loss; None is the mean cross-entropy of [B] int64 classes. If it is a
             module its parameters are trained too.
@@ -228,7 +228,7 @@ class RegularizedObjective(nn.Module):
         p: float = 2,
         path: str = "fused",
         compile: bool = True,
-        interval: int = 1,
+        interval: int | None = 1,
         fraction: float = 1.0,
         criterion: Callable[[Tensor, Any], Tensor] | None = None,
         output: Callable[[Any], Tensor] | None = None,
@@ -243,9 +243,9 @@ class RegularizedObjective(nn.Module):
         value = float(coeff)
         if not 0 <= value < float("inf"):
             raise ValueError(f"coeff must be finite and at least 0, got {value}")
-        if isinstance(interval, bool) or not isinstance(interval, int):
-            raise TypeError(f"interval must be an int, got {type(interval).__name__}")
-        if interval < 1:
+        if isinstance(interval, bool) or not isinstance(interval, int | None):
+            raise TypeError(f"interval must be an int or None, got {type(interval).__name__}")
+        if interval is not None and interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
@@ -302,10 +302,11 @@ class RegularizedObjective(nn.Module):
         trained = self._trained()
         if not trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
-        penalized, coeff = True, self.coeff
+        penalized, coeff = self.interval is not None, self.coeff
         if self.model.training:
-            penalized = self.calls % self.interval == 0
-            coeff = coeff * self.interval
+            if self.interval is not None:
+                penalized = self.calls % self.interval == 0
+                coeff = coeff * self.interval
             self.calls += 1
         factor, scale = self._scales(xs, loss_scale, coeff)
         *shown, gradients = self._run(xs, target, coeff, scale, penalized)

@@ -99,10 +99,13 @@ def run(
             raise ValueError(f"scales must be finite and above 0, got {scale}")
     configs = {
         name: [
-            training.Config(out, name, model or ("mlp" if name in _SMALL else "resnet18"), path, **options).complete()
+            training.Config(
+                out, name, model or ("mlp" if name in _SMALL else "resnet18"), path, compile=False, **options
+            ).complete()
             for path in dict.fromkeys(paths)
         ]
         for name in dict.fromkeys(data)
+        for default in ["mlp" if name in _SMALL else "resnet18"]
     }
     folder = runs.open_run(out, overwrite, [TABLE])
     rows: list[dict[str, Any]] = []

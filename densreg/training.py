@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,17 +16,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from densreg import data, functional, models, paths, runs
-from densreg.penalty import density_loss, density_penalty
+from densreg.objective import RegularizedObjective
 from densreg.runs import RunError, TrainingError
 from densreg.version import __version__
 
 PENALTY_SAMPLES = 1000
 """Test images over which the epoch's test penalty is the mean: it costs three forwards, accuracy one."""
+
+COMPILE_STEPS = 1000
+"""A run of so many steps is compiled if nothing else is said: a compilation takes as long as some hundreds of them."""
+
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 OPTIMIZERS, SCHEDULES, ON_NONFINITE = ("sgd", "adam", "adamw"), ("constant", "step", "cosine"), ("stop", "record")
 
@@ -75,6 +80,7 @@ class Config:
         model: see :func:`densreg.models.build`.
         path, p, coeff: the penalty; with coeff 0 it is not computed at all.
         coeff_warmup: epochs in which the coefficient rises from 0 to coeff, a step at a time.
+        interval, fraction: of :class:`densreg.RegularizedObjective`; they make steps cheaper, and another optimization.
         out: the run directory.
         seed: of weights, shuffling, augmentation and random classes.
         optimizer: "sgd", "adam" or "adamw".
@@ -87,6 +93,8 @@ class Config:
         checkpoint_every: steps between two checkpoints; there is one at the end of each epoch in any case.
         on_nonfinite: what a loss or gradient that is not finite does: "stop" the run, or "record" it and go on.
         device: "auto" is CUDA where there is one.
+        compile: whether the step is compiled as one graph; None: from 1000 steps on, but for per_class, directional.
+        amp: "none", or "bf16" or "fp16" for autocast, the latter with a scaled loss.
         channels_last: memory format of images and weights.
         threads: of torch on the CPU, as long as the run lasts; None leaves them as they are.
         workers: processes that prepare the batches; 0 for none.
@@ -100,6 +108,8 @@ class Config:
     p: float = 2.0
     coeff: float = 0.1
     coeff_warmup: float = 0.0
+    interval: int = 1
+    fraction: float = 1.0
     epochs: int | None = None
     seed: int = 0
     data_dir: str | None = None
@@ -121,6 +131,8 @@ class Config:
     checkpoint_every: int | None = None
     on_nonfinite: str = "stop"
     device: str = "auto"
+    compile: bool | None = None
+    amp: str = "none"
     channels_last: bool = False
     threads: int | None = None
     workers: int = 0
@@ -141,11 +153,14 @@ class Config:
                 values[name] = getattr(recipe, name)
         if values["device"] == "auto":
             values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        paths.check_path(values["path"])
+        if values["path"] != "directional":
+            paths.check_path(values["path"])
+        if not 0 < values["fraction"] <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {values['fraction']}")
         functional.check_order(values["p"])
         for name in (
             *("epochs", "batch_size", "train_size", "test_size", "max_steps", "log_every", "checkpoint_every"),
-            *("threads", "classes", "image_size"),
+            *("threads", "classes", "image_size", "interval"),
         ):
             if values[name] is not None and not 1 <= values[name] < 2**31:
                 raise ValueError(f"{name} must lie in [1, 2^31), got {values[name]}")
@@ -159,7 +174,12 @@ class Config:
             raise ValueError(f"momentum must lie in [0, 1), got {values['momentum']}")
         if not 0 <= values["seed"] < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {values['seed']}")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("on_nonfinite", ON_NONFINITE)):
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("on_nonfinite", ON_NONFINITE),
+            ("amp", [*AMP]),
+        ):
             if values[name] not in known:
                 raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {values[name]!r}")
         if values["milestones"] is None:
@@ -196,65 +216,61 @@ class StepOutput(NamedTuple):
 
 
 def train_step(
-    model: nn.Module,
+    objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     x: Tensor,
     y: Tensor,
-    coeff: float,
-    p: float = 2,
-    path: str = "fused",
+    amp: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> StepOutput:
-    """One step of ``cross_entropy + coeff * penalty``; with coeff 0 a plain step, and a penalty of NaN (not computed).
+    """One step of an optimizer on the penalized loss; the penalty is NaN where the objective leaves it out.
 
     Args:
-        x: [B, ...], a leaf; y: [B] int64.
+        objective: :class:`densreg.RegularizedObjective`, or DistributedDataParallel around it.
+        x: [B, ...]; y: [B] int64.
+        amp: dtype of autocast.
+        scaler: of the loss, for float16.
     """
     optimizer.zero_grad(set_to_none=True)
-    x.requires_grad_(coeff > 0)
-    logits = model(x)
-    if coeff == 0:
-        loss = ce = F.cross_entropy(logits, y)
-        penalty = torch.full_like(ce, math.nan)
-    elif path == "fused":
-        loss, ce, penalty = density_loss(logits, y, x, coeff, p)
+    scale = None if scaler is None else scaler.scale(torch.ones((), device=x.device))
+    with torch.autocast(x.device.type, amp, enabled=amp is not None):
+        out = objective(x, y, scale)
+    if scaler is None:
+        out.loss.backward()
+        optimizer.step()
     else:
-        ce = F.cross_entropy(logits, y)
-        penalty = density_penalty(logits, x, p, path)
-        loss = ce + coeff * penalty
-    # Only the parameters: the gradient in x would be computed for nothing.
-    loss.backward(inputs=[w for w in model.parameters() if w.requires_grad])
-    optimizer.step()
-    largest, best = logits.detach().max(1)
-    return StepOutput(loss.detach(), ce.detach(), penalty.detach(), (best == y).sum(), largest.max())
+        scaler.scale(out.loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    largest, best = out.logits.max(1)
+    return StepOutput(out.loss.detach(), out.ce, out.penalty, (best == y).sum(), largest.max())
 
 
 def evaluate(
-    model: nn.Module,
+    objective: RegularizedObjective,
     split: data.Split,
-    p: float,
     batch_size: int,
     device: torch.device,
     workers: int = 0,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, float]:
-    """Cross-entropy and accuracy on a split, and the mean penalty (path "fused") of its first 1000 images.
+    """Cross-entropy and accuracy on a split, and the mean penalty of its first 1000 images.
 
     The model is put into eval mode, and back.
     """
-    training = model.training
-    model.eval()
+    training = objective.model.training
+    objective.model.eval()
     ce = correct = penalty = 0.0
     with torch.no_grad():
         for x, y in data.batches(split, batch_size, workers=workers):
-            logits = model(x.to(device, memory_format=memory_format))
             y = y.to(device)
-            ce += F.cross_entropy(logits, y, reduction="sum").item()
-            correct += (logits.argmax(1) == y).sum().item()
+            out = objective(x.to(device, memory_format=memory_format), y)
+            ce += out.ce.item() * len(y)
+            correct += (out.logits.argmax(1) == y).sum().item()
     some = split.first(PENALTY_SAMPLES)
     for x, _ in data.batches(some, batch_size, workers=workers):
-        x = x.to(device, memory_format=memory_format).requires_grad_()
-        penalty += density_penalty(model(x), x, p, reduction="sum").item()
-    model.train(training)
+        penalty += objective.penalty(x.to(device, memory_format=memory_format)).item() * len(x)
+    objective.model.train(training)
     return {"test_ce": ce / len(split), "test_accuracy": correct / len(split), "test_penalty": penalty / len(some)}
 
 
@@ -297,6 +313,28 @@ class Problem:
         smallest = min(2, self.batch_size, len(self.train))  # BatchNorm cannot take one sample
         models.check_trainable(self.model, config.model, dataset.image_shape, path, smallest)
         self.optimizer = _optimizer(self.model, config)
+        self.objective = RegularizedObjective(
+            self.model,
+            config.coeff,
+            config.p,
+            config.path,
+            compile=self._compiles(),
+            interval=config.interval if config.coeff > 0 else None,
+            fraction=config.fraction,
+        )
+        self.amp = AMP[config.amp]
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.amp == torch.float16 else None
+
+    def _compiles(self) -> bool:
+        """Whether the step is compiled: as the configuration says, or where that is likely to pay."""
+        config = self.config
+        assert config.epochs is not None
+        if config.compile is not None:
+            return config.compile
+        steps = config.epochs * self.steps_per_epoch
+        compiler = self.device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))
+        long = min(steps, config.max_steps or steps) >= COMPILE_STEPS
+        return long and bool(compiler) and config.path not in ("per_class", "directional")
 
     @property
     def batch_size(self) -> int:
@@ -324,8 +362,9 @@ class Problem:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, self.steps_per_epoch)
-        coeff = coefficient(config, step, self.steps_per_epoch)
-        return train_step(self.model, self.optimizer, x, y, coeff, config.p, config.path)
+        self.objective.coeff.fill_(coefficient(config, step, self.steps_per_epoch))
+        self.objective.calls = step  # which tells whether interval's turn is on: no state to save
+        return train_step(self.objective, self.optimizer, x, y, self.amp, self.scaler)
 
 
 @contextlib.contextmanager
@@ -374,21 +413,27 @@ class _Running:
     """Sums of step outputs, and the largest logit."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(5, device=device, dtype=torch.float64)  # loss, ce, penalty, right answers, bad steps
+        # loss, ce, penalty, right answers, bad steps, samples whose penalty was computed
+        self.sums = torch.zeros(6, device=device, dtype=torch.float64)
         self.largest = torch.full((), -math.inf, device=device)
         self.samples = 0
 
     def add(self, out: StepOutput, samples: int, bad: Tensor) -> None:
-        self.sums[:3] += torch.stack([out.loss, out.ce, out.penalty]).to(self.sums.dtype) * samples
+        absent = out.penalty.isnan()  # in a plain step, or with a loss that is not finite either
+        penalty = out.penalty.masked_fill(absent, 0)
+        self.sums[:3] += torch.stack([out.loss, out.ce, penalty]).to(self.sums.dtype) * samples
         self.sums[3] += out.correct
         self.sums[4] += bad
+        self.sums[5] += ~absent * samples
         self.largest = torch.maximum(self.largest, out.largest)
         self.samples += samples
 
     def means(self) -> dict[str, float]:
-        """Means per sample since the start; the penalty of a plain step is NaN."""
-        loss, ce, penalty, correct = (self.sums[:4] / max(self.samples, 1)).tolist()
-        return {"loss": loss, "ce": ce, "penalty": penalty, "accuracy": correct}
+        """Means per sample since the start, the penalty's over those that have one; NaN if none has."""
+        loss, ce, penalty, correct, _, penalized = self.sums.tolist()
+        n = max(self.samples, 1)
+        mean = penalty / penalized if penalized else math.nan
+        return {"loss": loss / n, "ce": ce / n, "penalty": mean, "accuracy": correct / n}
 
     def state(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -429,11 +474,11 @@ class _Watch:
 
 
 _FREE = (
-    *("out", "data_dir", "download", "device", "channels_last", "threads", "workers"),
+    *("out", "data_dir", "download", "device", "channels_last", "compile", "threads", "workers"),
     *("max_steps", "log_every", "checkpoint_every", "on_nonfinite", "tensorboard"),
 )
 """What may differ between a run and its continuation: what is trained follows from the rest (up to rounding, which
-device, channels_last and threads change)."""
+device, channels_last, compile and threads change)."""
 
 _PICTURE_SECONDS = 60.0
 
@@ -491,6 +536,8 @@ class _Run:
         self.whole.load(checkpoint["whole"])
         self.window.load(checkpoint["window"])
         self.watch.first = checkpoint["first_bad"]
+        if problem.scaler is not None:
+            problem.scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"].cpu())
         if problem.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu(), problem.device)
@@ -518,6 +565,7 @@ class _Run:
             "spec": problem.spec,
             "model": problem.model.state_dict(),
             "optimizer": problem.optimizer.state_dict(),
+            "scaler": None if problem.scaler is None else problem.scaler.state_dict(),
             "epoch": self.epoch,
             "done": self.done,
             "step": self.step,
@@ -660,7 +708,8 @@ def fit(
 def _fit(problem: Problem, run: _Run, progress: bool | None) -> list[dict[str, Any]]:
     config, per_epoch = problem.config, problem.steps_per_epoch
     assert config.epochs is not None
-    parameters = list(problem.model.parameters())
+    # With a scaler, gradients that overflow are its business: it skips the step.
+    parameters = list(problem.model.parameters()) if problem.scaler is None else []
     rows = run.epoch_rows
     while run.epoch < config.epochs and (run.done or run.step != config.max_steps):
         epoch = run.epoch + 1
@@ -700,9 +749,8 @@ def _fit(problem: Problem, run: _Run, progress: bool | None) -> list[dict[str, A
         run.seconds = seconds = time.perf_counter() - start
         row = {"epoch": epoch, "step": run.step, **{f"train_{k}": v for k, v in run.whole.means().items()}}
         row |= evaluate(
-            problem.model,
+            problem.objective,
             problem.test,
-            config.p,
             problem.batch_size,
             problem.device,
             config.workers,

@@ -202,6 +202,14 @@ def test_interval(fresh_dynamo):
     assert again(x, Y).penalty.isnan()
 
 
+def test_plain_steps():
+    model, twin, x = twins()
+    out = objective_of(model, interval=None)(x, Y)
+    out.loss.backward()
+    assert out.penalty.isnan()
+    assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.0)[1]) < 1e-10
+
+
 def _smooth() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Tanh(), nn.Linear(10, 7)).double()
 
@@ -498,7 +506,7 @@ def test_errors_of_the_constructor():
         ({"coeff": math.nan}, ValueError, "coeff must be finite"),
         ({"coeff": "1"}, TypeError, "coeff must be a number, got str"),
         ({"interval": 0}, ValueError, "interval must be at least 1, got 0"),
-        ({"interval": 1.5}, TypeError, "interval must be an int, got float"),
+        ({"interval": 1.5}, TypeError, "interval must be an int or None, got float"),
         ({"fraction": 0}, ValueError, r"fraction must lie in \(0, 1\], got 0"),
         ({"fraction": 1.5}, ValueError, "fraction"),
         ({"p": 0.5}, ValueError, "p must be at least 1"),

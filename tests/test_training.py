@@ -20,6 +20,7 @@ from torch import nn
 
 from benchmarks.second_order import problem, torch_penalty
 from densreg import data, models, runs, training
+from densreg.objective import RegularizedObjective
 from densreg.paths import PATHS
 from densreg.training import Config, TrainingError, fit, train_step
 
@@ -38,7 +39,8 @@ def test_step_is_a_step_along_the_whole_gradient(path):
     loss = F.cross_entropy(logits, y) + 0.7 * torch_penalty(3)(logits, x)
     expected = [w - 0.1 * g for w, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True)]
     model, x = problem(torch.float64)
-    out = train_step(model, torch.optim.SGD(model.parameters(), 0.1), x.detach(), y, 0.7, 3, path)
+    objective = RegularizedObjective(model, 0.7, 3, path, compile=False)
+    out = train_step(objective, torch.optim.SGD(model.parameters(), 0.1), x.detach(), y)
     torch.testing.assert_close(out.loss, loss.detach())
     torch.testing.assert_close(out.ce + 0.7 * out.penalty, out.loss)
     assert out.correct == (logits.argmax(1) == y).sum()
@@ -51,7 +53,8 @@ def test_plain_step():
     model, x = problem(torch.float64)
     x = x.detach()
     y = torch.tensor([0, 1, 2, 3, 4])
-    out = train_step(model, torch.optim.SGD(model.parameters(), 0.1), x, y, 0.0)
+    objective = RegularizedObjective(model, 0.7, compile=False, interval=None)
+    out = train_step(objective, torch.optim.SGD(model.parameters(), 0.1), x, y)
     assert out.penalty.isnan()
     assert torch.equal(out.loss, out.ce)
     assert not x.requires_grad
@@ -75,7 +78,8 @@ def test_run_directory(tmp_path):
     model, loaded = models.load_checkpoint(out)
     assert loaded == config
     assert not model.training
-    again = training.evaluate(model, data.load("digits").test.first(100), 2.0, 64, torch.device("cpu"))
+    objective = RegularizedObjective(model, 0.1, compile=False)
+    again = training.evaluate(objective, data.load("digits").test.first(100), 64, torch.device("cpu"))
     assert again["test_accuracy"] == rows[-1]["test_accuracy"]
     assert again["test_penalty"] == pytest.approx(rows[-1]["test_penalty"], rel=1e-6)
 
@@ -83,7 +87,8 @@ def test_run_directory(tmp_path):
 def test_evaluation_against_torch():
     digits = data.load("digits").test.first(50)
     model = models.build("mlp", 10, (1, 8, 8))
-    metrics = training.evaluate(model, digits, 3.0, 16, torch.device("cpu"))
+    objective = RegularizedObjective(model, 0.1, 3.0, compile=False)
+    metrics = training.evaluate(objective, digits, 16, torch.device("cpu"))
     x, y = digits.batch(torch.arange(50), torch.Generator())
     logits = model(x.requires_grad_())
     assert metrics["test_ce"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
