@@ -99,9 +99,8 @@ def run(
             raise ValueError(f"scales must be finite and above 0, got {scale}")
     configs = {
         name: [
-            training.Config(
-                out, name, model or ("mlp" if name in _SMALL else "resnet18"), path, compile=False, **options
-            ).complete()
+            # Not compiled: too short, and a graph for each path.
+            training.Config(out, name, model or default, path, compile=False, **options).complete()
             for path in dict.fromkeys(paths)
         ]
         for name in dict.fromkeys(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -153,6 +154,8 @@ class Config:
                 values[name] = getattr(recipe, name)
         if values["device"] == "auto":
             values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        if values["device"] == "cuda" and "LOCAL_RANK" in os.environ:  # by torchrun
+            values["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
         if values["path"] != "directional":
             paths.check_path(values["path"])
         if not 0 < values["fraction"] <= 1:
@@ -307,6 +310,9 @@ class Problem:
             "mean": dataset.mean,
             "std": dataset.std,
         }
+        self.rank, self.processes = processes()
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size {self.batch_size} does not divide by the {self.processes} processes")
         torch.manual_seed(config.seed)
         self.model = models.build(**self.spec).to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         path = config.path if config.coeff > 0 else None
@@ -322,6 +328,10 @@ class Problem:
             interval=config.interval if config.coeff > 0 else None,
             fraction=config.fraction,
         )
+        self.module: nn.Module = self.objective
+        if self.processes > 1:
+            self.module = nn.parallel.DistributedDataParallel(self.objective)
+            torch.manual_seed((config.seed + self.rank * 0x9E3779B97F4A7C15) % 2**63)  # each draws its own
         self.amp = AMP[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type) if self.amp == torch.float16 else None
 
@@ -352,6 +362,8 @@ class Problem:
         for x, y in data.batches(
             self.train, self.batch_size, self.config.seed, epoch, numbers, self.config.workers, pin
         ):
+            # Of the joint batch, which is the same for any number of processes, this one's part.
+            x, y = x[self.rank :: self.processes], y[self.rank :: self.processes]
             yield (
                 x.to(self.device, non_blocking=True, memory_format=self.memory_format),
                 y.to(self.device, non_blocking=True),
@@ -364,7 +376,38 @@ class Problem:
             group["lr"] = learning_rate(config, step, self.steps_per_epoch)
         self.objective.coeff.fill_(coefficient(config, step, self.steps_per_epoch))
         self.objective.calls = step  # which tells whether interval's turn is on: no state to save
-        return train_step(self.objective, self.optimizer, x, y, self.amp, self.scaler)
+        out = train_step(self.module, self.optimizer, x, y, self.amp, self.scaler)
+        return out if self.processes == 1 else _of_all_processes(out)
+
+
+def processes() -> tuple[int, int]:
+    """(this one's number, how many) of the processes that train together."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+
+@contextlib.contextmanager
+def _process_group(device: str) -> Iterator[None]:
+    """The group of the processes that torchrun started; none where it did not."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or processes()[1] > 1:
+        yield
+        return
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _of_all_processes(out: StepOutput) -> StepOutput:
+    """The step of the joint batch, of which each process had an equal part."""
+    means = torch.stack([out.loss, out.ce, out.penalty]) / torch.distributed.get_world_size()
+    correct, largest = out.correct.clone(), out.largest.clone()
+    torch.distributed.all_reduce(means)
+    torch.distributed.all_reduce(correct)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    loss, ce, penalty = means.unbind()
+    return StepOutput(loss, ce, penalty, correct, largest)
 
 
 @contextlib.contextmanager
@@ -498,17 +541,18 @@ class _Run:
         self.told = False  # of a first bad step, which is recorded
         self.epoch_rows: list[dict[str, Any]] = []
         self.step_rows: list[dict[str, Any]] = []
-        self.run = runs.open_run(out, overwrite or resume, hint="--resume or --overwrite")
+        self.first = problem.rank == 0  # of the processes: the one that writes and speaks
+        self.run = runs.open_run(out, overwrite or resume, hint="--resume or --overwrite") if self.first else Path(out)
         self.fresh = True  # no checkpoint in the directory is this run's
         self.drawn = time.monotonic()
         if resume:
             self._resume()
-        self.events = _events(self.run, self.step) if self.config.tensorboard else None
+        self.events = _events(self.run, self.step) if self.config.tensorboard and self.first else None
 
     def _resume(self) -> None:
         checkpoint, note = runs.load_checkpoint(self.run, self.problem.device)
         if checkpoint is None:
-            print(f"no checkpoint in {self.run}: starting from the beginning", file=sys.stderr)
+            self.say(f"no checkpoint in {self.run}: starting from the beginning", sys.stderr)
             return
         try:
             self._check_same(checkpoint)
@@ -523,9 +567,15 @@ class _Run:
         if self.config.max_steps is not None and self.config.max_steps < self.step:
             raise RunError(f"the run in {self.run} has done {self.step} steps; got max_steps {self.config.max_steps}")
         if note:
-            print(note, file=sys.stderr)
-            (self.run / runs.CHECKPOINT).unlink(missing_ok=True)  # or it would be kept as the previous one
-        print(f"resuming {self.run} after step {self.step}, {self.epoch} whole epochs", flush=True)
+            self.say(note, sys.stderr)
+            if self.first:
+                (self.run / runs.CHECKPOINT).unlink(missing_ok=True)  # or it would be kept as the previous one
+        self.say(f"resuming {self.run} after step {self.step}, {self.epoch} whole epochs")
+
+    def say(self, line: str, file: Any = None) -> None:
+        """Print a line, in one of the processes."""
+        if self.first:
+            print(line, file=file, flush=True)
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         problem = self.problem
@@ -538,9 +588,10 @@ class _Run:
         self.watch.first = checkpoint["first_bad"]
         if problem.scaler is not None:
             problem.scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"].cpu())
-        if problem.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu(), problem.device)
+        cpu, cuda = checkpoint["rng"][problem.rank]
+        torch.set_rng_state(cpu.cpu())
+        if problem.device.type == "cuda" and cuda is not None:
+            torch.cuda.set_rng_state(cuda.cpu(), problem.device)
         self.fresh = False
 
     def _check_same(self, checkpoint: dict[str, Any]) -> None:
@@ -552,6 +603,10 @@ class _Run:
                     f"--resume: the run in {self.run} has {name} {held!r}, got {value!r}; "
                     "give the same, or another --out"
                 )
+        if len(checkpoint["rng"]) != self.problem.processes:
+            raise RunError(
+                f"--resume: the run in {self.run} has {len(checkpoint['rng'])} processes, got {self.problem.processes}"
+            )
         if checkpoint["train_images"] != len(self.problem.train):
             raise RunError(
                 f"--resume: the run in {self.run} has {checkpoint['train_images']} training images, "
@@ -560,7 +615,6 @@ class _Run:
 
     def _checkpoint(self) -> dict[str, Any]:
         problem = self.problem
-        cuda = problem.device.type == "cuda"
         return {
             "spec": problem.spec,
             "model": problem.model.state_dict(),
@@ -575,11 +629,20 @@ class _Run:
             "first_bad": self.watch.first,
             "epoch_rows": self.epoch_rows,
             "step_rows": self.step_rows,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(problem.device) if cuda else None,
+            "rng": self._random_states(),
             "train_images": len(problem.train),
             "config": self._description(),
         }
+
+    def _random_states(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Of the generators for CPU and GPU, of each process."""
+        device = self.problem.device
+        mine = (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+        if self.problem.processes == 1:
+            return [mine]
+        states: list[Any] = [None] * self.problem.processes
+        torch.distributed.all_gather_object(states, mine)
+        return states
 
     def _description(self) -> dict[str, Any]:
         versions = {"densreg": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
@@ -598,12 +661,16 @@ class _Run:
 
     def save(self) -> None:
         """Write the checkpoint; the one before stays as the previous one."""
-        with self._writing():
-            runs.save_checkpoint(self.run, self._checkpoint(), keep=not self.fresh)
+        checkpoint = self._checkpoint()
+        if self.first:
+            with self._writing():
+                runs.save_checkpoint(self.run, checkpoint, keep=not self.fresh)
         self.fresh = False
 
     def write_tables(self, rows: Sequence[dict[str, Any]], over: bool = False) -> None:
         """Write what follows from the checkpoint; where the run is over, with the steps since the last row too."""
+        if not self.first:
+            return
         tail = [self.window_row()] if over and self.window.samples else []
         text = json.dumps(self._description(), indent=2) + "\n"
         with self._writing():
@@ -613,7 +680,7 @@ class _Run:
 
     def draw(self, rows: Sequence[dict[str, Any]], now: bool = False) -> None:
         """Draw the curves: now, or if a minute has passed since the last time."""
-        if rows and (now or time.monotonic() - self.drawn > _PICTURE_SECONDS):
+        if self.first and rows and (now or time.monotonic() - self.drawn > _PICTURE_SECONDS):
             self.drawn = time.monotonic()
             try:
                 with self._writing():
@@ -638,7 +705,7 @@ class _Run:
         if report and self.config.on_nonfinite == "stop":
             raise TrainingError(f"{report}: lower --lr or --coeff, or use --path fused; {self._kept()}")
         if report and not self.told:
-            print(f"{report}; going on", file=sys.stderr)
+            self.say(f"{report}; going on", sys.stderr)
             self.told = True
 
     def rates(self) -> dict[str, float]:
@@ -677,6 +744,9 @@ def fit(
     steps.csv and curves.png. Every file is replaced as a whole, at the end of each epoch and every
     ``config.checkpoint_every`` steps; curves.png at the end and at most once a minute.
 
+    Under torchrun its processes train together by DistributedDataParallel: ``config.batch_size`` is that of the joint
+    batch, and the first process writes.
+
     A resumed run ends with the weights of one that was never interrupted: bit for bit on the CPU, with the same torch
     and the same number of threads.
 
@@ -697,9 +767,9 @@ def fit(
     config = config.complete()
     if overwrite and resume:
         raise RunError("--resume goes on with a run and --overwrite replaces it: choose one")
-    with threads(config.threads):
+    with threads(config.threads), _process_group(config.device):
         problem = Problem(config)
-        if problem.note:
+        if problem.note and problem.rank == 0:
             print(f"{config.data}: {problem.note}", flush=True)
         with contextlib.closing(_Run(problem, config.out, overwrite, resume)) as run:
             return _fit(problem, run, progress)
@@ -721,7 +791,7 @@ def _fit(problem: Problem, run: _Run, progress: bool | None) -> list[dict[str, A
             initial=run.done * problem.batch_size,
             desc=f"epoch {epoch}/{config.epochs}",
             unit="img",
-            disable=None if progress is None else not progress,
+            disable=not run.first or (None if progress is None else not progress),
             leave=False,
         )
         with bar:
@@ -730,9 +800,10 @@ def _fit(problem: Problem, run: _Run, progress: bool | None) -> list[dict[str, A
                 run.step += 1
                 run.done += 1
                 bad = run.watch.see(run.step, out, parameters)
-                run.whole.add(out, len(y), bad)
-                run.window.add(out, len(y), bad)
-                bar.update(len(y))
+                images = len(y) * problem.processes
+                run.whole.add(out, images, bad)
+                run.window.add(out, images, bad)
+                bar.update(images)
                 if run.step % config.log_every == 0:
                     run.check_finite()
                     row = run.window_row()
@@ -765,7 +836,7 @@ def _fit(problem: Problem, run: _Run, progress: bool | None) -> list[dict[str, A
         run.write_tables(rows)
         run.scalars(row)
         run.draw(rows)
-        print(_summary(row, config.epochs), flush=True)
+        run.say(_summary(row, config.epochs))
         if run.step == config.max_steps:
             break
     run.write_tables(rows, over=True)

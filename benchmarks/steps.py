@@ -1,0 +1,231 @@
+"""What a training step costs: plain, penalized by the paper's paths as the paper ran them, and by the objective.
+
+    python -m benchmarks.steps [--models resnet18 ...] [--threads 2] [--json FILE]
+
+Each column is forward, loss and the parameters' gradients (no optimizer) on the same batch:
+
+    plain           cross-entropy, the model's forward and loss compiled
+    naive ... taylor  cross_entropy + coeff * penalty by that path, in eager, loss.backward()
+    taylor compiled the same in one compiled graph with its gradients, the layers torch's own
+    objective       densreg.RegularizedObjective
+
+Times are medians of interleaved rounds, ratios medians over the rounds. Before anything is timed every penalized
+column's gradients are compared with torch's own in float64; one that is off is reported and not timed. Memory is what
+the third step adds to the resident size at its peak, each column in a process of its own. F, one forward, is the unit of the floor: a plain step is 3F, a penalized one 6F, so 2.0 by matrix products alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import densreg
+from benchmarks.timing import environment, interleave, ratio
+from densreg import models
+
+COEFF = 0.1
+COLUMNS = ("plain", "naive", "max_shift", "stable", "taylor", "taylor compiled", "objective")
+
+
+class Case(NamedTuple):
+    """A model and its batch."""
+
+    build: Callable[[], nn.Module]
+    batch: int
+    image_shape: tuple[int, int, int]
+    classes: int
+
+
+def vgg11_bn() -> nn.Module:
+    """torchvision's VGG11-BN for 32x32 images: its features, global pooling, one linear layer."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    return nn.Sequential(make_layers(cfgs["A"], True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 100))
+
+
+CASES = {
+    "resnet18": Case(lambda: models.build("resnet18", 100, (3, 32, 32)), 32, (3, 32, 32), 100),
+    "vgg11_bn": Case(vgg11_bn, 32, (3, 32, 32), 100),
+    "mlp": Case(lambda: models.build("mlp", 10, (1, 56, 28)), 128, (1, 56, 28), 10),
+    "wrn28-10": Case(lambda: models.build("wrn28-10", 100, (3, 32, 32)), 4, (3, 32, 32), 100),
+}
+
+
+def _problem(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = case.build().to(memory_format=torch.channels_last)
+    x = torch.rand(case.batch, *case.image_shape).to(memory_format=torch.channels_last)
+    return model, x, torch.randint(case.classes, (case.batch,))
+
+
+def step_of(column: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], list[Tensor]]:
+    """The step of a column: called, it gives the parameters' gradients, in float32."""
+    parameters = list(model.parameters())
+
+    def taken() -> list[Tensor]:
+        grads = [w.grad for w in parameters]
+        for w in parameters:
+            w.grad = None
+        return grads  # type: ignore[return-value]
+
+    if column == "plain":
+        loss_of = torch.compile(lambda x, y: F.cross_entropy(model(x), y), fullgraph=True, dynamic=False)
+
+        def plain() -> list[Tensor]:
+            loss_of(x, y).backward()
+            return taken()
+
+        return plain
+    if column == "objective":
+        objective = densreg.RegularizedObjective(model, COEFF)
+
+        def ours() -> list[Tensor]:
+            objective(x, y).loss.backward()
+            return taken()
+
+        return ours
+    if column == "taylor compiled":
+
+        def graph(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            logits = model(x)
+            loss = F.cross_entropy(logits, y) + COEFF * densreg.density_penalty(logits, x, path="taylor")
+            return torch.autograd.grad(loss, parameters)
+
+        compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+
+        def one_graph() -> list[Tensor]:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                return list(compiled(x.detach().requires_grad_(), y))
+
+        return one_graph
+
+    def eager() -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        logits = model(leaf)
+        (F.cross_entropy(logits, y) + COEFF * densreg.density_penalty(logits, leaf, path=column)).backward()
+        return taken()
+
+    return eager
+
+
+def _reference(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    double = copy.deepcopy(model).double()
+    leaf = x.double().requires_grad_()
+    logits = double(leaf)
+    (g,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), leaf, create_graph=True)
+    loss = F.cross_entropy(logits, y) + COEFF * g.flatten(1).norm(dim=1).mean()
+    return list(torch.autograd.grad(loss, list(double.parameters())))
+
+
+def _error(grads: list[Tensor], reference: list[Tensor]) -> float:
+    off = sum(float((g.double() - r).square().sum()) for g, r in zip(grads, reference, strict=True))
+    return (off / sum(float(r.square().sum()) for r in reference)) ** 0.5
+
+
+def peak_growth(name: str, column: str) -> int:
+    """Bytes that a step adds to this process's resident size at its peak; large blocks must be mapped (see below)."""
+    model, x, y = _problem(CASES[name])
+    step = step_of(column, model, x, y)
+    for _ in range(2):
+        step()
+
+    def status(field: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
+
+
+def _memory(name: str, column: str, threads: int) -> int:
+    # Blocks from 64 KiB on go back to the system when they are freed, so that the resident size is what is in use.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+    command = [sys.executable, "-m", "benchmarks.steps", "--threads", str(threads), "--memory-of", name, column]
+    return int(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure(name: str, columns: list[str], seconds: float, memory: bool) -> dict[str, Any]:
+    """Times, ratios, errors, compile times and memory of one model."""
+    model, x, y = _problem(CASES[name])
+    reference = _reference(model, x, y)
+    errors, first, steps = {}, {}, {}
+    for column in columns:
+        step = step_of(column, copy.deepcopy(model), x, y)
+        start = time.perf_counter()
+        grads = step()
+        first[column] = time.perf_counter() - start
+        if column != "plain":
+            errors[column] = _error(grads, reference)
+            if not errors[column] < 1e-3:
+                print(f"{name}, {column}: gradients off by {errors[column]:.1e}, not timed", flush=True)
+                continue
+        steps[column] = step
+    times = interleave(steps, seconds)
+    return {
+        "model": name,
+        "batch": CASES[name].batch,
+        "threads": torch.get_num_threads(),
+        "rounds": len(times["plain"]),
+        "seconds": {column: statistics.median(values) for column, values in times.items()},
+        "over_plain": {column: ratio(times, column, "plain") for column in times},
+        "over_objective": {column: ratio(times, column, "objective") for column in times},
+        "first_call_seconds": first,
+        "gradient_error": errors,
+        "memory": {c: _memory(name, c, torch.get_num_threads()) for c in times} if memory else {},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each model, compilation apart")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "COLUMN"), help="print the bytes of one step")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(peak_growth(*options.memory_of))
+        return
+    about = environment()
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    rows = []
+    for name in options.models:
+        columns = list(dict.fromkeys(["plain", *options.columns, "objective"]))
+        row = measure(name, columns, options.seconds, options.memory)
+        rows.append(row)
+        print(f"\n{name}, batch {row['batch']}, {row['threads']} threads, {row['rounds']} rounds\n")
+        print("| step | ms | over plain | over objective | MiB | first call, s | gradient's error |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for column, seconds in row["seconds"].items():
+            mib = f"{row['memory'][column] / 2**20:.0f}" if row["memory"] else "-"
+            error = f"{row['gradient_error'][column]:.1e}" if column in row["gradient_error"] else "-"
+            ratios = f"{row['over_plain'][column]:.2f} | {row['over_objective'][column]:.2f}"
+            print(
+                f"| {column} | {seconds * 1e3:.1f} | {ratios} | {mib} | {row['first_call_seconds'][column]:.1f} "
+                f"| {error} |",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Two processes (gloo) train as one does on the joined batch: one's own loop, and densreg train."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from densreg import RegularizedObjective, models
+
+ROOT = Path(__file__).parent.parent
+
+LOOP = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+sys.path[:0] = [{root!r}, {tests!r}]
+from densreg import RegularizedObjective
+from test_distributed import batches, network
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+objective = RegularizedObjective(network(), 0.5, compile={compiled}, backend="aot_eager", path={path!r})
+model = DDP(objective)
+optimizer = torch.optim.SGD(objective.parameters(), 0.1)
+for x, y in batches():
+    optimizer.zero_grad()
+    out = model(x[rank::2], y[rank::2])
+    out.loss.backward()
+    optimizer.step()
+if rank == 0:
+    torch.save(objective.model.state_dict(), {out!r})
+dist.destroy_process_group()
+"""
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 5)).double()
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64),
+            torch.randint(5, (6,), generator=generator),
+        )
+        for _ in range(3)
+    ]
+
+
+def torchrun(*command: str, cwd: Path) -> subprocess.CompletedProcess:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    done = subprocess.run(run, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize(("compiled", "path"), [(False, "fused"), (True, "fused"), (False, "directional")])
+def test_own_loop(compiled, path, tmp_path):
+    script, out = tmp_path / "loop.py", tmp_path / "weights.pt"
+    values = {"root": str(ROOT), "tests": str(ROOT / "tests"), "compiled": compiled, "path": path, "out": str(out)}
+    script.write_text(LOOP.format(**values))
+    torchrun(str(script), cwd=tmp_path)
+    model = network()
+    objective = RegularizedObjective(model, 0.5, compile=False, path=path)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [w.clone() for w in model.parameters()]
+    for x, y in batches():
+        optimizer.zero_grad()
+        objective(x, y).loss.backward()
+        optimizer.step()
+    weights = torch.load(out, weights_only=True)
+    assert list(weights) == list(model.state_dict()), "the bare model's keys"
+    tolerance = 1e-13 if path == "fused" else 1e-6
+    for w, old, other in zip(model.parameters(), before, weights.values(), strict=True):
+        assert (w - old).abs().max() > 1e-3
+        torch.testing.assert_close(w.detach(), other, rtol=tolerance, atol=tolerance)
+
+
+def test_densreg_train_and_resume(tmp_path):
+    def command(out: str, *more: str) -> list[str]:
+        options = ["--train-size", "256", "--test-size", "50", "--batch-size", "32", "--epochs", "2", "--threads", "1"]
+        return ["-m", "densreg.cli", "train", *options, "--out", str(tmp_path / out), *more]
+
+    done = torchrun(*command("two"), cwd=ROOT)
+    assert done.stdout.count("epoch 1/2") == 1, "one process speaks"
+    subprocess.run([sys.executable, *command("one")], cwd=ROOT, check=True, capture_output=True)
+    one, two = (models.load_checkpoint(tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
+    torchrun(*command("parts", "--max-steps", "5"), cwd=ROOT)
+    torchrun(*command("parts", "--resume"), cwd=ROOT)
+    parts = models.load_checkpoint(tmp_path / "parts")[0].state_dict()
+    assert all(torch.equal(parts[key], two[key]) for key in two)
+    refused = subprocess.run([sys.executable, *command("parts", "--resume")], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "has 2 processes, got 1" in refused.stderr
