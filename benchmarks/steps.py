@@ -11,7 +11,8 @@ Each column is forward, loss and the parameters' gradients (no optimizer) on the
 
 Times are medians of interleaved rounds, ratios medians over the rounds. Before anything is timed every penalized
 column's gradients are compared with torch's own in float64; one that is off is reported and not timed. Memory is what
-the third step adds to the resident size at its peak, each column in a process of its own. F, one forward, is the unit of the floor: a plain step is 3F, a penalized one 6F, so 2.0 by matrix products alone.
+the third step adds to the resident size at its peak, each column in a process of its own. With F for one forward a
+plain step is 3F and a penalized one 6F: by matrix products alone the floor is 2.0 times the plain step.
 """
 
 from __future__ import annotations

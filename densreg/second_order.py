@@ -289,12 +289,12 @@ def check_model(model: nn.Module, *example: Tensor) -> list[Finding]:
     """
     model = copy.deepcopy(getattr(model, "_orig_mod", model))
     calls: dict[nn.Module, tuple[tuple, dict]] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda m, args, kwargs: calls.setdefault(m, (args, kwargs)) and None, with_kwargs=True
-        )
-        for module in model.modules()
-    ]
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module not in calls:
+            calls[module] = tree_map(lambda v: v, (args, kwargs))  # DenseNet appends to the list that it passes on
+
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
     devices = [t.device for t in example if t.device.type == "cuda"][:1]
     findings: list[Finding] = []
     with torch.random.fork_rng(devices), fast_second_order(), torch.enable_grad():

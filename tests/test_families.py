@@ -1,0 +1,147 @@
+"""Every family of classifiers in torchvision through the objective: exact second order, as one graph.
+
+The networks are the families' own classes, as small as these allow, in training mode and float64. The reference is
+eager autograd with torch's own layers, but for those that torch cannot differentiate twice: there it takes the plain
+formulas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import gradients, nothing
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision import models
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
+
+import densreg
+from benchmarks.second_order import relative_error
+from densreg import RegularizedObjective
+
+N = {"num_classes": 7}
+
+
+def mobilenet_v3() -> nn.Module:
+    block = functools.partial(InvertedResidualConfig, width_mult=1.0)
+    return models.MobileNetV3([block(16, 3, 16, 16, True, "RE", 2, 1), block(16, 3, 24, 24, True, "HS", 1, 1)], 32, **N)
+
+
+def efficientnet() -> nn.Module:
+    blocks = [FusedMBConvConfig(2, 3, 1, 8, 8, 1), MBConvConfig(2, 3, 2, 8, 16, 1)]
+    return models.EfficientNet(blocks, 0.2, last_channel=32, **N)
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet": (lambda: models.resnet18(**N), 32),
+    "vgg_bn": (lambda: nn.Sequential(models.vgg11_bn().features, nn.Flatten(), nn.Linear(512, 7)), 32),
+    "convnext": (lambda: models.ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], **N), 32),
+    "swin": (lambda: models.SwinTransformer([4, 4], 16, [1, 2], [2, 2], [4, 4], **N), 32),
+    "vit": (lambda: models.VisionTransformer(32, 8, 2, 2, 16, 32, **N), 32),
+    "mobilenet_v3": (mobilenet_v3, 32),
+    "efficientnet": (efficientnet, 32),
+}
+OTHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "densenet": (lambda: models.DenseNet(4, (2, 2), 8, **N), 32),
+    "googlenet": (lambda: models.googlenet(init_weights=False, **N), 64),
+    "maxvit": (lambda: models.MaxVit((32, 32), 16, 4, [8, 16], [1, 1], 8, 0.2, **N), 32),
+    "mobilenet_v2": (lambda: models.mobilenet_v2(width_mult=0.25, **N), 32),
+    "shufflenet": (lambda: models.shufflenet_v2_x0_5(**N), 32),
+    "squeezenet": (lambda: models.squeezenet1_1(**N), 32),
+}
+
+
+def build(make: Callable[[], nn.Module]) -> nn.Module:
+    """In float64, nothing random, and no weights of zero, with which a fresh ViT's penalty vanishes."""
+    torch.manual_seed(0)
+    model = make().double()
+    with torch.no_grad():
+        for w in model.parameters():
+            w.add_(torch.randn_like(w), alpha=0.02)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
+            module.p = 0.0
+    return model
+
+
+def reference(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The penalty's gradient in the parameters by torch alone."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(mock.patch.object(F, "hardsigmoid", lambda t, inplace=False: (t + 3).clamp(0, 6) / 6))
+        leaf = x.clone().requires_grad_()
+        logits = model(leaf)
+        logits = logits if isinstance(logits, Tensor) else logits[0]
+        (g,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), leaf, create_graph=True)
+        penalty = torch.linalg.vector_norm(g.flatten(1), dim=1).mean()
+        return list(torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_family(name, fresh_dynamo):
+    make, size = (FAMILIES | OTHERS)[name]
+    model = build(make)
+    x = torch.rand(3, 3, size, size, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2])
+    twin = copy.deepcopy(model)
+    expected = reference(twin, x)
+    assert sum(float(g.square().sum()) for g in expected) > 0
+    for compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        mine = copy.deepcopy(model)
+        objective = RegularizedObjective(mine, 1.0, criterion=nothing, compile=compiled, backend="aot_eager")
+        objective(x, y).loss.backward()
+        assert relative_error(gradients(mine), expected) < 1e-10
+        for a, b in zip(mine.buffers(), twin.buffers(), strict=True):  # the statistics of one plain step
+            torch.testing.assert_close(a, b)
+        if compiled:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+            assert not torch._dynamo.utils.counters["graph_break"]
+    assert densreg.check_model(model, x) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v3", "vit"])
+def test_family_by_inductor(name, fresh_dynamo):
+    make, size = FAMILIES[name]
+    model = build(make)
+    x = torch.rand(3, 3, size, size, dtype=torch.float64)
+    expected = reference(copy.deepcopy(model), x)
+    RegularizedObjective(model, 1.0, criterion=nothing)(x, torch.tensor([0, 1, 2])).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
+
+
+@pytest.mark.slow
+def test_swin_v2_with_keys_of_zero(fresh_dynamo):
+    """It normalises keys; at a key of zero torch's second derivative is NaN."""
+    model = build(lambda: models.SwinTransformer([4, 4], 16, [2], [2], [4, 4], block=swin_v2_block(), **N))
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "qkv"):
+                third = module.qkv.weight.shape[0] // 3
+                module.qkv.weight[third : 2 * third] = 0
+                module.qkv.bias[third : 2 * third] = 0
+    x, y = torch.rand(3, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2])
+    assert not all(g.isfinite().all() for g in reference(copy.deepcopy(model), x))
+    grads = []
+    for compiled in (False, True):
+        mine = copy.deepcopy(model)
+        RegularizedObjective(mine, 1.0, compile=compiled, backend="aot_eager")(x, y).loss.backward()
+        grads.append(gradients(mine))
+        assert all(g.isfinite().all() for g in grads[-1])
+    assert relative_error(grads[1], grads[0]) < 1e-10
+
+
+def swin_v2_block() -> Callable[..., nn.Module]:
+    from torchvision.models.swin_transformer import SwinTransformerBlockV2
+
+    return SwinTransformerBlockV2
