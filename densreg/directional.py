@@ -13,9 +13,12 @@ units were at x (:class:`Pieces`); without that a ResNet-18's gradient was a hun
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,11 +36,18 @@ _PIECEWISE: dict[Callable, tuple[Callable, int]] = {
 """The function out of place, and how many arguments stand between its input and "inplace"."""
 
 _MAX_POOL = {
-    F.max_pool1d: (F.max_pool1d_with_indices, 1),
-    F.max_pool2d: (F.max_pool2d_with_indices, 2),
-    F.max_pool3d: (F.max_pool3d_with_indices, 3),
+    pool: (with_indices, dims, pool is with_indices)
+    for dims, pair in enumerate(
+        (
+            (F.max_pool1d, F.max_pool1d_with_indices),
+            (F.max_pool2d, F.max_pool2d_with_indices),
+            (F.max_pool3d, F.max_pool3d_with_indices),
+        ),
+        start=1,
+    )
+    for pool, with_indices in ((pair[0], pair[1]), (pair[1], pair[1]))
 }
-"""The function that gives the maxima's places, and the dimensions of an image."""
+"""The function that gives the maxima's places, the dimensions of an image, and whether the places are returned."""
 
 
 class _Record(TorchFunctionMode):
@@ -50,9 +60,13 @@ class _Record(TorchFunctionMode):
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _MAX_POOL:
-            y, indices = _MAX_POOL[func][0](*args, **kwargs)
+            with_indices, _, both = _MAX_POOL[func]
+            y, indices = with_indices(*args, **kwargs)
             self.pieces.append((indices,))
-            return y
+            return (y, indices) if both else y
+        if func is torch.prelu:
+            self.pieces.append((args[0] > 0,))
+            return func(*args, **kwargs)
         if func not in _PIECEWISE:
             return func(*args, **kwargs)
         function, options = _PIECEWISE[func]
@@ -73,14 +87,28 @@ class _Reuse(TorchFunctionMode):
         super().__init__()
         self.pieces = iter(pieces)
 
+    def _next(self, shape: torch.Size | None = None) -> tuple:
+        piece = next(self.pieces, None)
+        if piece is None or shape not in (None, piece[0].shape):
+            raise RuntimeError(
+                'path "directional": the perturbed forward calls other activations than the first, so that their '
+                "linear pieces do not fit"
+            )
+        return piece
+
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         if func in _MAX_POOL:
-            (indices,) = next(self.pieces)
-            dims = _MAX_POOL[func][1]
-            return args[0].flatten(-dims).gather(-1, indices.flatten(-dims)).view(indices.shape)
+            (indices,) = self._next()
+            _, dims, both = _MAX_POOL[func]
+            y = args[0].flatten(-dims).gather(-1, indices.flatten(-dims)).view(indices.shape)
+            return (y, indices) if both else y
+        if func is torch.prelu:
+            x, weight = args
+            (positive,) = self._next(x.shape)
+            return torch.where(positive, x, x * weight.view(-1, *[1] * (x.ndim - 2)))
         if func not in _PIECEWISE:
             return func(*args, **(kwargs or {}))
-        slope, offset, inplace = next(self.pieces)
+        slope, offset, inplace = self._next(args[0].shape)
         y = torch.addcmul(offset, slope, args[0])
         return args[0].copy_(y) if inplace else y
 
@@ -88,7 +116,7 @@ class _Reuse(TorchFunctionMode):
 class Pieces:
     """The linear pieces on which the units of a forward are, for other forwards of the same model.
 
-    Of ReLU, leaky ReLU, ReLU6, hardtanh and max pooling where they are called as functions of torch or
+    Of ReLU, leaky ReLU, PReLU, ReLU6, hardtanh and max pooling where they are called as functions of torch or
     torch.nn.functional, as torch's modules do. What a checkpoint computes again in the backward is on the pieces of
     where it is.
     """
@@ -110,7 +138,7 @@ SMALLEST_INPUT = 1e-2
 
 def dual_direction(score: Sequence[Tensor], p: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``||g_b||_p`` [B] of the joint score, and the direction of unit dual norm along which it is attained."""
-    sizes = [g[0].numel() for g in score]
+    sizes = [g.shape[1:].numel() for g in score]
     rows = torch.cat([g.detach().flatten(1) for g in score], 1).requires_grad_()
     with torch.enable_grad():
         norm = functional.pnorm(rows, p)
@@ -155,18 +183,28 @@ def difference(
 
 
 @contextmanager
-def replayed(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Torch's generators set to :func:`random_states`, and afterwards to where they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
+def replayed(states: Sequence[Any], device: torch.device) -> Iterator[None]:
+    """The generators set to :func:`random_states`, and afterwards to where they were."""
+    before = random_states(device)
+    _set_random_states(states, device)
+    try:
         yield
+    finally:
+        _set_random_states(before, device)
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """The states of the generators that a forward on this device draws from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+def random_states(device: torch.device) -> list[Any]:
+    """The states of the generators that a forward on this device draws from: torch's, Python's and NumPy's own."""
+    states = [torch.get_rng_state(), random.getstate(), np.random.get_state()]  # noqa: NPY002
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_states(states: Sequence[Any], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])  # noqa: NPY002
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[3], device)
 
 
 def _checkpointed_reentrantly(output: Tensor) -> bool:
@@ -193,7 +231,18 @@ def first_order_gradients(
     """
     # autograd.grad would not say so: weights inside of such a checkpoint simply look unused.
     if not _checkpointed_reentrantly(output):
-        return list(torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True))
+        try:
+            return list(torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True))
+        except torch.utils.checkpoint.CheckpointError as error:
+            raise RuntimeError(
+                'path "directional" goes through checkpoints that are reentrant only, or have no ReLU or max pooling '
+                f"inside: use_reentrant=True ({str(error).splitlines()[0]})"
+            ) from error
+    if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in leaves):
+        raise ValueError(
+            "through reentrant checkpoints gradients come by backward() only, which would call the parameters' "
+            "post-accumulate-grad hooks too early: take those off, or checkpoint with use_reentrant=False"
+        )
     kept = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None

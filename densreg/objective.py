@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from densreg import directional, functional, paths
+from densreg import directional, functional, ops, paths
 from densreg.paths import Inputs
 from densreg.penalty import density_loss, density_penalty
 from densreg.second_order import fast_second_order, hardsigmoid_under_compile
@@ -92,7 +93,7 @@ def _whole_step(
     with fast_second_order():
         if whole is not None:
             outputs = objective._classify(whole)
-            penalized_logits = objective._classify(xs, frozen=True)[0][1]
+            penalized_logits = objective._classify(xs, _buffers(objective.model))[0][1]
         else:
             outputs = objective._classify(xs)
             penalized_logits = outputs[0][1]
@@ -132,6 +133,7 @@ def _directional_step(
     trained = objective._trained()
     leaves = [*trained, *xs, *(whole or ())]
     states = directional.random_states(device)
+    buffers = {name: buffer.clone() for name, buffer in _buffers(objective.model).items()}  # as all forwards start from
     pieces = directional.Pieces()
     autocast = torch.is_autocast_enabled(device.type)
     apart = penalized and (autocast or whole is not None)  # the density is not that of the classifying forward
@@ -145,7 +147,7 @@ def _directional_step(
 
             def log_density(inputs: tuple[Tensor, ...], mode: TorchFunctionMode) -> Tensor:
                 with directional.replayed(states, device), mode:
-                    return functional.log_density(objective._classify(inputs, frozen=True)[0][1])
+                    return functional.log_density(objective._classify(inputs, buffers)[0][1])
 
             at_x = log_density(xs, pieces.recorded()) if apart else functional.log_density(outputs[0][1])
             norm, direction = directional.dual_direction(_score(at_x, xs, leaves, retain_graph=True), objective.p)
@@ -153,6 +155,7 @@ def _directional_step(
             along = directional.difference(
                 lambda inputs: log_density(inputs, pieces.reused()), xs, direction, objective.central, at_x
             )
+            objective._check_followed(along, norm)
             weight = coeff.to(penalty.dtype)
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
@@ -271,9 +274,9 @@ class RegularizedObjective(nn.Module):
         self.compiled = compile and path != "directional"
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
-        self._step = _directional_step if path == "directional" else _whole_step
+        self.mode, self.backend = mode, backend
         self._compiled_step = _compile(mode, backend) if self.compiled else None
-        self._cuda_graphs = mode in ("reduce-overhead", "max-autotune")
+        self._followed = False
 
     def forward(self, x: Inputs, target: Any, loss_scale: float | Tensor | None = None) -> ObjectiveOutput:
         """The penalized loss of a batch.
@@ -291,7 +294,7 @@ class RegularizedObjective(nn.Module):
             TypeError, ValueError: what was given and what is wanted.
             RuntimeError: the step cannot be compiled as one graph, or a layer cannot be differentiated twice.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # not of another thread
             raise RuntimeError("RegularizedObjective compiles its own step: call it outside of torch.compile")
         xs = _check_x(x)
         if not torch.is_grad_enabled():
@@ -299,6 +302,7 @@ class RegularizedObjective(nn.Module):
             with torch.autocast(xs[0].device.type, enabled=False):
                 ce = self._loss_of(outputs, target)
             return ObjectiveOutput(ce, outputs[0][1], ce, torch.full_like(ce, float("nan")))
+        xs = tuple(t.clone() if t.is_inference() else t.detach() for t in xs)
         trained = self._trained()
         if not trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
@@ -310,7 +314,10 @@ class RegularizedObjective(nn.Module):
             self.calls += 1
         factor, scale = self._scales(xs, loss_scale, coeff)
         *shown, gradients = self._run(xs, target, coeff, scale, penalized)
-        if self._cuda_graphs:  # its next replay would overwrite them
+        if self.compiled and self.mode in (
+            "reduce-overhead",
+            "max-autotune",
+        ):  # CUDA graphs, whose next replay would overwrite them
             shown = [t.clone() for t in shown]
             gradients = [g if g is None else g.clone() for g in gradients]
         loss = _HandOut.apply(shown[0], factor, gradients, *trained)
@@ -324,7 +331,7 @@ class RegularizedObjective(nn.Module):
             x: as in :meth:`forward`.
         """
         xs = tuple(t.detach().requires_grad_() for t in _check_x(x))
-        logits = self._classify(xs, frozen=True)[0][1]
+        logits = self._classify(xs, _buffers(self.model))[0][1]
         with torch.autocast(logits.device.type, enabled=False):
             score = _score(functional.log_density(logits), xs, [*self._trained(), *xs])
             return directional.dual_direction(score, self.p)[0].mean()
@@ -349,32 +356,36 @@ class RegularizedObjective(nn.Module):
 
     def _run(self, xs: tuple[Tensor, ...], target: Any, coeff: Tensor, scale: Tensor, penalized: bool) -> _Results:
         if not penalized:
-            return self._call(self._step, xs, target, coeff, scale, penalized=False)
+            return self._call(self._step(), xs, target, coeff, scale, penalized=False)
         batch = len(xs[0])
         chosen = max(1, round(self.fraction * batch))
         if chosen == batch:
-            return self._call(self._step, _leaves(xs), target, coeff, scale)
+            return self._call(self._step(), _leaves(xs), target, coeff, scale)
         order = torch.randperm(batch, device=xs[0].device)
         part = _leaves(tuple(x[order[batch - chosen :]] for x in xs))
         if self.path == "directional" or _uses_batch_statistics(self.model):
-            return self._call(self._step, part, target, coeff, scale, whole=xs)
+            return self._call(self._step(), part, target, coeff, scale, whole=xs)
+        if not isinstance(target, Tensor):
+            raise TypeError(f"fraction takes a part of the batch: target must be a tensor, got {type(target).__name__}")
         rest = tuple(x[order[: batch - chosen]] for x in xs)
-        loss, logits, *others = self._call(self._step, part, target[order], coeff, scale, rest=rest)
+        loss, logits, *others = self._call(self._step(), part, target[order], coeff, scale, rest=rest)
         return loss, torch.empty_like(logits).index_copy_(0, order, logits), *others  # type: ignore[return-value]
 
     def _call(self, step: Callable[..., _Results], *args, **kwargs) -> _Results:
         if self._compiled_step is None:
-            return step(self, *args, **kwargs)
-        with torch._dynamo.config.patch(_DYNAMO), hardsigmoid_under_compile():
+            with _without_hooks(self._trained()):
+                return step(self, *args, **kwargs)
+        with _COMPILED, torch._dynamo.config.patch(_DYNAMO), hardsigmoid_under_compile():
             try:
                 return self._compiled_step(self, *args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 failure = error
         self._raise_what_eager_raises(step, *args, **kwargs)
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        lines = (str(failure).strip() or type(failure).__name__).splitlines()
+        reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
         raise RuntimeError(
-            f"the training step could not be compiled as one graph: {reason} (above in full). "
-            "densreg.check_model names the layers that are in the way of second order; compile=False runs in eager"
+            f"the training step could not be compiled as one graph: {reason} (above in full). compile=False runs it in "
+            "eager, where there is no error"
         ) from failure
 
     def _raise_what_eager_raises(self, step: Callable[..., _Results], *args, **kwargs) -> None:
@@ -382,20 +393,20 @@ class RegularizedObjective(nn.Module):
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         device = args[0][0].device
         try:
-            with directional.replayed(directional.random_states(device), device):
+            with directional.replayed(directional.random_states(device), device), _without_hooks(self._trained()):
                 step(self, *args, **kwargs)
         finally:
             with torch.no_grad():
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
 
-    def _classify(self, xs: tuple[Tensor, ...], frozen: bool = False) -> _Outputs:
-        """The model's logits; frozen: with copies of its buffers, so that running statistics stay as they are."""
-        if frozen:
-            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-            output = torch.func.functional_call(self.model, buffers, xs)
-        else:
+    def _classify(self, xs: tuple[Tensor, ...], buffers: dict[str, Tensor] | None = None) -> _Outputs:
+        """The model's logits; with copies of these buffers in place of its own, which stay as they are."""
+        if buffers is None:
             output = self.model(*xs)
+        else:
+            copies = {name: buffer.clone() for name, buffer in buffers.items()}
+            output = torch.func.functional_call(self.model, copies, xs, tie_weights=False)
         if self.output is not None:
             output = self.output(output)
         weight = AUXILIARY.get(type(output).__name__)
@@ -412,11 +423,39 @@ class RegularizedObjective(nn.Module):
     def _loss_of(self, outputs: _Outputs, target: Any) -> Tensor:
         total: Any = 0
         for weight, logits in outputs:
-            total = total + weight * (self.criterion or _cross_entropy)(logits, target)
+            wide = logits.to(ops.accumulation_dtype(logits.dtype)) if logits.is_floating_point() else logits
+            loss = (self.criterion or _cross_entropy)(wide, target)
+            if not isinstance(loss, Tensor) or loss.ndim:
+                given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"the criterion must return a tensor of shape [], got {given}")
+            total = total + weight * loss
         return total
 
     def _trained(self) -> list[nn.Parameter]:
         return [w for w in self.parameters() if w.requires_grad]
+
+    def _check_followed(self, along: Tensor, norm: Tensor) -> None:
+        """Once: the difference must be the norm's sum, which is known. Reading it synchronises."""
+        if self._followed:
+            return
+        found, wanted = along.item(), norm.sum().item()
+        if abs(found - wanted) > 0.1 * wanted:
+            raise RuntimeError(
+                f'path "directional": the difference of the log density is {found:.4g}, and {wanted:.4g} by the score. '
+                "The perturbed forwards differ from the first by more than their input: random numbers that are not of "
+                "torch's, Python's or NumPy's own generators, a detached part, or too curved a network (try central)"
+            )
+        self._followed = True
+
+    def _step(self) -> Callable[..., _Results]:
+        return _directional_step if self.path == "directional" else _whole_step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled_step": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compiled_step = _compile(self.mode, self.backend) if self.compiled else None
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": self.calls}
@@ -438,6 +477,23 @@ class RegularizedObjective(nn.Module):
 # What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its
 # splitting into buckets would cut; and that new shapes, not an oversight, are what a step is compiled again for.
 _DYNAMO = {"trace_autograd_ops": True, "optimize_ddp": False, "recompile_limit": 64}
+
+
+_COMPILED = threading.RLock()
+"""Held during compiled calls: on some versions of torch that configuration is one for all threads."""
+
+
+@contextlib.contextmanager
+def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The parameters without their hooks, which are for the gradients that backward() will hand out."""
+    hooks = [w._backward_hooks for w in parameters]
+    for w in parameters:
+        w._backward_hooks = None
+    try:
+        yield
+    finally:
+        for w, kept in zip(parameters, hooks, strict=True):
+            w._backward_hooks = kept
 
 
 def _compile(mode: str | None, backend: str | Callable) -> Callable[..., _Results]:
@@ -467,6 +523,16 @@ def _bare(model: nn.Module) -> nn.Module:
     return model
 
 
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Each module's buffers once, by a name for it: functional_call would lose one that it is given by two names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+
+
 def _check_x(x: Inputs) -> tuple[Tensor, ...]:
     xs = (x,) if isinstance(x, Tensor) else tuple(x) if isinstance(x, Sequence) else ()
     if not xs or not all(isinstance(t, Tensor) for t in xs):
@@ -484,8 +550,13 @@ def _leaves(xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _uses_batch_statistics(model: nn.Module) -> bool:
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, batch_norm) and (m.training or m.running_mean is None) for m in model.modules())
+    """Whether a layer's output, or what it keeps, depends on which samples are in the batch."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            return True
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+            return True
+    return False
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

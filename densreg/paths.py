@@ -60,7 +60,7 @@ def cotangent_scale(logits: Tensor) -> float:
 
 def _compiling() -> bool:
     """Whether torch.compile is tracing this call, which takes Dynamo's flag: raises RuntimeError without it."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return False
     # Where a full graph is not asked for, Dynamo then leaves this frame to the interpreter, which makes the checks.
     if not torch._dynamo.config.trace_autograd_ops:

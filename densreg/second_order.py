@@ -61,15 +61,15 @@ class _Conv(_Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, *ctx.spec = inputs
-        ctx.save_for_backward(x, weight, bias)
+        x, weight, ctx.bias, *ctx.spec = inputs  # whose value no derivative needs, so it may change
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad_x = _ConvGradInput.call(grad, weight, x, *ctx.spec) if _wanted(x) else None
         grad_weight = _ConvGradWeight.call(grad, x, weight, *ctx.spec) if _wanted(weight) else None
-        grad_bias = grad.sum([0, *range(2, grad.ndim)]) if _wanted(bias) else None
+        grad_bias = grad.sum([0, *range(2, grad.ndim)]) if _wanted(ctx.bias) else None
         return grad_x, grad_weight, grad_bias, *[None] * len(ctx.spec)
 
 
@@ -164,7 +164,8 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
     # x / max(||x||, eps). The norm's second derivative at 0 is NaN in torch; that of the clamped square is 0.
-    if p != 2 or out is not None:
+    tiny = torch.finfo(torch.float32 if input.is_complex() else torch.promote_types(input.dtype, torch.float32)).tiny
+    if p != 2 or out is not None or input.is_complex() or eps**2 < tiny:
         return F.normalize(input, p, dim, eps, out)
     wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     return (wide * wide.square().sum(dim, keepdim=True).clamp_min(eps**2).rsqrt()).to(input.dtype)
@@ -229,6 +230,8 @@ class fast_second_order(TorchFunctionMode):
             with self:  # a mode is off while it handles a call, and what is computed again has to be the same
                 return _BACKWARDS[func](*args, **kwargs)
         replacement = _REPLACEMENTS.get(func)
+        if replacement in (_conv, _conv_transpose) and (args[0] if args else kwargs["input"]).is_complex():
+            replacement = None
         if replacement is None or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return func(*args, **kwargs)
         return replacement(*args, **kwargs)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import by_autograd, gradients, nothing
 from torch import nn
 
@@ -182,6 +185,127 @@ def test_interval_and_fraction():
     out = objective(x, Y)
     torch.testing.assert_close(out.penalty, densreg.density_penalty(copy.deepcopy(twin)(part), part).detach())
     assert objective(x, Y).penalty.isnan()
+
+
+def test_buffers_that_the_forward_changes():
+    """All forwards start from the same buffers: another power iteration would give another weight."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    nn.utils.parametrizations.spectral_norm(model[0])
+    x, y = torch.randn(6, 8, dtype=torch.float64), torch.randint(5, (6,))
+    _, expected = by_autograd(copy.deepcopy(model), x, y, 1.0, criterion=nothing)
+    RegularizedObjective(model, 1.0, path="directional", criterion=nothing)(x, y).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-6
+
+
+class _Skips(nn.Module):
+    """A layer that is left out at random."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.draw = draw
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        return self.c(h + self.b(h).tanh() * (self.draw() < 0.5))
+
+
+def test_random_numbers_of_python_and_numpy_are_replayed_and_others_noticed():
+    x, y = torch.randn(6, 8, dtype=torch.float64), torch.randint(5, (6,))
+    for draw in (random.random, np.random.random):
+        for _ in range(4):
+            RegularizedObjective(_Skips(draw).double(), 1.0, path="directional")(x, y)
+    own = torch.Generator().manual_seed(0)
+
+    def until_they_differ():
+        for _ in range(20):
+            model = _Skips(lambda: torch.rand((), generator=own)).double()
+            RegularizedObjective(model, 1.0, path="directional")(x, y)
+
+    with pytest.raises(RuntimeError, match="perturbed forwards differ from the first"):
+        until_they_differ()
+
+
+class _Piecewise(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ReLU(),
+        nn.ReLU(inplace=True),
+        nn.LeakyReLU(0.2),
+        nn.PReLU(16),
+        nn.ReLU6(),
+        nn.Hardtanh(-0.1, 0.1, inplace=True),
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, 2, 1),
+        _Piecewise(torch.relu),
+        _Piecewise(lambda x: x.relu()),
+        _Piecewise(lambda x: F.relu_(x + 0)),
+        _Piecewise(lambda x: F.max_pool2d(x, 2, return_indices=True)[0]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("central", [False, True])
+def test_kinks_do_not_count(layer, central):
+    """In float32, with thousands of units, some of which cross a kink between x and x + h v: errors of order 1.
+
+    What is left is units that are on another piece in the float64 of the reference.
+    """
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), layer, nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    x, y = torch.randn(16, 3, 16, 16), torch.randint(5, (16,))
+    model(x)
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), y, 1.0, criterion=nothing)
+    objective = RegularizedObjective(model, 1.0, path="directional", central=central, criterion=nothing)
+    objective(x, y).loss.backward()
+    assert relative_error(gradients(model), expected) < 0.05
+
+
+def test_checkpoints_it_cannot_go_through():
+    inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    x, y = torch.randn(6, 8), torch.randint(5, (6,))
+
+    class Net(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.a, self.inner, self.c, self.reentrant = nn.Linear(8, 8), inner, nn.Linear(8, 5), reentrant
+
+        def forward(self, x):
+            return self.c(torch.utils.checkpoint.checkpoint(self.inner, self.a(x), use_reentrant=self.reentrant))
+
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        RegularizedObjective(Net(False), 1.0, path="directional")(x, y)
+    hooked = Net(True)
+    hooked.a.weight.register_post_accumulate_grad_hook(lambda w: None)
+    with pytest.raises(ValueError, match="post-accumulate-grad hooks too early"):
+        RegularizedObjective(hooked, 1.0, path="directional")(x, y)
+
+
+def test_activations_that_do_not_come_again():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.n = nn.Linear(8, 8), nn.Linear(8, 5), 0
+
+        def forward(self, x):
+            self.n += 1
+            h = self.a(x).relu()
+            return self.c(h.relu() if self.n > 1 else h)
+
+    with pytest.raises(RuntimeError, match="calls other activations"):
+        RegularizedObjective(Net(), 1.0, path="directional")(torch.randn(6, 8), torch.randint(5, (6,)))
+
+
+def test_empty_batch():
+    model = nn.Linear(8, 5)
+    RegularizedObjective(model, 1.0, path="directional")(torch.randn(0, 8), torch.empty(0, dtype=torch.int64))
 
 
 def test_without_a_model_it_is_refused():

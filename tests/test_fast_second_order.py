@@ -186,9 +186,29 @@ def test_normalize():
     ours, torchs = (derivatives(lambda x: F.normalize(x, dim=1, eps=0.1), [rows], inside) for inside in (True, False))
     assert all(t.isfinite().all() for t in ours)
     assert not all(t.isfinite().all() for t in torchs), "torch has mended it: the replacement can go"
+    with fast_second_order():
+        assert (F.normalize(torch.zeros(1, 3, requires_grad=True), eps=1e-24) == 0).all()
     half = torch.full((1, 4), 300.0, dtype=torch.float16)  # whose square overflows
     with fast_second_order():
         torch.testing.assert_close(F.normalize(half), torch.full_like(half, 0.5))
+
+
+def test_complex_numbers_are_torchs_own():
+    x, w = torch.randn(1, 2, 5, 5, dtype=torch.complex128), torch.randn(3, 2, 3, 3, dtype=torch.complex128)
+    with fast_second_order():
+        torch.testing.assert_close(F.conv2d(x.requires_grad_(), w), F.conv2d(input=x, weight=w))
+        F.normalize(x)
+
+
+def test_the_bias_may_change_before_the_backward():
+    conv = nn.Conv2d(2, 3, 3)
+    conv.weight.requires_grad_(False)
+    with fast_second_order():
+        loss = conv(torch.randn(1, 2, 5, 5)).sum()
+    with torch.no_grad():
+        conv.bias.add_(1)
+    loss.backward()
+    torch.testing.assert_close(conv.bias.grad, torch.full((3,), 9.0))
 
 
 def test_model_and_no_grad_are_left_alone():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -125,6 +127,18 @@ def test_accumulation(compiler, fresh_dynamo):
     assert relative_error(gradients(model), total([0, 0])) < 1e-10
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_torch_compile(mode, fresh_dynamo):
+    model, twin, x = twins()
+    model.eval()
+    twin.eval()
+    objective = RegularizedObjective(model, 0.5, mode=mode)
+    (objective(x, Y).loss + objective(x + 1, Y).loss).backward()
+    expected = [a + b for a, b in zip(*(by_autograd(twin, b, Y, 0.5)[1] for b in (x, x + 1)), strict=True)]
+    assert relative_error(gradients(model), expected) < 1e-10
 
 
 def test_gradients_are_nobody_elses_memory():
@@ -490,6 +504,124 @@ def test_activation_checkpointing(compiler, fresh_dynamo):
     assert relative_error(gradients(model), expected) < 1e-10
 
 
+class _Net(nn.Module):
+    """Whatever a test needs of a body, and a linear head."""
+
+    def __init__(self, body, width=6):
+        super().__init__()
+        self.first, self.body, self.head = nn.Linear(4, 6), body, nn.Linear(width, 7)
+
+    def forward(self, x):
+        return self.head(self.body(self.first(x)))
+
+
+class _Aliased(_Net):
+    """One BatchNorm by two names."""
+
+    def __init__(self):
+        super().__init__(nn.BatchNorm1d(6))
+        self.layers = nn.ModuleList([self.first, self.body, self.head])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compile": False, "fraction": 0.4},
+        {"backend": "aot_eager", "fraction": 0.4},
+        {"path": "directional", "central": True},
+    ],
+)
+def test_a_module_by_two_names_keeps_its_statistics(options, fresh_dynamo):
+    model = _Aliased()
+    mean = model.body.running_mean
+    objective = RegularizedObjective(model, 0.1, **options)
+    x = torch.randn(5, 4)
+    objective.penalty(x)
+    objective(x, Y)
+    assert model.body.running_mean is mean
+    assert int(model.body.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("options", [{"compile": False}, {"backend": "aot_eager"}, {"path": "directional"}])
+def test_hooks_of_parameters_see_the_gradient_once(options, fresh_dynamo):
+    x = torch.randn(5, 4)
+    model = _Net(nn.Tanh())
+    twin = copy.deepcopy(model)
+    calls = []
+    for w in model.parameters():
+        w.register_hook(lambda g: calls.append(1) or 0.5 * g)
+    for m in (model, twin):
+        RegularizedObjective(m, 1.0, **options)(x, Y).loss.backward()
+    assert len(calls) == len(list(model.parameters()))
+    assert relative_error(gradients(model), [0.5 * g for g in gradients(twin)]) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"path": "directional"}, {"interval": 2}])
+def test_own_criterion_gets_wide_logits(options):
+    model = _Net(nn.Tanh())
+    objective = RegularizedObjective(model, 0.1, compile=False, criterion=nn.CrossEntropyLoss(), **options)
+    for _ in range(2):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            out = objective(torch.randn(5, 4), Y, loss_scale=65536.0)
+        (65536 * out.loss).backward()
+        assert out.ce.dtype == torch.float32
+        assert all(g.isfinite().all() for g in gradients(model))
+
+
+@pytest.mark.parametrize("options", [{"interval": 2}, {"fraction": 0.4}, {"path": "directional", "interval": 2}])
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_x_is_detached(compiler, options, fresh_dynamo):
+    leaf = torch.randn(5, 4, requires_grad=True)
+    objective = objective_of(_Net(nn.Tanh()), compiler, **options)
+    for _ in range(2):
+        objective(leaf.sin(), Y).loss.backward()
+    assert leaf.grad is None
+    with torch.inference_mode():
+        x = torch.randn(5, 4)
+    objective(x, Y).loss.backward()
+
+
+def test_pickle_and_deepcopy(fresh_dynamo):
+    objective = objective_of(_Net(nn.Tanh()), "aot_eager")
+    x = torch.randn(5, 4)
+    loss = objective(x, Y).loss
+    for other in (pickle.loads(pickle.dumps(objective)), copy.deepcopy(objective)):
+        torch.testing.assert_close(other(x, Y).loss, loss)
+
+
+def test_threads(fresh_dynamo):
+    x = torch.randn(5, 4)
+    hardsigmoid = F.hardsigmoid
+    errors = []
+
+    def train():
+        try:
+            objective = objective_of(_Net(nn.Hardsigmoid()), "aot_eager")
+            for _ in range(5):
+                objective(x, Y).loss.backward()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=train) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert F.hardsigmoid is hardsigmoid
+    assert not torch._dynamo.config.trace_autograd_ops
+
+
+def test_statistics_of_instance_norm_see_the_whole_batch():
+    model = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.Flatten(), nn.Linear(192, 7))
+    twin = copy.deepcopy(model)
+    x = torch.randn(5, 3, 8, 8)
+    objective_of(model, fraction=0.4)(x, Y)
+    twin(x)
+    torch.testing.assert_close(model[0].running_mean, twin[0].running_mean)
+
+
 def test_compiled_model_is_unwrapped(fresh_dynamo):
     model, twin, x = twins()
     compiled = torch.compile(model, backend="aot_eager")
@@ -550,6 +682,11 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
         objective(lambda x, w: linear(x, w).sum(1))(x, Y)
     with pytest.raises(RuntimeError, match="in-place operation"):
         objective(lambda x, w: linear(x.mul_(2), w))(x, Y)
+    for criterion, given in ((lambda f, t: 1.0, "float"), (lambda f, t: f.sum(1), r"shape \[5\]")):
+        with pytest.raises(TypeError, match=f"criterion must return a tensor of shape .., got {given}"):
+            objective_of(Closure(linear), compiler, criterion=criterion)(x, Y)
+    with pytest.raises(TypeError, match="target must be a tensor, got tuple"):
+        objective_of(Closure(linear), compiler, criterion=nothing, fraction=0.5)(x, (Y, Y))
     with pytest.raises(TypeError, match="target must hold int64 class indices"):
         objective(linear)(x, Y.float())
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*density_loss"):

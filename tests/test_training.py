@@ -377,6 +377,44 @@ def test_resumed_run_is_the_same_run(tmp_path, monkeypatch, path, workers):
         fit(Config(str(tmp_path / "parts"), max_steps=3, **options), resume=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"interval": 2, "fraction": 0.5}], ids=["plain", "cheaper"])
+def test_compiled_and_resumed_run_is_the_same_run(tmp_path, options, fresh_dynamo):
+    options = {"epochs": 1, "train_size": 640, "test_size": 50, "log_every": 4, "compile": True, **options}
+    fit(Config(str(tmp_path / "whole"), **options), progress=False)
+    for steps in (3, 10):
+        torch._dynamo.reset()  # as in a new process
+        fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume=True)
+    _same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("options", [{"amp": "fp16"}, {"amp": "bf16"}, {"interval": 3}, {"fraction": 0.25}])
+def test_amp_and_cheaper_steps(tmp_path, options):
+    """They train, and go on where they were stopped: the scaler's state, and whose turn it is."""
+    options = {"epochs": 2, "train_size": 640, "test_size": 50, "log_every": 4, **options}
+    rows = fit(Config(str(tmp_path / "whole"), **options), progress=False)
+    assert rows[-1]["train_loss"] < 0.9 * rows[0]["train_loss"]
+    assert rows[-1]["train_penalty"] > 0
+    for steps in (7, 20):
+        fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume=True)
+    _same_run(tmp_path / "whole", tmp_path / "parts")
+    scaler = runs.load_checkpoint(tmp_path / "parts", torch.device("cpu"))[0]["scaler"]
+    assert (scaler is not None) == (options.get("amp") == "fp16")
+
+
+def test_when_a_run_is_compiled(tmp_path):
+    def compiled(**options) -> bool:
+        config = Config(str(tmp_path), train_size=640, **options)
+        return training.Problem(config.complete()).objective.compiled
+
+    assert not compiled(epochs=1)
+    assert compiled(epochs=100)  # 1000 steps
+    assert not compiled(epochs=100, max_steps=999)
+    assert not compiled(epochs=100, compile=False)
+    assert not compiled(epochs=100, path="per_class")
+    assert compiled(epochs=1, compile=True)
+
+
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
     config = Config(str(tmp_path / "run"), epochs=1, train_size=64, test_size=20)
     assert len(fit(config, progress=False, resume=True)) == 1
