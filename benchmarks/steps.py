@@ -44,8 +44,9 @@ COLUMNS = (
     *("objective", "fraction 0.25", "directional"),
 )
 
-ERRORS = {"directional": 0.05, "fraction 0.25": math.inf}
-"""How far a column's gradients may be off; 1e-3 for the others. A fraction's are those of another loss."""
+ERRORS = {"fraction 0.25": math.inf}
+"""How far a column's gradients may be off, 0.02 for the others: units close to a kink are on its other side in float32,
+which costs torch's own paths 0.005. A fraction's gradients are those of another loss."""
 
 
 class Case(NamedTuple):
@@ -181,7 +182,7 @@ def measure(name: str, columns: list[str], seconds: float, memory: bool) -> dict
         first[column] = time.perf_counter() - start
         if column != "plain":
             errors[column] = _error(grads, reference)
-            if not errors[column] <= ERRORS.get(column, 1e-3):
+            if not errors[column] <= ERRORS.get(column, 0.02):
                 print(f"{name}, {column}: gradients off by {errors[column]:.1e}, not timed", flush=True)
                 continue
         steps[column] = step

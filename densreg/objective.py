@@ -296,6 +296,8 @@ class RegularizedObjective(nn.Module):
         """
         if torch.compiler.is_dynamo_compiling():  # not of another thread
             raise RuntimeError("RegularizedObjective compiles its own step: call it outside of torch.compile")
+        for module in (self, self.model):  # fully_shard may have come after the constructor
+            _check_unsharded(module)
         xs = _check_x(x)
         if not torch.is_grad_enabled():
             outputs = self._classify(xs)
@@ -314,10 +316,8 @@ class RegularizedObjective(nn.Module):
             self.calls += 1
         factor, scale = self._scales(xs, loss_scale, coeff)
         *shown, gradients = self._run(xs, target, coeff, scale, penalized)
-        if self.compiled and self.mode in (
-            "reduce-overhead",
-            "max-autotune",
-        ):  # CUDA graphs, whose next replay would overwrite them
+        if self.compiled and self.mode in ("reduce-overhead", "max-autotune"):
+            # CUDA graphs: the next replay would overwrite them.
             shown = [t.clone() for t in shown]
             gradients = [g if g is None else g.clone() for g in gradients]
         loss = _HandOut.apply(shown[0], factor, gradients, *trained)
@@ -403,7 +403,9 @@ class RegularizedObjective(nn.Module):
     def _classify(self, xs: tuple[Tensor, ...], buffers: dict[str, Tensor] | None = None) -> _Outputs:
         """The model's logits; with copies of these buffers in place of its own, which stay as they are."""
         if buffers is None:
-            output = self.model(*xs)
+            # Past what model.compile() has put there.
+            compiled = self.model._compiled_call_impl is not None
+            output = self.model._call_impl(*xs) if compiled else self.model(*xs)
         else:
             copies = {name: buffer.clone() for name, buffer in buffers.items()}
             output = torch.func.functional_call(self.model, copies, xs, tie_weights=False)
@@ -515,12 +517,16 @@ def _bare(model: nn.Module) -> nn.Module:
                 f"the model is wrapped in {type(module).__name__}, through which torch cannot take the input's "
                 "gradient: wrap the objective, DistributedDataParallel(RegularizedObjective(model, ...))"
             )
-        if type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
-            raise TypeError(
-                "the model is sharded (FSDP), and gradients of gradients do not go through its resharding: "
-                "wrap the objective in DistributedDataParallel instead"
-            )
+        _check_unsharded(module)
     return model
+
+
+def _check_unsharded(module: nn.Module) -> None:
+    if type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
+        raise TypeError(
+            "the model is sharded (FSDP), and gradients of gradients do not go through its resharding: "
+            "wrap the objective in DistributedDataParallel instead"
+        )
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

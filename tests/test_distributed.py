@@ -82,6 +82,35 @@ def test_own_loop(compiled, path, tmp_path):
         torch.testing.assert_close(w.detach(), other, rtol=tolerance, atol=tolerance)
 
 
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+sys.path[:0] = [{root!r}, {tests!r}]
+from densreg import RegularizedObjective
+from test_distributed import batches, network
+
+dist.init_process_group("gloo")
+(x, y), *_ = batches()
+for objective in (
+    lambda: RegularizedObjective(fully_shard(network()), 0.5),
+    lambda: fully_shard(RegularizedObjective(network(), 0.5)),
+):
+    try:
+        objective()(x, y)
+    except TypeError as error:
+        assert "the model is sharded (FSDP)" in str(error), error
+    else:
+        raise SystemExit("no error")
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_models_are_refused(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    torchrun(str(script), cwd=tmp_path)
+
+
 def test_densreg_train_and_resume(tmp_path):
     def command(out: str, *more: str) -> list[str]:
         options = ["--train-size", "256", "--test-size", "50", "--batch-size", "32", "--epochs", "2", "--threads", "1"]

@@ -631,6 +631,14 @@ def test_compiled_model_is_unwrapped(fresh_dynamo):
     assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5)[1]) < 1e-10
 
 
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_model_compiled_in_place(compiler, fresh_dynamo):
+    model, twin, x = twins()
+    model.compile(backend="aot_eager")
+    objective_of(model, compiler)(x, Y).loss.backward()
+    assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5)[1]) < 1e-10
+
+
 def test_errors_of_the_constructor():
     model = _conv_net()
     for options, error, match in [
