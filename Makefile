@@ -34,6 +34,7 @@ second-order: install
 
 bench: install
 	$(BIN)/python -m benchmarks.class_counts
+	$(BIN)/python -m benchmarks.steps
 
 ci:
 	bash .ci/run
