@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -396,6 +397,9 @@ def _process_group(device: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # Whatever holds the group goes first: if a Reducer is the last to let go of it, gloo's threads and this one can
+        # wait for each other for ever (torch 2.11: the destructor joins them without giving up the GIL).
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
@@ -768,11 +772,16 @@ def fit(
     if overwrite and resume:
         raise RunError("--resume goes on with a run and --overwrite replaces it: choose one")
     with threads(config.threads), _process_group(config.device):
-        problem = Problem(config)
-        if problem.note and problem.rank == 0:
-            print(f"{config.data}: {problem.note}", flush=True)
-        with contextlib.closing(_Run(problem, config.out, overwrite, resume)) as run:
-            return _fit(problem, run, progress)
+        return _fit_here(config, overwrite, progress, resume)
+
+
+def _fit_here(config: Config, overwrite: bool, progress: bool | None, resume: bool) -> list[dict[str, Any]]:
+    """A frame of its own, with which the model and its DistributedDataParallel go: see :func:`_process_group`."""
+    problem = Problem(config)
+    if problem.note and problem.rank == 0:
+        print(f"{config.data}: {problem.note}", flush=True)
+    with contextlib.closing(_Run(problem, config.out, overwrite, resume)) as run:
+        return _fit(problem, run, progress)
 
 
 def _fit(problem: Problem, run: _Run, progress: bool | None) -> list[dict[str, Any]]:
