@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from densreg.runs import first_line
+
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class DataError(ValueError):
     """The data set is unknown, absent or not what it should be; the message is one line for the user."""
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class Files:
@@ -73,7 +71,7 @@ def read_image(path: Path) -> Tensor:
         with Image.open(path) as file:
             return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow raises all sorts for damaged files
-        raise DataError(f"cannot read the image {path}: {_reason(error)}") from error
+        raise DataError(f"cannot read the image {path}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -301,7 +299,7 @@ def _read(kind: str, file: Path, read: Callable[..., Any], *args: Any, **options
     try:
         return read(*args, **options)
     except Exception as error:  # readers and pickle raise all sorts for files that are absent or damaged
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else _reason(error)
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise DataError(f"no usable {kind} in {file} ({reason}); give its folder, or add --download") from error
 
 
@@ -420,7 +418,7 @@ def _tiny_imagenet(request: _Request) -> DataSet:
         annotations = (root / "val" / "val_annotations.txt").read_text().splitlines()
     except (OSError, UnicodeError) as error:
         where = getattr(error, "filename", None) or root
-        raise DataError(f"no usable Tiny ImageNet in {root} ({where}: {_reason(error)})") from error
+        raise DataError(f"no usable Tiny ImageNet in {root} ({where}: {first_line(error)})") from error
     label_of = {name: label for label, name in enumerate(names)}
     train, train_labels = _by_turns({i: _image_files(root / "train" / name / "images") for name, i in label_of.items()})
     val: dict[int, list[Path]] = {}

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from densreg import functional
+from densreg import functional, paths
 
 _RELU = (torch.relu, 0)
 _PIECEWISE: dict[Callable, tuple[Callable, int]] = {
@@ -36,16 +36,12 @@ _PIECEWISE: dict[Callable, tuple[Callable, int]] = {
 """The function out of place, and how many arguments stand between its input and "inplace"."""
 
 _MAX_POOL = {
-    pool: (with_indices, dims, pool is with_indices)
-    for dims, pair in enumerate(
-        (
-            (F.max_pool1d, F.max_pool1d_with_indices),
-            (F.max_pool2d, F.max_pool2d_with_indices),
-            (F.max_pool3d, F.max_pool3d_with_indices),
-        ),
-        start=1,
-    )
-    for pool, with_indices in ((pair[0], pair[1]), (pair[1], pair[1]))
+    F.max_pool1d: (F.max_pool1d_with_indices, 1, False),
+    F.max_pool2d: (F.max_pool2d_with_indices, 2, False),
+    F.max_pool3d: (F.max_pool3d_with_indices, 3, False),
+    F.max_pool1d_with_indices: (F.max_pool1d_with_indices, 1, True),
+    F.max_pool2d_with_indices: (F.max_pool2d_with_indices, 2, True),
+    F.max_pool3d_with_indices: (F.max_pool3d_with_indices, 3, True),
 }
 """The function that gives the maxima's places, the dimensions of an image, and whether the places are returned."""
 
@@ -207,20 +203,6 @@ def _set_random_states(states: Sequence[Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[3], device)
 
 
-def _checkpointed_reentrantly(output: Tensor) -> bool:
-    nodes = [torch.autograd.graph.get_gradient_edge(output).node]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                nodes.append(child)
-    return False
-
-
 def first_order_gradients(
     output: Tensor, inputs: Sequence[Tensor], leaves: Sequence[Tensor], retain_graph: bool = False
 ) -> list[Tensor | None]:
@@ -228,9 +210,13 @@ def first_order_gradients(
 
     Args:
         leaves: every tensor whose ``.grad`` a backward() fills; it is left as it was.
+
+    Raises:
+        RuntimeError: a non-reentrant checkpoint cannot be computed again on other pieces.
+        ValueError: reentrant checkpoints, and a leaf with a post-accumulate-grad hook.
     """
     # autograd.grad would not say so: weights inside of such a checkpoint simply look unused.
-    if not _checkpointed_reentrantly(output):
+    if "CheckpointFunctionBackward" not in paths.graph_nodes([output]):
         try:
             return list(torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True))
         except torch.utils.checkpoint.CheckpointError as error:

@@ -200,7 +200,6 @@ def check_trainable(
         try:
             RegularizedObjective(model, 1.0, path=path or "fused", compile=False, interval=interval)(x, y)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             try:
                 findings = [] if path in (None, "directional") else check_model(model, x)
             except Exception:  # the model cannot even be run; the first error says more
@@ -208,7 +207,7 @@ def check_trainable(
             size = "x".join(map(str, image_shape))
             raise ModelError(
                 f"model {name!r} cannot be trained{' with the penalty' if path else ''} on {size} images: "
-                f"{findings[0] if findings else reason}"
+                f"{findings[0] if findings else runs.first_line(error)}"
             ) from error
 
 
@@ -234,7 +233,7 @@ def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> 
     except ModelError:
         raise
     except Exception as error:  # what is not ours can lack anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = runs.first_line(error)
         raise ModelError(f"no readable run in {run_dir}: {reason}") from error
     if note:
         warnings.warn(note, stacklevel=2)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import directional, functional, ops, paths
 from densreg.paths import Inputs
-from densreg.penalty import density_loss, density_penalty
+from densreg.penalty import density_loss, density_penalty, mean_over_targets
 from densreg.second_order import fast_second_order, hardsigmoid_under_compile
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
@@ -567,4 +567,4 @@ def _uses_batch_statistics(model: nn.Module) -> bool:
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     ce, _ = functional.density_cross_entropy(logits, target)
-    return ce.sum() / (target != -100).sum()
+    return mean_over_targets(ce, target)

@@ -22,7 +22,7 @@ takes them as they are, and its operator sums in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import torch
@@ -112,6 +112,19 @@ def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float 
     return tuple(grad.to(ops.accumulation_dtype(grad.dtype)) / scale if scale != 1 else grad for grad in grads)
 
 
+def graph_nodes(outputs: Sequence[Tensor]) -> Iterator[str]:
+    """The names of the nodes in the autograd graph of tensors that require grad, each node once."""
+    nodes = [torch.autograd.graph.get_gradient_edge(t).node for t in outputs]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        yield node.name()
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                nodes.append(child)
+
+
 def check_score(score: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The score; raises RuntimeError where it cannot be differentiated again, or only in part.
 
@@ -122,19 +135,11 @@ def check_score(score: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         raise RuntimeError(_NOT_TWICE)
     if _compiling():
         return score
-    nodes = [torch.autograd.graph.get_gradient_edge(g).node for g in score]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        name = node.name()
+    for name in graph_nodes(score):
         if name == "CompiledFunctionBackwardBackward":
             raise RuntimeError(_COMPILED_MODEL)
         if name == "torch::autograd::Error":
             raise RuntimeError(_NOT_TWICE)
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                nodes.append(child)
     return score
 
 

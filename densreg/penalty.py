@@ -35,6 +35,11 @@ def _check_coeff(coeff: float | Tensor) -> None:
         raise ValueError(f"coeff must be at least 0, got {coeff}")
 
 
+def mean_over_targets(cross_entropy: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """Scalar mean of [B] over the targets [B] that count, as in torch: NaN where there are none."""
+    return cross_entropy.sum() / (target != ignore_index).sum()
+
+
 def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused", reduction: str = "mean") -> Tensor:
     """``R = mean_b || grad_{x_b} logsumexp f(x_b) ||_p``, the density penalty (Yang et al., ECCV 2024).
 
@@ -98,8 +103,7 @@ def density_loss(
     functional.check_target(logits, target, label_smoothing, ignore_index)
     scale = paths.cotangent_scale(logits)
     _, ce, softmax = functional.softmax(logits, target, label_smoothing, ignore_index, scale=scale)
-    # As torch: the mean over the targets that count, NaN where there are none.
-    cross_entropy = ce.sum() / (target != ignore_index).sum()
+    cross_entropy = mean_over_targets(ce, target, ignore_index)
     penalty = _norm(paths.check_score(paths.vjp(logits, xs, softmax, scale)), p, "mean")
     return cross_entropy + coeff * penalty, cross_entropy, penalty
 

@@ -132,7 +132,7 @@ def load_checkpoint(run: Path, device: str | torch.device = "cpu") -> tuple[dict
             if not isinstance(checkpoint, dict):
                 raise TypeError(f"holds {type(checkpoint).__name__}")
         except Exception as error:  # a damaged file can raise anything
-            reasons.append(f"{run / name} cannot be read ({_first_line(error)})")
+            reasons.append(f"{run / name} cannot be read ({first_line(error)})")
         else:
             return checkpoint, f"{reasons[0]}; going back to {name}" if reasons else ""
     if reasons:
@@ -140,7 +140,8 @@ def load_checkpoint(run: Path, device: str | torch.device = "cpu") -> tuple[dict
     return None, ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its type where it says nothing."""
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     *("version", "ops", "functional", "paths", "penalty", "second_order", "directional", "objective"),
-    *("data", "runs", "models", "training", "stability", "cli"),
+    *("runs", "data", "models", "training", "stability", "cli"),
 )
 
 
