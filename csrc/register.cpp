@@ -4,13 +4,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "calls.h"
 #include "cpu/dispatch.h"
 #include "cpu/pnorm.h"
 #include "cpu/softmax.h"
 
 namespace densreg::cpu {
-
-std::atomic<int64_t> calls[static_cast<int>(Op::count)][3];
 
 static Isa detect() {
   Isa best = Isa::scalar;
@@ -38,10 +37,10 @@ Isa isa() {
 }  // namespace densreg::cpu
 
 // For densreg/ops.py, through ctypes: the instruction set in use (0 scalar, 1 AVX2, 2 AVX-512), and how often the
-// operator of that index (enum Op) was served by one.
+// operator of that index (enum Op) was served by which kernels (enum Kernel).
 extern "C" __attribute__((visibility("default"))) int densreg_isa() { return static_cast<int>(densreg::cpu::isa()); }
-extern "C" __attribute__((visibility("default"))) int64_t densreg_calls(int op, int isa) {
-  return densreg::cpu::calls[op][isa].load();
+extern "C" __attribute__((visibility("default"))) int64_t densreg_calls(int op, int kernel) {
+  return densreg::calls[op][kernel].load();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densreg, CPU, m) {
@@ -50,4 +49,5 @@ STABLE_TORCH_LIBRARY_IMPL(densreg, CPU, m) {
   m.impl("log_softmax_difference", TORCH_BOX(&densreg::cpu::log_softmax_difference));
   m.impl("pnorm", TORCH_BOX(&densreg::cpu::pnorm));
   m.impl("pnorm_backward", TORCH_BOX(&densreg::cpu::pnorm_backward));
+  m.impl("pnorm_dual", TORCH_BOX(&densreg::cpu::pnorm_dual));
 }

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from densreg import functional, paths
+from densreg import functional, ops, paths
 
 _RELU = (torch.relu, 0)
 _PIECEWISE: dict[Callable, tuple[Callable, int]] = {
@@ -135,11 +135,8 @@ SMALLEST_INPUT = 1e-2
 def dual_direction(score: Sequence[Tensor], p: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``||g_b||_p`` [B] of the joint score, and the direction of unit dual norm along which it is attained."""
     sizes = [g.shape[1:].numel() for g in score]
-    rows = torch.cat([g.detach().flatten(1) for g in score], 1).requires_grad_()
-    with torch.enable_grad():
-        norm = functional.pnorm(rows, p)
-        (dual,) = torch.autograd.grad(norm.sum(), rows)
-    return norm.detach(), tuple(v.view_as(g) for v, g in zip(dual.split(sizes, 1), score, strict=True))
+    norm, dual = ops.pnorm_dual(torch.cat([g.detach().flatten(1) for g in score], 1), functional.check_order(p))
+    return norm, tuple(v.view_as(g) for v, g in zip(dual.split(sizes, 1), score, strict=True))
 
 
 def step_size(xs: Sequence[Tensor], direction: Sequence[Tensor], central: bool) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import warnings
@@ -25,11 +26,18 @@ from torch import Tensor
 
 _library = torch.library.Library("densreg", "DEF")
 
-# In the order of enum Op in csrc/cpu/dispatch.h, by which the calls are counted.
-OPERATORS = ("softmax", "softmax_backward", "log_softmax_difference", "pnorm", "pnorm_backward")
+# In the order of enum Op in csrc/calls.h, by which the calls are counted.
+OPERATORS = ("softmax", "softmax_backward", "log_softmax_difference", "pnorm", "pnorm_backward", "pnorm_dual")
 
-BACKENDS = ("cpu", "torch")
-"""The C++ kernels for CPU tensors (csrc/cpu), and the plain-torch fallback, which serves every device."""
+BACKENDS = ("cpu", "cuda", "triton", "torch")
+"""The C++ kernels for CPU tensors (csrc/cpu), the CUDA kernels (csrc/cuda), the Triton kernels (kernels/), and the
+plain-torch fallback, which serves every device."""
+
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+"""By type of device, the backends in order of preference; a device that is not listed has plain torch.
+
+On GPUs CUDA comes before Triton for every operator, dtype and shape: its launch is C++ where Triton's is Python. That
+is an argument, not a measurement: no GPU has run them yet. ``python -m benchmarks.gpu`` times both."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,15 +57,48 @@ def _require_no_grad(name: str, *tensors: Tensor | None) -> None:
 # backends: which one serves a call, and the proof of which one did
 
 _forced: str | None = None
-_fallback_calls: collections.Counter[str] = collections.Counter()
+_python_calls: collections.Counter[str] = collections.Counter()
+_warned: set[str] = set()
+
+
+def missing(name: str) -> str | None:
+    """Why a backend cannot be used; None where it can."""
+    if name == "cpu":
+        return MISSING
+    if name == "cuda":
+        if any(_has_kernel("softmax.cuda", key) for key in ("CUDA", "CPU")):  # on the CPU the tests' emulation
+            return None if torch.cuda.is_available() or _has_kernel("softmax.cuda", "CPU") else "there is no GPU"
+        return MISSING or build_info().get("cuda_reason", "the extension was built without CUDA")
+    if name == "triton":
+        return _triton()[1]
+    return None
+
+
+def _has_kernel(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{operator}", key)
+
+
+@functools.cache
+def _triton() -> tuple[Any, str | None]:
+    """The Triton kernels, or why there are none. Imported at first use: Triton takes a while."""
+    try:
+        from densreg import kernels
+    except ImportError as error:
+        return None, f"Triton is not installed: {error}"
+    if kernels.INTERPRETED or torch.cuda.is_available():
+        return kernels, None
+    return None, "there is no GPU (TRITON_INTERPRET=1 runs the Triton kernels on the CPU, slowly)"
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force a backend for the calls inside: ``with densreg.backend("torch"): ...``.
 
+    What is compiled inside keeps it; what was compiled before keeps its own.
+
     Args:
-        name: "cpu" (the C++ kernels, for CPU tensors) or "torch" (plain torch, for tensors of any device).
+        name: "cpu" (the C++ kernels, for CPU tensors), "cuda" or "triton" (for CUDA tensors), or "torch" (plain torch,
+            for tensors of any device).
 
     Raises:
         ValueError: unknown name.
@@ -66,8 +107,9 @@ def backend(name: str) -> Iterator[None]:
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    if name == "cpu" and MISSING is not None:
-        raise RuntimeError(f"the backend 'cpu' is missing: {MISSING}")
+    reason = missing(name)
+    if reason is not None:
+        raise RuntimeError(f"the backend {name!r} is missing: {reason}")
     before, _forced = _forced, name
     try:
         yield
@@ -77,21 +119,42 @@ def backend(name: str) -> Iterator[None]:
 
 def calls() -> dict[str, int]:
     """How often each operator was served by what, since the start: {"softmax/cpu-avx512": 3, "pnorm/torch": 1}."""
-    counts = {f"{op}/torch": n for op, n in _fallback_calls.items()}
-    if _extension is not None:
+    counts = collections.Counter(_python_calls)
+    for extension in _extensions:
         for index, op in enumerate(OPERATORS):
-            for isa, name in enumerate(_ISAS):
-                counts[f"{op}/cpu-{name}"] = _extension.densreg_calls(index, isa)
+            for kernel, name in enumerate(_KERNELS):
+                counts[f"{op}/{name}"] += extension.densreg_calls(index, kernel)
     return {key: n for key, n in counts.items() if n}
 
 
+def _serves(name: str, device: str) -> bool:
+    """Whether a backend that is there serves tensors on a type of device."""
+    if name == "cuda":
+        return _has_kernel("softmax.cuda", device.upper())
+    if name == "triton":
+        return device == "cuda" or (device == "cpu" and _triton()[0].INTERPRETED)
+    return name == "torch" or name == device
+
+
+@functools.cache
+def _preferred(device: str) -> str:
+    """The first backend of ORDER that is there."""
+    return next(name for name in ORDER.get(device, ("torch",)) if missing(name) is None and _serves(name, device))
+
+
 def _call(name: str, *args: Any) -> Any:
-    if _forced == "torch":
+    device = args[0].device.type
+    if _forced is None:
+        served = _preferred(device)
+    elif _serves(_forced, device):
+        served = _forced
+    else:
+        raise RuntimeError(f"the backend {_forced!r} is forced, and does not serve a tensor on {args[0].device}")
+    if served == "torch" and _forced is not None:
         return _FALLBACKS[name](*args)
-    if _forced == "cpu" and args[0].device.type != "cpu":
-        raise RuntimeError(f"the backend 'cpu' is forced, and does not serve a tensor on {args[0].device}")
+    operator = getattr(torch.ops.densreg, name)
     try:
-        return getattr(torch.ops.densreg, name).default(*args)
+        return (getattr(operator, served) if served in ("cuda", "triton") else operator.default)(*args)
     except RuntimeError as error:
         # The stable ABI knows no other error: what the kernels find wrong in a target or in k is a bad value.
         _, found, message = str(error).partition(f"densreg::{name}: ")
@@ -103,15 +166,55 @@ def _call(name: str, *args: Any) -> Any:
 _FALLBACKS: dict[str, Callable[..., Any]] = {}
 
 
+def _define(schema: str) -> None:
+    """Define an operator: ``softmax`` by whatever serves its device, ``softmax.cuda`` and ``softmax.triton`` by those.
+
+    A compiled graph holds the overload that was chosen when it was traced, so that no Python runs before the kernel.
+    """
+    name, arguments = schema.split("(", 1)
+    for overload in ("", ".cuda", ".triton"):
+        _library.define(f"{name}{overload}({arguments}")
+
+    def by_triton(*args: Any) -> Any:
+        kernels, reason = _triton()
+        if kernels is None:
+            raise RuntimeError(f"the backend 'triton' is missing: {reason}")
+        _python_calls[f"{name}/triton"] += 1
+        return getattr(kernels, name)(*args)
+
+    def on_gpu(*args: Any) -> Any:  # a caller that names the operator itself
+        served = _preferred("cuda")
+        return (
+            _FALLBACKS[name](*args) if served == "torch" else getattr(getattr(torch.ops.densreg, name), served)(*args)
+        )
+
+    _library.impl(f"{name}.triton", torch.no_grad()(by_triton), "CompositeExplicitAutograd")
+    _library.impl(name, on_gpu, "CUDA")
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the fake implementation of an operator, whatever serves it."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for overload in ("", ".cuda", ".triton"):
+            torch.library.register_fake(f"densreg::{name}{overload}", function, lib=_library)
+        return function
+
+    return register
+
+
 def _fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the plain-torch implementation of an operator, on every device; its calls are counted."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @torch.no_grad()
         def counted(*args: Any) -> Any:
-            if _forced is None and args[0].device.type == "cpu" and MISSING is not None and not _fallback_calls:
-                warnings.warn(f"densreg runs in plain torch, several times slower: {MISSING}", stacklevel=2)
-            _fallback_calls[name] += 1
+            device = args[0].device.type
+            if _forced is None and device in ORDER and device not in _warned:
+                _warned.add(device)
+                reasons = "; ".join(f"{b}: {missing(b)}" for b in ORDER[device] if b != "torch")
+                warnings.warn(f"densreg runs in plain torch, several times slower ({reasons})", stacklevel=2)
+            _python_calls[f"{name}/torch"] += 1
             return function(*args)
 
         _library.impl(name, counted, "CompositeExplicitAutograd")
@@ -129,7 +232,7 @@ def per_row(row: Tensor, like: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 # softmax: log density, cross-entropy and softmax, in one pass over the logits
 
-_library.define(
+_define(
     "softmax(Tensor logits, Tensor? target, float label_smoothing, int ignore_index, bool need_softmax, float scale)"
     " -> (Tensor log_density, Tensor cross_entropy, Tensor softmax, Tensor statistics)"
 )
@@ -216,7 +319,7 @@ def _softmax_torch(
     return log_density, cross_entropy, y, torch.stack([m.squeeze(1), s.squeeze(1)])
 
 
-@torch.library.register_fake("densreg::softmax", lib=_library)
+@_fake("softmax")
 def _softmax_fake(logits, target, label_smoothing, ignore_index, need_softmax, scale):
     row_dtype = accumulation_dtype(logits.dtype)
     return (
@@ -230,7 +333,7 @@ def _softmax_fake(logits, target, label_smoothing, ignore_index, need_softmax, s
 # --------------------------------------------------------------------------------------------------------------------
 # softmax_backward: everything that comes back goes into the logits in one pass
 
-_library.define(
+_define(
     "softmax_backward(Tensor source, Tensor? statistics, Tensor? target, Tensor? grad_log_density,"
     " Tensor? grad_cross_entropy, Tensor? grad_softmax, float label_smoothing, int ignore_index, float scale) -> Tensor"
 )
@@ -311,7 +414,7 @@ def _softmax_backward_torch(
     return out.copy_(grad)
 
 
-@torch.library.register_fake("densreg::softmax_backward", lib=_library)
+@_fake("softmax_backward")
 def _softmax_backward_fake(source, *_):
     return torch.empty_like(source, memory_format=torch.contiguous_format)
 
@@ -319,7 +422,7 @@ def _softmax_backward_fake(source, *_):
 # --------------------------------------------------------------------------------------------------------------------
 # log_softmax_difference: f_k - log_softmax_k(f)
 
-_library.define(
+_define(
     "log_softmax_difference(Tensor logits, Tensor k, bool need_softmax)"
     " -> (Tensor difference, Tensor softmax, Tensor statistics)"
 )
@@ -350,7 +453,7 @@ def _log_softmax_difference_torch(logits: Tensor, k: Tensor, need_softmax: bool)
     return difference, y, statistics
 
 
-@torch.library.register_fake("densreg::log_softmax_difference", lib=_library)
+@_fake("log_softmax_difference")
 def _log_softmax_difference_fake(logits, k, need_softmax):
     difference, _, y, statistics = _softmax_fake(logits, None, 0.0, -100, need_softmax, 1.0)
     return difference, y, statistics
@@ -359,7 +462,7 @@ def _log_softmax_difference_fake(logits, k, need_softmax):
 # --------------------------------------------------------------------------------------------------------------------
 # pnorm: the p-norm of each row of the score
 
-_library.define("pnorm(Tensor g, float p) -> (Tensor norm, Tensor peak, Tensor total)")
+_define("pnorm(Tensor g, float p) -> (Tensor norm, Tensor peak, Tensor total)")
 
 
 def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,13 +500,13 @@ def _pnorm_torch(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
     return peak * (total if p == 1 else total.sqrt() if p == 2 else total.pow(1 / p)), peak, total
 
 
-@torch.library.register_fake("densreg::pnorm", lib=_library)
+@_fake("pnorm")
 def _pnorm_fake(g, p):
     row = g.new_empty(g.shape[0], dtype=accumulation_dtype(g.dtype))
     return row, torch.empty_like(row), torch.empty_like(row)
 
 
-_library.define("pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, float p) -> Tensor")
+_define("pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, float p) -> Tensor")
 
 
 def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: float) -> Tensor:
@@ -431,15 +534,47 @@ def _pnorm_backward_torch(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, 
     return torch.empty_like(g).copy_(dual * grad)
 
 
-@torch.library.register_fake("densreg::pnorm_backward", lib=_library)
+@_fake("pnorm_backward")
 def _pnorm_backward_fake(grad, g, peak, total, p):
     return torch.empty_like(g)
+
+
+_define("pnorm_dual(Tensor g, float p) -> (Tensor norm, Tensor dual)")
+
+
+def pnorm_dual(g: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """p-norm of each row and its gradient ``sign(g) (|g| / norm)^(p-1)``, from one read of the rows that fit on chip.
+
+    The gradient is the dual direction, which a finite difference of the density moves along. In the double backward
+    :func:`pnorm_backward` moves fewer bytes: the gradient there is scaled before it is written.
+
+    Args:
+        g: [B, ...], any floating dtype and memory format.
+        p: the order, 1 <= p <= inf.
+
+    Returns:
+        ``(norm [B], dual [B, ...])``: as :func:`pnorm`, and :func:`pnorm_backward` for a gradient of one.
+    """
+    _require_no_grad("pnorm_dual", g)
+    return _call("pnorm_dual", g, p)
+
+
+@_fallback("pnorm_dual")
+def _pnorm_dual_torch(g: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    norm, peak, total = _pnorm_torch(g, p)
+    return norm, _pnorm_backward_torch(torch.ones_like(norm), g, peak, total, p)
+
+
+@_fake("pnorm_dual")
+def _pnorm_dual_fake(g, p):
+    return _pnorm_fake(g, p)[0], torch.empty_like(g)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # the C++ extension: its kernels take the place of the fallback for CPU tensors when it is loaded
 
 _ISAS = ("scalar", "avx2", "avx512")
+_KERNELS = (*(f"cpu-{isa}" for isa in _ISAS), "cuda")
 _FOLDER = Path(__file__).parent
 
 
@@ -467,6 +602,9 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
 
 _extension, MISSING = _load_extension()
 """The C++ extension, and why it is missing: None where it is not."""
+
+_extensions = [] if _extension is None else [_extension]
+"""Libraries that count calls: this one, and what the tests build."""
 
 if MISSING is not None and os.environ.get("DENSREG_REQUIRE_EXTENSION") == "1":
     raise ImportError(f"DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is missing: {MISSING}")

@@ -1,4 +1,11 @@
-"""Triton kernels of densreg's operators, one file per operation.
+"""Triton kernels of densreg's operators, one file per operation. Importing this needs Triton.
 
-There are none yet: every operator runs in plain torch (:mod:`densreg.ops`) on every device.
+Each function takes what the operator of that name in :mod:`densreg.ops` takes, and gives what it gives.
 """
+
+from __future__ import annotations
+
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when Triton was imported."""

@@ -1,19 +1,20 @@
 """Checks on the environment that would otherwise show as puzzling failures; and the backends."""
 
 import collections
+import importlib.util
+import os
 import shutil
 
 import pytest
 import torch
 
-try:
-    import densreg.kernels
-except ModuleNotFoundError as error:
+if importlib.util.find_spec("densreg.kernels") is None:
     raise pytest.UsageError(
         "densreg is being imported from the checkout, which lacks densreg.kernels unless it is installed in editable "
         "mode: pip install -e '.[test]'"
-    ) from error
+    )
 
+import densreg
 from densreg import ops
 
 if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
@@ -36,10 +37,18 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+# Tests of operators make their tensors on this device; benchmarks.gpu runs them again with "cuda".
+DEVICE = os.environ.get("DENSREG_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+
+
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        through_dispatcher = metafunc.definition.get_closest_marker("dispatcher")
-        metafunc.parametrize("backend", ["cpu"] if through_dispatcher else ops.BACKENDS, indirect=True)
+        backends = [name for name in ops.BACKENDS if ops.missing(name) is None and ops._serves(name, DEVICE)]
+        if metafunc.definition.get_closest_marker("dispatcher"):
+            backends.remove("torch")
+        metafunc.parametrize("backend", backends, indirect=True)
 
 
 @pytest.fixture
@@ -51,5 +60,12 @@ def backend(request):
     served = collections.Counter(ops.calls())
     served.subtract(before)
     by = {key.split("/")[1] for key, n in served.items() if n}
-    assert by <= {"torch" if request.param == "torch" else f"cpu-{ops.instruction_set()}"}
+    assert by <= {f"cpu-{ops.instruction_set()}" if request.param == "cpu" else request.param}
     assert by or request.node.get_closest_marker("no_call"), "no operator was called"
+
+
+@pytest.fixture
+def operator(backend):
+    """The operator of a name as the dispatcher has it, served by the backend."""
+    overload = "default" if backend == "cpu" else backend
+    return lambda name: getattr(getattr(torch.ops.densreg, name), overload)

@@ -39,7 +39,7 @@ def test_gradient_to_second_order(backend):
     def ours(f):
         return densreg.log_softmax_difference(f, k)
 
-    assert gradcheck(ours, f, check_forward_ad=True, check_batched_grad=backend == "cpu")
+    assert gradcheck(ours, f, check_forward_ad=True, check_batched_grad=backend != "torch")
     assert gradgradcheck(ours, f, check_fwd_over_rev=True)
     stacked = torch.stack([f, 2 * f])
     torch.testing.assert_close(torch.func.vmap(ours)(stacked), torch.logsumexp(stacked, 2))
@@ -48,9 +48,9 @@ def test_gradient_to_second_order(backend):
 @pytest.mark.dispatcher
 @pytest.mark.parametrize("need_softmax", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype, need_softmax):
+def test_opcheck(operator, dtype, need_softmax):
     arguments = (torch.randn(3, 5).to(dtype), torch.tensor([0, 1, 4]), need_softmax)
-    torch.library.opcheck(torch.ops.densreg.log_softmax_difference.default, arguments)
+    torch.library.opcheck(operator("log_softmax_difference"), arguments)
 
 
 @pytest.mark.no_call

@@ -1,9 +1,8 @@
-// From an operator's arguments to a kernel body: instruction set, storage type, threads, and the counter that proves it.
+// From an operator's arguments to a kernel body: instruction set, storage type, threads.
 #pragma once
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "../calls.h"
 #include "simd.h"
 
 namespace densreg::cpu {
@@ -22,13 +22,7 @@ namespace densreg::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Calls of one operator by one instruction set, for tests and benchmarks: see densreg_calls in register.cpp.
-enum class Op { softmax, softmax_backward, log_softmax_difference, pnorm, pnorm_backward, count };
-extern std::atomic<int64_t> calls[static_cast<int>(Op::count)][3];
-
-inline void count_call(Op op) {
-  calls[static_cast<int>(op)][static_cast<int>(isa())].fetch_add(1, std::memory_order_relaxed);
-}
+inline void count_call(Op op) { densreg::count_call(op, static_cast<Kernel>(isa())); }
 
 // A body is a struct with `template <class S, int BYTES> static DENSREG_INLINE void run(const Args&, begin, end)`.
 template <class Body, class S, class Args>
