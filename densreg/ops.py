@@ -14,6 +14,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import importlib
 import json
 import os
 import warnings
@@ -82,7 +83,7 @@ def _has_kernel(operator: str, key: str) -> bool:
 def _triton() -> tuple[Any, str | None]:
     """The Triton kernels, or why there are none. Imported at first use: Triton takes a while."""
     try:
-        from densreg import kernels
+        kernels = importlib.import_module("densreg.kernels")
     except ImportError as error:
         return None, f"Triton is not installed: {error}"
     if kernels.INTERPRETED or torch.cuda.is_available():
