@@ -114,7 +114,7 @@ def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float 
 
 def graph_nodes(outputs: Sequence[Tensor]) -> Iterator[str]:
     """The names of the nodes in the autograd graph of tensors that require grad, each node once."""
-    nodes = [torch.autograd.graph.get_gradient_edge(t).node for t in outputs]
+    nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
