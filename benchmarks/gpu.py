@@ -460,7 +460,7 @@ def step_row(name: str, batch: int, amp: torch.dtype | None, columns: Sequence[s
     seconds = _time_loops(candidates, 1, rounds)
     over = {column: t / seconds["plain"] for column, t in seconds.items()}
     row |= {"seconds": seconds, "over_plain": over, "memory": memory, "gradient_error": errors, "first_call": first}
-    return row
+    return {**row, "floors": steps.floors(case)}
 
 
 def steps(options: argparse.Namespace) -> Iterator[Row]:
@@ -657,7 +657,8 @@ def _table(result: Row) -> Iterator[str]:
                 times = [f"{row['seconds'][n] * 1e6:.1f}" for n in names]
                 yield f"| {row['B']} | {row['C']} | " + " | ".join(times) + " |"
     for row in result["stages"].get("steps", {}).get("rows", []):
-        yield f"\n{row['model']}, batch {row['batch']}, {row['amp'] or 'float32'}\n"
+        floor = f"matrix products alone: {row['floors']['operations']:.2f}, by their bytes {row['floors']['bytes']:.2f}"
+        yield f"\n{row['model']}, batch {row['batch']}, {row['amp'] or 'float32'}; over plain, {floor}\n"
         yield "| step | ms | over plain | MiB | gradient's error |"
         yield "| --- | --- | --- | --- | --- |"
         for column, seconds in row["seconds"].items():
