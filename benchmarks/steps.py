@@ -275,7 +275,8 @@ def main() -> None:
         floor = row["floors"]
         print(
             f"\n{name}, batch {row['batch']}, {row['threads']} threads, {row['rounds']} rounds; "
-            f"matrix products alone, over plain: {floor['operations']:.2f} by operations, {floor['bytes']:.2f} by bytes\n"
+            f"matrix products alone, over plain: {floor['operations']:.2f} by operations, "
+            f"{floor['bytes']:.2f} by bytes\n"
         )
         print("| step | ms | over plain | over objective | MiB | first call, s | gradient's error |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
