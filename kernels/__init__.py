@@ -5,7 +5,7 @@ Each function takes what the operator of that name in :mod:`densreg.ops` takes, 
 
 from __future__ import annotations
 
-from triton import knobs
+from .rows import INTERPRETED
+from .softmax import log_softmax_difference, softmax, softmax_backward
 
-INTERPRETED = bool(knobs.runtime.interpret)
-"""Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when Triton was imported."""
+__all__ = ["INTERPRETED", "log_softmax_difference", "softmax", "softmax_backward"]
