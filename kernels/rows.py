@@ -51,9 +51,9 @@ SPLIT = {2: Rung(8192, 1, 8), 4: Rung(8192, 1, 8), 8: Rung(4096, 1, 8)}
 
 
 @functools.cache
-def rung_of(length: int, itemsize: int) -> Rung | None:
-    """The rung that holds a row whole; None: split it."""
-    return next((rung for rung in LADDER[itemsize] if rung.block >= length), None)
+def rung_of(length: int, itemsize: int, most: int = 1 << 20) -> Rung | None:
+    """The rung that holds a row whole, with a block of at most `most`; None: split it."""
+    return next((rung for rung in LADDER[itemsize] if length <= rung.block <= most), None)
 
 
 def alignment(*multiples: int) -> int:
@@ -92,6 +92,15 @@ def as_row(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def finite_or_zero(m):
     """What may be subtracted: inf - inf would be NaN."""
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
+
+
+@triton.jit
+def part_of_row(ptr, row, part, units, stride, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to a part of rows, which of its columns are there, and the columns; row in 64 bits."""
+    # Local columns in 32 bits; in units, so that the mask is known to change at multiples of ALIGN only.
+    there = tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN).to(tl.int32) * ALIGN
+    columns = tl.arange(0, BLOCK)[None, :]
+    return ptr + row * stride * ALIGN + part * BLOCK + columns, columns < there, part * BLOCK + columns
 
 
 @triton.jit

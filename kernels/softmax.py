@@ -20,6 +20,7 @@ from .rows import (
     exp_difference,
     finite_or_zero,
     on,
+    part_of_row,
     rung_of,
     store,
 )
@@ -81,24 +82,14 @@ def softmax_rows(
     )  # fmt: skip
 
 
-@triton.jit
-def _part(ptr, row, part, units, stride, parts, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """The columns of a part of a row: pointers [1, BLOCK], and which of them are there."""
-    first = part * BLOCK
-    # Local columns in 32 bits; in units, so that the mask is known to change at multiples of ALIGN only.
-    here = tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN).to(tl.int32) * ALIGN
-    columns = tl.arange(0, BLOCK)[None, :]
-    return ptr + row * stride * ALIGN + first + columns, columns < here, first + columns
-
-
 @triton.jit(do_not_specialize=_INTEGERS)
 def softmax_parts(
     f_ptr, partial_ptr, rows, units, stride, parts,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Of one part of a row: its maximum m, sum exp(f - m) and sum (m - f), the latter two from 0 where m is infinite."""
+    """Of one part of a row: its maximum m, sum exp(f - m) and sum (m - f); where m is infinite with 0 in its place."""
     pid = tl.program_id(0).to(tl.int64)
-    pointers, mask, _ = _part(f_ptr, pid // parts, pid % parts, units, stride, parts, ALIGN, BLOCK)
+    pointers, mask, _ = part_of_row(f_ptr, pid // parts, pid % parts, units, stride, ALIGN, BLOCK)
     f = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
     m = tl.max(f, 1)
     finite = finite_or_zero(m)[:, None]
@@ -132,7 +123,7 @@ def softmax_columns(
     finite = finite_or_zero(m)
     s = tl.sum(sums * exp_difference(maxima, finite[:, None], PRECISE), 1)
     if p_ptr is not None:
-        pointers, mask, column = _part(f_ptr, row, part, units, stride, parts, ALIGN, BLOCK)
+        pointers, mask, column = part_of_row(f_ptr, row, part, units, stride, ALIGN, BLOCK)
         f = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
         factor = tl.full(s.shape, scale, ACC) / tl.where(tl.abs(m) == float("inf"), float("nan"), s)
         p = exp_difference(f, finite[:, None], PRECISE) * factor[:, None]
@@ -246,8 +237,8 @@ def softmax_backward_parts(
     """<Q, U> of one part of a row."""
     pid = tl.program_id(0).to(tl.int64)
     row = pid // parts + tl.arange(0, 1)
-    pointers, mask, _ = _part(source_ptr, pid // parts, pid % parts, units, stride, parts, ALIGN, BLOCK)
-    u_pointers, _, _ = _part(u_ptr, pid // parts, pid % parts, units, u_stride, parts, ALIGN, BLOCK)
+    pointers, mask, _ = part_of_row(source_ptr, pid // parts, pid % parts, units, stride, ALIGN, BLOCK)
+    u_pointers, _, _ = part_of_row(u_ptr, pid // parts, pid % parts, units, u_stride, ALIGN, BLOCK)
     source = tl.load(pointers, mask=mask, other=0.0).to(ACC)
     u = tl.load(u_pointers, mask=mask, other=0.0).to(ACC)
     m, inverse, _, _, _ = _row_numbers(
@@ -268,12 +259,12 @@ def softmax_backward_columns(
     pid = tl.program_id(0).to(tl.int64)
     row = rows - 1 - pid // parts
     own = row + tl.arange(0, 1)
-    pointers, mask, column = _part(source_ptr, row, pid % parts, units, stride, parts, ALIGN, BLOCK)
+    pointers, mask, column = part_of_row(source_ptr, row, pid % parts, units, stride, ALIGN, BLOCK)
     source = tl.load(pointers, mask=mask, other=0.0).to(ACC)
     u = source
     dot = tl.zeros(own.shape, ACC)
     if u_ptr is not None:
-        u_pointers, _, _ = _part(u_ptr, row, pid % parts, units, u_stride, parts, ALIGN, BLOCK)
+        u_pointers, _, _ = part_of_row(u_ptr, row, pid % parts, units, u_stride, ALIGN, BLOCK)
         u = tl.load(u_pointers, mask=mask, other=0.0).to(ACC)
         each = tl.arange(0, PARTS)[None, :]
         dot = tl.sum(tl.load(partial_ptr + row * parts + each, mask=each < parts, other=0.0), 1)
@@ -296,7 +287,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _classes(what: str, y: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
-    """Contiguous class indices. Interpreted they are checked here; on a GPU that would synchronise: the kernels assert."""
+    """Contiguous class indices, checked here on the CPU. On a GPU that would synchronise: the kernels assert."""
     if y.device.type == "cpu":
         wrong = (y < 0) | (y >= classes)
         if ignore_index is not None:
