@@ -5,7 +5,16 @@ Each function takes what the operator of that name in :mod:`densreg.ops` takes, 
 
 from __future__ import annotations
 
-from triton import knobs
+from .pnorm import pnorm, pnorm_backward, pnorm_dual
+from .rows import INTERPRETED
+from .softmax import log_softmax_difference, softmax, softmax_backward
 
-INTERPRETED = bool(knobs.runtime.interpret)
-"""Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when Triton was imported."""
+__all__ = [
+    "INTERPRETED",
+    "log_softmax_difference",
+    "pnorm",
+    "pnorm_backward",
+    "pnorm_dual",
+    "softmax",
+    "softmax_backward",
+]

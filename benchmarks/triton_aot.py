@@ -1,0 +1,240 @@
+"""The Triton kernels, compiled ahead of time without a GPU: registers, spills, shared memory and vector loads of each.
+
+    python -m benchmarks.triton_aot [--targets 80 90 100] [--dtypes float32 ...] [--all-rungs] [--json FILE]
+
+The launchers of kernels/ run on meta tensors; what they would launch is recorded, compiled for each target as it is
+(block, warps, alignment, arguments), and handed to ptxas. By default each dtype's smallest, middle and largest rung, and
+the split rows; with --all-rungs the whole ladder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from densreg import kernels
+from densreg.kernels.rows import LADDER
+
+TARGETS = (80, 90, 100)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class Launch(NamedTuple):
+    """A kernel as it would be launched: all that its compilation depends on."""
+
+    module: str
+    kernel: str
+    dtype: str
+    case: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        return dict(self.constants).get(name, default)
+
+
+@contextlib.contextmanager
+def recorded(dtype: str, case: str) -> Iterator[dict[tuple[Any, ...], Launch]]:
+    """Collects the launches inside, which do not run."""
+    launches: dict[tuple[Any, ...], Launch] = {}
+    real = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        signature, constants, aligned = [], [], []
+        values = dict(zip(self.arg_names, args, strict=False))
+        values |= {name: options.pop(name) for name in self.arg_names if name in options}
+        for index, param in enumerate(self.params):
+            value = values[param.name]
+            if param.is_constexpr or value is None:
+                signature.append((param.name, "constexpr"))
+                constants.append((param.name, value))
+            elif isinstance(value, Tensor):
+                signature.append((param.name, mangle_type(value)))
+                aligned.append(index)  # as whatever the allocator hands out
+            else:
+                signature.append((param.name, param.annotation_type or mangle_type(value)))
+        options["debug"] = bool(self.debug)
+        launch = Launch(
+            self.fn.__module__,
+            self.fn.__name__,
+            dtype,
+            case,
+            tuple(signature),
+            tuple(constants),
+            tuple(aligned),
+            tuple(sorted(options.items())),
+        )
+        launches.setdefault((launch.kernel, *launch[4:]), launch)
+
+    JITFunction.run = record  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        JITFunction.run = real  # type: ignore[method-assign]
+
+
+def launches(dtype: str, all_rungs: bool = False) -> list[Launch]:
+    """What the launchers launch for one dtype: every kernel, on the rungs asked for and split."""
+    kind: torch.dtype = getattr(torch, dtype)
+    rungs = [rung.block for rung in LADDER[kind.itemsize]]
+    # Half precision differs from bfloat16 in conversions only.
+    sizes = rungs if all_rungs else [rungs[-1]] if dtype == "float16" else [rungs[0], 1000, rungs[-1]]
+    found: dict[tuple[Any, ...], Launch] = {}
+
+    def logits(rows: int, classes: int, source_is_softmax: bool = False) -> None:
+        f = torch.empty(rows, classes, dtype=kind, device="meta")
+        y = torch.empty(rows, dtype=torch.int64, device="meta")
+        with recorded(dtype, f"C={classes}" + (", from P" if source_is_softmax else "")) as new:
+            density, ce, p, statistics = kernels.softmax(f, y, 0.1, -100, True, 1.0)
+            if source_is_softmax:
+                new.clear()
+                statistics = None  # type: ignore[assignment]
+            kernels.softmax_backward(f, statistics, y, density, ce, p, 0.1, -100, 1.0)
+        found.update({key: launch for key, launch in new.items() if key not in found})
+
+    def rows_of(rows: int, length: int, p: float, dual: bool = False) -> None:
+        g = torch.empty(rows, length, dtype=kind, device="meta")
+        with recorded(dtype, f"n={length}, p={p:g}" + (", dual" if dual else "")) as new:
+            if dual:
+                kernels.pnorm_dual(g, p)
+            else:
+                norm, peak, total = kernels.pnorm(g, p)
+                kernels.pnorm_backward(norm, g, peak, total, p)
+        found.update({key: launch for key, launch in new.items() if key not in found})
+
+    for size in sizes:
+        logits(128, size)
+        rows_of(128, size, 2.0)
+    logits(128, sizes[-1], source_is_softmax=True)
+    logits(8, 1_000_000)
+    rows_of(8, 1_000_000, 1.5)
+    rows_of(8, 1_000_000, 2.0)
+    rows_of(128, 8192, 1.5, dual=True)
+    rows_of(128, 8192, 1.5)
+    if dtype == "float32" or all_rungs:
+        for p in (1.0, float("inf")):
+            rows_of(128, sizes[-1], p)
+    return list(found.values())
+
+
+class Row(NamedTuple):
+    """What ptxas says of one launch on one target."""
+
+    kernel: str
+    dtype: str
+    case: str
+    block: int
+    rows: int
+    warps: int
+    target: int
+    registers: int
+    stack: int  # bytes a thread
+    spills: int  # bytes stored and loaded
+    shared: int  # bytes a program
+    vectors: bool  # loads of 16 bytes
+    wanted_vectors: bool
+
+
+def compile_for(job: tuple[Launch, int]) -> Row:
+    launch, target = job
+    # Not the package's attribute: kernels.softmax is the function.
+    kernel = getattr(__import__(launch.module, fromlist=[launch.kernel]), launch.kernel)
+    options = dict(launch.options)
+    source = ASTSource(
+        kernel,
+        dict(launch.signature),
+        constexprs={(kernel.arg_names.index(name),): value for name, value in launch.constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+    )
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        ptx = compiled.asm["ptx"]
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        gpu = re.search(r"\.target (sm_\w+)", ptx)
+        assert gpu
+        report = subprocess.run(
+            [get_ptxas(target).path, "-v", f"--gpu-name={gpu[1]}", str(path), "-o", str(path.with_suffix(".cubin"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+
+    def number(pattern: str) -> int:
+        found = re.findall(pattern, report)
+        if not found:
+            raise RuntimeError(f"no {pattern!r} in the report of ptxas:\n{report}")
+        return max(map(int, found))
+
+    block, rows, warps = launch.constant("BLOCK", 0), launch.constant("ROWS", 1), options["num_warps"]
+    itemsize = getattr(torch, launch.dtype).itemsize
+    return Row(
+        launch.kernel,
+        launch.dtype,
+        launch.case,
+        block or launch.constant("PARTS"),
+        rows,
+        warps,
+        target,
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes stack frame"),
+        number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        compiled.metadata.shared,
+        bool(re.search(r"ld\.global\S*\.(v4\.[buf]32|v2\.[buf]64)", ptx)),
+        launch.constant("ALIGN", 1) * itemsize >= 16 and block * rows // (32 * warps) * itemsize >= 16,
+    )
+
+
+def report(dtypes: tuple[str, ...] = DTYPES, targets: tuple[int, ...] = TARGETS, all_rungs: bool = False) -> list[Row]:
+    """Compiles on all cores."""
+    if kernels.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    jobs = [(launch, target) for dtype in dtypes for launch in launches(dtype, all_rungs) for target in targets]
+    processes = len(os.sched_getaffinity(0))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pool.map(compile_for, jobs, chunksize=4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, metavar="SM")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--all-rungs", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    options = parser.parse_args()
+    rows = report(tuple(options.dtypes), tuple(options.targets), options.all_rungs)
+    print(f"Triton {triton.__version__}\n")
+    print("| kernel | dtype | case | block x rows | warps | sm | registers | stack | spills | shared | 16-byte loads |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for r in rows:
+        print(
+            f"| {r.kernel} | {r.dtype} | {r.case} | {r.block} x {r.rows} | {r.warps} | {r.target} | {r.registers} "
+            f"| {r.stack} | {r.spills} | {r.shared} | {'yes' if r.vectors else 'no'} |"
+        )
+    if options.json:
+        text = json.dumps({"triton": triton.__version__, "rows": [r._asdict() for r in rows]}, indent=2)
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""pnorm, pnorm_backward and pnorm_dual in Triton. The mathematics is in densreg/ops.py.
+
+A row is one dense block of memory, in whatever order of dimensions. Lengths and strides come divided by ALIGN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import (
+    SPLIT,
+    Rung,
+    accumulation,
+    accumulation_dtype,
+    alignment,
+    as_row,
+    exp_difference,
+    on,
+    part_of_row,
+    rung_of,
+    store,
+)
+
+GENERAL, ONE, TWO, INF = range(4)
+_GENERAL, _ONE, _TWO, _INF = (tl.constexpr(order) for order in range(4))
+_INTEGERS = ["rows", "units", "stride", "out_stride", "parts"]  # not specialized: one kernel for all
+
+
+@triton.jit
+def _power(r, p, PRECISE: tl.constexpr):
+    """r^p for r in [0, 1] or NaN, and p > 0. Not by log2: that of a GPU is approximate near 1."""
+    return exp_difference(tl.log(r) * p, tl.zeros(r.shape, r.dtype), PRECISE)
+
+
+@triton.jit
+def _power_of_total(total, p, PRECISE: tl.constexpr):
+    """total^p, total at least 1, p in (-1, 1]."""
+    return exp_difference(tl.log(total) * p, tl.zeros(total.shape, total.dtype), PRECISE)
+
+
+@triton.jit
+def _peak(magnitude, ACC: tl.constexpr):
+    """Largest magnitude [R] of [R, BLOCK]; NaN where there is one: as integers they have the same order, NaN on top."""
+    bits: tl.constexpr = tl.int64 if ACC.primitive_bitwidth == 64 else tl.int32
+    return tl.max(magnitude.to(bits, bitcast=True), 1).to(ACC, bitcast=True)
+
+
+@triton.jit
+def _ratio(magnitude, peak):
+    """magnitude / peak, one exactly for the peak itself; 0 in a row of zeros, NaN for an infinite entry."""
+    # Divided by the peak, not multiplied by its reciprocal: that is infinite for a subnormal peak.
+    ratio = magnitude / tl.where(peak == 0, 1.0, peak)
+    return tl.where((magnitude == peak) & (peak > 0) & (peak < float("inf")), 1.0, ratio)
+
+
+@triton.jit
+def _total(magnitude, mask, peak, p, ORDER: tl.constexpr, PRECISE: tl.constexpr):
+    """sum (magnitude / peak)^p of each row; the number of peaks for p = inf."""
+    if ORDER == _INF:
+        return tl.maximum(tl.sum((mask & (magnitude == peak[:, None])).to(peak.dtype), 1), 1.0)
+    r = _ratio(magnitude, peak[:, None])
+    if ORDER == _TWO:
+        r = r * r
+    elif ORDER == _GENERAL:
+        r = _power(r, p, PRECISE)
+    # 0 / 0 and inf / inf: such a row has the norm 0 or inf, and its gradient divides by one.
+    return tl.where((peak == 0) | (peak == float("inf")), 1.0, tl.sum(tl.where(mask, r, 0.0), 1))
+
+
+@triton.jit
+def _norm(peak, total, inverse_p, ORDER: tl.constexpr, PRECISE: tl.constexpr):
+    if ORDER == _INF:
+        return peak
+    elif ORDER == _ONE:
+        return peak * total
+    elif ORDER == _TWO:
+        return peak * tl.sqrt(total)
+    return peak * _power_of_total(total, inverse_p, PRECISE)
+
+
+@triton.jit
+def _dual(g, peak, total, p, inverse_p, grad, ORDER: tl.constexpr, PRECISE: tl.constexpr):
+    """grad sign(g) (|g| / norm)^(p-1); sign(0) and the sign of a NaN are 0, as in torch."""
+    if ORDER == _TWO:
+        share = 1 / tl.sqrt(total)
+    elif ORDER == _ONE:
+        share = tl.full(total.shape, 1.0, total.dtype)
+    elif ORDER == _INF:
+        share = 1 / total
+    else:
+        share = _power_of_total(total, inverse_p - 1, PRECISE)
+    factor = (share * grad)[:, None]
+    peak = peak[:, None]
+    if ORDER == _TWO:
+        return g / tl.where(peak == 0, 1.0, peak) * factor
+    sign = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)).to(g.dtype)
+    if ORDER == _ONE:
+        return sign * factor
+    magnitude = tl.abs(g)
+    if ORDER == _INF:
+        return tl.where(magnitude == peak, sign, 0.0) * factor
+    y = _power(_ratio(magnitude, peak), p - 1, PRECISE)
+    return tl.where(g < 0, -y, y) * factor  # here a NaN stays
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def pnorm_rows(
+    g_ptr, norm_ptr, peak_ptr, total_ptr, out_ptr, rows, units, stride, p: tl.float64, inverse_p: tl.float64,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
+    PRECISE: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows whole: the norm, with what the backward takes, or with the dual direction."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = live[:, None] & (columns < units * ALIGN)
+    g = tl.load(g_ptr + (row * stride * ALIGN)[:, None] + columns, mask=mask, other=0.0).to(ACC)
+    magnitude = tl.abs(g)
+    p, inverse_p = tl.full((1, 1), p, ACC), tl.full((1,), inverse_p, ACC)
+    peak = _peak(magnitude, ACC)
+    total = _total(magnitude, mask, peak, p, ORDER, PRECISE)
+    tl.store(norm_ptr + row, _norm(peak, total, inverse_p, ORDER, PRECISE), mask=live)
+    if out_ptr is None:
+        tl.store(peak_ptr + row, peak, mask=live)
+        tl.store(total_ptr + row, total, mask=live)
+    else:
+        dual = _dual(g, peak, total, p, inverse_p, tl.full(peak.shape, 1.0, ACC), ORDER, PRECISE)
+        store(out_ptr + (row * units * ALIGN)[:, None] + columns, dual, mask)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def pnorm_parts(
+    g_ptr, partial_ptr, rows, units, stride, parts, p: tl.float64,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Peak and total of one part of a row."""
+    pid = tl.program_id(0).to(tl.int64)
+    pointers, mask, _ = part_of_row(g_ptr, pid // parts, pid % parts, units, stride, ALIGN, BLOCK)
+    magnitude = tl.abs(tl.load(pointers, mask=mask, other=0.0).to(ACC))
+    peak = _peak(magnitude, ACC)
+    own = pid + tl.arange(0, 1)
+    tl.store(partial_ptr + own, peak)
+    total = _total(magnitude, mask, peak, tl.full((1, 1), p, ACC), ORDER, PRECISE)
+    tl.store(partial_ptr + rows.to(tl.int64) * parts + own, total)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def pnorm_whole(
+    partial_ptr, norm_ptr, peak_ptr, total_ptr, rows, parts, p: tl.float64, inverse_p: tl.float64,
+    PARTS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """One row's norm from its parts."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    each = tl.arange(0, PARTS)[None, :]
+    there = each < parts
+    at = partial_ptr + (row * parts)[:, None] + each
+    peaks = tl.load(at, mask=there, other=0.0)
+    totals = tl.load(at + rows.to(tl.int64) * parts, mask=there, other=0.0)
+    peak = _peak(peaks, ACC)
+    p, inverse_p = tl.full((1, 1), p, ACC), tl.full((1,), inverse_p, ACC)
+    if ORDER == _INF:
+        total = tl.maximum(tl.sum(tl.where(peaks == peak[:, None], totals, 0.0), 1), 1.0)
+    else:
+        weight = _ratio(peaks, peak[:, None])
+        if ORDER == _TWO:
+            weight = weight * weight
+        elif ORDER == _GENERAL:
+            weight = _power(weight, p, PRECISE)
+        total = tl.sum(tl.where(there, totals * weight, 0.0), 1)
+        total = tl.where((peak == 0) | (peak == float("inf")), 1.0, total)
+    tl.store(norm_ptr + row, _norm(peak, total, inverse_p, ORDER, PRECISE))
+    tl.store(peak_ptr + row, peak)
+    tl.store(total_ptr + row, total)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def pnorm_backward_tiles(
+    grad_ptr, g_ptr, peak_ptr, total_ptr, out_ptr, rows, units, stride, parts, p: tl.float64, inverse_p: tl.float64,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
+    PRECISE: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows whole, or one part of one row. Without grad_ptr the gradient of the norm is one."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // parts * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    pointers, mask, column = part_of_row(g_ptr, row[:, None], pid % parts, units, stride, ALIGN, BLOCK)
+    mask = mask & live[:, None]
+    g = tl.load(pointers, mask=mask, other=0.0).to(ACC)
+    grad = tl.full(row.shape, 1.0, ACC)
+    if grad_ptr is not None:
+        grad = tl.load(grad_ptr + row, mask=live, other=0.0)
+    peak = tl.load(peak_ptr + row, mask=live, other=1.0)
+    total = tl.load(total_ptr + row, mask=live, other=1.0)
+    p, inverse_p = tl.full((1, 1), p, ACC), tl.full((1,), inverse_p, ACC)
+    dual = _dual(g, peak, total, p, inverse_p, grad, ORDER, PRECISE)
+    store(out_ptr + (row * units * ALIGN)[:, None] + column, dual, mask)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def order_of(p: float) -> int:
+    return ONE if p == 1 else TWO if p == 2 else INF if p == math.inf else GENERAL
+
+
+def _powers(p: float) -> tuple[float, float]:
+    """p, and 1 / p. In float32 a larger p would be infinite, and 0 * inf NaN."""
+    return min(p, 1e30), 1 / p
+
+
+def row_stride(g: Tensor) -> int | None:
+    """Distance of the rows, if each is one dense block of memory in whatever order of dimensions; else None."""
+    length = 1
+    for stride, size in sorted(zip(g.stride()[1:], g.shape[1:], strict=True)):
+        if size != 1:
+            if stride != length:
+                return None
+            length *= size
+    return g.stride(0) if g.shape[0] > 1 else length
+
+
+def _rung_of(g: Tensor, p: float) -> Rung | None:
+    # exp and log take registers: with 32 entries a thread ptxas spills.
+    return rung_of(g[0].numel(), g.element_size(), *((8192,) if order_of(p) == GENERAL else ()))
+
+
+def _options(g: Tensor, align: int, p: float) -> dict[str, object]:
+    return {
+        "ALIGN": align,
+        "ORDER": order_of(p),
+        "ACC": accumulation(g.dtype),
+        "PRECISE": g.dtype != torch.float64,
+    }
+
+
+def _norm_of(g: Tensor, stride: int, p: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, peak and total of dense rows; and the dual direction, where `out` is given and the rows are whole."""
+    rows = g.shape[0]
+    length = g.numel() // rows
+    norm, peak, total = (g.new_empty(rows, dtype=accumulation_dtype(g.dtype)) for _ in range(3))
+    align = alignment(length, stride)
+    options = _options(g, align, p)
+    sizes = (rows, length // align, stride // align)
+    if rung := _rung_of(g, p):
+        pnorm_rows[(triton.cdiv(rows, rung.rows),)](
+            g, norm, peak, total, out, *sizes, *_powers(p),
+            BLOCK=rung.block, ROWS=rung.rows, num_warps=rung.warps, **options,
+        )  # fmt: skip
+    else:
+        rung = SPLIT[g.element_size()]
+        parts = triton.cdiv(length, rung.block)
+        partial = g.new_empty((2, rows, parts), dtype=norm.dtype)
+        pnorm_parts[(rows * parts,)](
+            g, partial, *sizes, parts, _powers(p)[0], BLOCK=rung.block, num_warps=rung.warps, **options
+        )
+        del options["ALIGN"]
+        pnorm_whole[(rows,)](
+            partial, norm, peak, total, rows, parts, *_powers(p),
+            PARTS=triton.next_power_of_2(parts), num_warps=4, **options,
+        )  # fmt: skip
+    return norm, peak, total
+
+
+def _gradient_of(
+    grad: Tensor | None, g: Tensor, stride: int, peak: Tensor, total: Tensor, p: float, out: Tensor
+) -> None:
+    rows = g.shape[0]
+    length = g.numel() // rows
+    align = alignment(length, stride)
+    rung = _rung_of(g, p) or SPLIT[g.element_size()]
+    parts = triton.cdiv(length, rung.block)
+    pnorm_backward_tiles[(triton.cdiv(rows, rung.rows) * parts,)](
+        grad, g, peak, total, out, rows, length // align, stride // align, parts, *_powers(p),
+        BLOCK=rung.block, ROWS=rung.rows, num_warps=rung.warps, **_options(g, align, p),
+    )  # fmt: skip
+
+
+def _in_and_out(g: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
+    """Dense rows and their distance, where the kernels write (rows one after the other, in the same order), and the
+    output: another tensor where g has no dense rows."""
+    out = torch.empty_like(g)  # g's memory format
+    stride = row_stride(g)
+    if stride is not None and out.stride()[1:] == g.stride()[1:] and row_stride(out) == g[0].numel():
+        return g, stride, out, out
+    g = g.contiguous()
+    return g, g[0].numel(), torch.empty_like(g), out
+
+
+def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`densreg.ops.pnorm`."""
+    if g.numel() == 0:  # no rows, or rows without entries
+        zero = g.new_zeros(g.shape[0], dtype=accumulation_dtype(g.dtype))
+        return zero, zero.clone(), torch.ones_like(zero)
+    stride = row_stride(g)
+    if stride is None:
+        g = g.contiguous()
+        stride = g[0].numel()
+    with on(g.device):
+        return _norm_of(g, stride, p, None)
+
+
+def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: float) -> Tensor:
+    """See :func:`densreg.ops.pnorm_backward`."""
+    if g.numel() == 0:
+        return torch.empty_like(g)
+    g, stride, dense, out = _in_and_out(g)
+    row = accumulation_dtype(g.dtype)
+    with on(g.device):
+        _gradient_of(as_row(grad, row), g, stride, as_row(peak, row), as_row(total, row), p, dense)
+    return out if dense is out else out.copy_(dense)
+
+
+def pnorm_dual(g: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """See :func:`densreg.ops.pnorm_dual`."""
+    if g.numel() == 0:
+        return g.new_zeros(g.shape[0], dtype=accumulation_dtype(g.dtype)), torch.empty_like(g)
+    g, stride, dense, out = _in_and_out(g)
+    with on(g.device):
+        norm, peak, total = _norm_of(g, stride, p, dense)
+        if _rung_of(g, p) is None:
+            _gradient_of(None, g, stride, peak, total, p, dense)
+    return norm, out if dense is out else out.copy_(dense)
