@@ -31,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
 SOURCES = ["csrc/register.cpp", "csrc/cpu/softmax.cpp", "csrc/cpu/pnorm.cpp"]
-CUDA_SOURCES = ["csrc/cuda/softmax.cu"]
+CUDA_SOURCES = ["csrc/cuda/register.cpp", "csrc/cuda/softmax.cu", "csrc/cuda/pnorm.cu"]
 
 # Ampere, Hopper, Blackwell; the code of the last one as PTX too, which the drivers of later GPUs compile.
 CUDA_TARGETS = "8.0 9.0 10.0+PTX"
@@ -240,7 +240,7 @@ class BuildExtension(build_ext):
                 first = [nvcc, *options, *include, "-I", str(find_in(home, "cuda_runtime.h"))]
             else:
                 flags = shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CXXFLAGS", ""))
-                first = [*compiler, *COMPILE, *(["-DDENSREG_CUDA"] if toolkit else []), *include, *flags]
+                first = [*compiler, *COMPILE, *include, *flags]
             commands[target] = [*first, "-c", str(root / source), "-o", target]
             sources[target] = str(root / source)
         compile_all(commands, sources, folder)

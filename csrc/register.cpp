@@ -8,10 +8,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/pnorm.h"
 #include "cpu/softmax.h"
-#ifdef DENSREG_CUDA
-#include "cuda/pnorm.h"
-#include "cuda/softmax.h"
-#endif
 
 namespace densreg::cpu {
 
@@ -55,11 +51,3 @@ STABLE_TORCH_LIBRARY_IMPL(densreg, CPU, m) {
   m.impl("pnorm_backward", TORCH_BOX(&densreg::cpu::pnorm_backward));
   m.impl("pnorm_dual", TORCH_BOX(&densreg::cpu::pnorm_dual));
 }
-
-#ifdef DENSREG_CUDA
-STABLE_TORCH_LIBRARY_IMPL(densreg, CUDA, m) {
-  m.impl("softmax.cuda", TORCH_BOX(&densreg::cuda::softmax));
-  m.impl("softmax_backward.cuda", TORCH_BOX(&densreg::cuda::softmax_backward));
-  m.impl("log_softmax_difference.cuda", TORCH_BOX(&densreg::cuda::log_softmax_difference));
-}
-#endif

@@ -25,7 +25,7 @@ namespace densreg::cuda {
 
 struct Rung {
   int threads;  // of a team
-  int vectors;  // of 16 bytes that each of them holds in registers, or fewer: kHeld
+  int vectors;  // of 16 bytes that each of them holds in registers, or fewer: vectors_of
 };
 
 // The ladder of team sizes: a row is held by the first team that can. Reasoned, not measured: small teams keep all
@@ -43,15 +43,14 @@ inline constexpr Rung kSplit = {256, 8};
 // A row of more chunks has longer ones: each of its blocks reads what all of them found.
 inline constexpr int64_t kMaxChunks = 512;
 #endif
+static_assert(kSplit.threads > 32, "a chunk is the work of a block");
 
-// Vectors that a thread may hold when a kernel holds `rows` rows at once: 32 numbers in registers, in the dtype of the
-// sums (16 for float64, which takes two registers each).
-template <class Raw, int ROWS>
-inline constexpr int kHeld = (std::is_same_v<Raw, double> ? 16 : 32) / kLanes<Raw> / ROWS;
-
+// Vectors that a thread holds of each row, in a kernel that holds `rows` of them at once: 32 numbers in all, and half as
+// many in float64, which takes two registers for each (and whose functions take the most).
 template <class Raw, int ROWS>
 constexpr int vectors_of(Rung rung) {
-  return std::clamp(rung.vectors, 1, kHeld<Raw, ROWS>);
+  constexpr bool wide = std::is_same_v<Raw, double>;
+  return std::clamp(wide ? rung.vectors / 2 : rung.vectors, 1, (wide ? 16 : 32) / kLanes<Raw> / ROWS);
 }
 
 // Calls f(threads, vectors) with the rung (as compile-time numbers) that holds a row of n elements; false if none does.

@@ -18,8 +18,8 @@ DENSREG_DEVICE Acc<Raw> exp_difference(Acc<Raw> f, Acc<Raw> m) {
   const A y = exponential(x);
   if constexpr (sizeof(Raw) == 2) return y;
   const A b = x - f;
-  const A low = (f - (x - b)) - (m + b);
-  return y + y * (magnitude(low) <= 1 ? low : A(0));  // at infinities low is a NaN
+  const A rest = y * ((f - (x - b)) - (m + b));
+  return magnitude(rest) < y ? y + rest : y;  // not where it is a NaN: at infinities
 }
 
 // What is subtracted from the logits of a row: its maximum. Zero where that is infinite, so that nothing but -inf sums
