@@ -1,6 +1,7 @@
 """Checks on the environment that would otherwise show as puzzling failures; and the backends."""
 
 import collections
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -19,6 +20,14 @@ from densreg import ops
 
 if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
     raise pytest.UsageError("torch.compile needs a C++ compiler: apt-get install g++ python3-dev")
+
+# The CUDA kernels compiled for the CPU (tests/emulation), in the processes that tests/test_cuda.py starts.
+EMULATION = os.environ.get("DENSREG_TEST_EMULATION")
+if EMULATION:
+    torch.ops.load_library(EMULATION)
+    _emulation = ctypes.CDLL(EMULATION)
+    _emulation.densreg_calls.restype = ctypes.c_int64
+    ops._extensions.append(_emulation)
 
 if ops.MISSING is not None:
     raise pytest.UsageError(f"the tests need the C++ extension, which is missing: {ops.MISSING}")
@@ -48,6 +57,8 @@ def pytest_generate_tests(metafunc):
         backends = [name for name in ops.BACKENDS if ops.missing(name) is None and ops._serves(name, DEVICE)]
         if metafunc.definition.get_closest_marker("dispatcher"):
             backends.remove("torch")
+        if metafunc.definition.get_closest_marker("host_checks"):
+            backends = [name for name in backends if name != "cuda" and DEVICE == "cpu"]
         metafunc.parametrize("backend", backends, indirect=True)
 
 

@@ -69,6 +69,34 @@ def test_extreme_rows_give_what_torch_gives(dtype, p, row):
     torch.testing.assert_close(gradient.double(), expected[1], rtol=2 * HALF_ULP[dtype], atol=1e-6, equal_nan=True)
 
 
+LONG_ROWS = {  # (from, to, value): what a row of 20,000 entries holds there
+    "zeros": [(0, 20_000, 0.0)],
+    "one entry": [(0, 20_000, 0.0), (12_345, 12_346, -2.0)],
+    "growing": [(0, 9000, 1e-6), (9000, 17_000, 1.0), (17_000, 20_000, 1e3)],
+    "shrinking": [(0, 9000, 1e3), (9000, 17_000, 1.0), (17_000, 20_000, 1e-6)],
+    "ties far apart": [(0, 1, 50.0), (12_345, 12_346, -50.0), (19_999, 20_000, 50.0)],
+    "an infinity": [(12_345, 12_346, -inf)],
+    "infinities": [(0, 1, inf), (19_999, 20_000, -inf)],
+    "a nan": [(12_345, 12_346, nan)],
+    "nan and inf": [(0, 1, inf), (19_999, 20_000, nan)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("spans", LONG_ROWS.values(), ids=LONG_ROWS)
+def test_extreme_long_rows_give_what_torch_gives(dtype, p, spans):
+    """What is found in one part of a row is put together with the others."""
+    g = torch.randn(3, 20_000, dtype=torch.float64).to(dtype)
+    for begin, end, value in spans:
+        g[1, begin:end] = value
+    norm, gradient = _norm_and_gradient(g, p)
+    expected = _reference(g.double(), p)
+    torch.testing.assert_close(norm.double(), expected[0], rtol=2e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(gradient.double(), expected[1], rtol=max(4e-6, 2 * HALF_ULP[dtype]), atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(ops.pnorm_dual(g, p), (norm, gradient), equal_nan=True)
+
+
 @pytest.mark.parametrize("p", [*ORDERS, 1.01, 50])
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-40, 1e-30, 1e-10, 1e10, 1e30, 1e37])
 def test_no_over_or_underflow(p, magnitude):

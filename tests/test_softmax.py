@@ -83,6 +83,17 @@ def test_backward_values(backward, dtype, scale, label_smoothing):
     assert error(grad, expected) < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@BACKWARDS
+def test_backward_of_long_rows(backward, dtype):
+    logits, u = torch.randn(2, 40_003, dtype=dtype), torch.randn(2, 40_003, dtype=dtype)
+    l, a, target = torch.randn(2), torch.randn(2), torch.tensor([40_002, 17])
+    bound = 1e-13 if dtype == torch.float64 else 2e-6
+    for upstream, v in ((u, u), (None, torch.zeros_like(u))):
+        expected = _reference_gradient(logits, target, l, a, v, 0.1)
+        assert error(backward(logits, target, l, a, upstream, 0.1), expected) < bound
+
+
 @pytest.mark.parametrize("given_gradients", range(8))
 @BACKWARDS
 def test_backward_takes_any_of_the_gradients(backward, given_gradients):
@@ -116,6 +127,32 @@ def test_extreme_rows_give_what_torch_gives(dtype, row, target, label_smoothing)
     for actual, expected in zip(outputs[:3], softmax_reference(logits.double(), targets, label_smoothing), strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=2 * HALF_ULP[dtype], atol=1e-6, equal_nan=True)
         assert actual[[0, 2]].isfinite().all(), "a row poisoned another"
+
+
+LONG_ROWS = {  # (from, to, value): what a row of 20,000 classes holds there
+    "masked blocks": [(0, 9000, -inf), (17_000, 20_000, -inf)],
+    "one class left": [(0, 19_999, -inf)],
+    "all -inf": [(0, 20_000, -inf)],
+    "a nan": [(12_345, 12_346, nan)],
+    "a nan among -inf": [(0, 20_000, -inf), (12_345, 12_346, nan)],
+    "a +inf": [(12_345, 12_346, inf)],
+    "a +inf, a nan, and masked blocks": [(0, 9000, -inf), (17_000, 17_001, inf), (19_999, 20_000, nan)],
+    "large": [(0, 5, 1e4), (12_345, 12_346, -1e4), (19_990, 20_000, 1e4)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("spans", LONG_ROWS.values(), ids=LONG_ROWS)
+def test_extreme_long_rows_give_what_torch_gives(dtype, spans, label_smoothing):
+    """Whole blocks of a row: what is found in one part of it must not spoil, or be missed by, another."""
+    logits = torch.randn(3, 20_000, dtype=torch.float64).to(dtype)
+    for begin, end, value in spans:
+        logits[1, begin:end] = value
+    targets = torch.tensor([5, 19_999, 10_000])
+    actual = ops.softmax(logits, targets, label_smoothing)
+    for a, b in zip(actual[:3], softmax_reference(logits.double(), targets, label_smoothing), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=max(2e-6, 2 * HALF_ULP[dtype]), atol=6e-8, equal_nan=True)
 
 
 def test_largest_fp16_logits():
@@ -158,10 +195,12 @@ def test_scale_keeps_what_fp16_would_lose():
         torch.randn(4, 18)[:, ::2],
         torch.randn(1, 9).expand(4, 9),
         torch.randn(4, 1).expand(4, 9),
+        torch.randn(4, 40_000)[:, 3:],
+        torch.randn(5, 39)[1:, 1:],
         torch.randn(0, 9),
         torch.randn(4, 1),
     ],
-    ids=["transposed", "strided", "expanded rows", "expanded classes", "no rows", "one class"],
+    ids=["transposed", "strided", "expanded rows", "expanded classes", "part of long rows", "part of rows", "no rows", "one class"],
 )
 def test_strides_and_empty(logits):
     outputs = ops.softmax(logits)
@@ -177,6 +216,7 @@ def test_only_what_is_asked_for():
 
 
 @pytest.mark.no_call
+@pytest.mark.host_checks
 def test_target_out_of_range():
     for bad in (4, -1, -101):
         with pytest.raises(ValueError, match=rf"class {bad}; wanted classes in \[0, 4\)"):

@@ -14,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "../arguments.h"
 #include "../calls.h"
 #include "simd.h"
 
@@ -102,10 +103,6 @@ Tensor empty(const std::array<int64_t, N>& sizes, ScalarType dtype) {
   }
 #endif
   return tensor;
-}
-
-inline ScalarType row_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 }  // namespace densreg::cpu

@@ -8,12 +8,6 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-enum class Order { one, two, general, inf };
-
-Order order_of(double p) {
-  return p == 1 ? Order::one : p == 2 ? Order::two : std::isinf(p) ? Order::inf : Order::general;
-}
-
 template <class V>
 DENSREG_INLINE typename V::F magnitude(typename V::F x) {
   using I = typename V::I;
@@ -230,27 +224,6 @@ struct Dual {
     }
   }
 };
-
-// Whether every row g[b] is one dense block of memory, in whatever order of dimensions, and the rows follow each other.
-bool dense_rows(const Tensor& g) {
-  if (g.numel() == 0 || g.is_contiguous()) return true;
-  const int64_t d = g.dim();
-  int64_t expected = 1;
-  bool used[64] = {};
-  for (int64_t found = 1; found < d;) {  // by increasing stride
-    bool advanced = false;
-    for (int64_t i = 1; i < d; ++i) {
-      if (used[i]) continue;
-      if (g.size(i) == 1 || g.stride(i) == expected) {
-        used[i] = advanced = true;
-        expected *= g.size(i);
-        ++found;
-      }
-    }
-    if (!advanced) return false;
-  }
-  return g.size(0) == 1 || g.stride(0) == expected;
-}
 
 }  // namespace
 

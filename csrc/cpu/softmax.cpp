@@ -420,25 +420,6 @@ struct BackwardAcross {
   }
 };
 
-Tensor rows_contiguous(const Tensor& t) {  // each row dense; rows may repeat or be apart
-  return t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-template <class T>
-const T* data_or_null(const std::optional<Tensor>& t) {
-  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
-}
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  if (!t) return std::nullopt;
-  return t->is_contiguous() ? *t : torch::stable::contiguous(*t);
-}
-
-std::optional<Tensor> contiguous_as(const std::optional<Tensor>& t, ScalarType dtype) {
-  if (!t) return std::nullopt;
-  return contiguous(t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype));
-}
-
 void check_rows(const char* op, const char* what, const std::optional<Tensor>& t, int64_t rows) {
   if (!t) return;
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == rows && t->is_cpu(), "densreg::", op, ": ", what,

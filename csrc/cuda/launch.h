@@ -1,0 +1,158 @@
+// From an operator's arguments to a kernel: storage type, size of the team, device, stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/macros/Macros.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "../arguments.h"
+#include "../calls.h"
+#include "row.h"
+
+// Weak: a torch without CUDA has no such function, and loads the library all the same.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace densreg::cuda {
+
+struct Rung {
+  int threads;  // of a team
+  int vectors;  // of 16 bytes that each of them holds in registers, or fewer: vectors_of
+};
+
+// The ladder of team sizes: a row is held by the first team that can. Reasoned, not measured: small teams keep all
+// lanes busy at C = 10 to 100, a warp needs no barrier, 256 threads leave room for several blocks on a multiprocessor,
+// and beyond 1024 threads there is no larger block.
+#ifdef DENSREG_CUDA_LADDER  // the tests' emulation, to reach every rung with small rows
+inline constexpr Rung kLadder[] = DENSREG_CUDA_LADDER;
+inline constexpr Rung kSplit = DENSREG_CUDA_SPLIT;
+inline constexpr int64_t kMaxChunks = DENSREG_CUDA_MAX_CHUNKS;
+#else
+inline constexpr Rung kLadder[] = {{4, 1}, {16, 1}, {32, 2}, {32, 8}, {256, 8}, {1024, 4}};
+// Longer rows: chunks of one block each, of the same size on every GPU, so that a row's sums are the same everywhere.
+// 8192 elements of float32 make 984 blocks of B = 8, C = 1,000,000: one wave of an H100, eight blocks a multiprocessor.
+inline constexpr Rung kSplit = {256, 8};
+// A row of more chunks has longer ones: each of its blocks reads what all of them found.
+inline constexpr int64_t kMaxChunks = 512;
+#endif
+static_assert(kSplit.threads > 32, "a chunk is the work of a block");
+
+// Vectors that a thread holds of each row, in a kernel that holds `rows` of them at once: 32 numbers in all, and half as
+// many in float64, which takes two registers for each (and whose functions take the most).
+template <class Raw, int ROWS>
+constexpr int vectors_of(Rung rung) {
+  constexpr bool wide = std::is_same_v<Raw, double>;
+  return std::clamp(wide ? rung.vectors / 2 : rung.vectors, 1, (wide ? 16 : 32) / kLanes<Raw> / ROWS);
+}
+
+// Calls f(threads, vectors) with the rung (as compile-time numbers) that holds a row of n elements; false if none does.
+template <class Raw, int ROWS, size_t I = 0, class F>
+bool on_ladder(int64_t n, F f) {
+  if constexpr (I == std::size(kLadder)) {
+    return false;
+  } else {
+    constexpr int threads = kLadder[I].threads, vectors = vectors_of<Raw, ROWS>(kLadder[I]);
+    // Wherever the row begins: with up to N - 1 elements of the first vector before it.
+    if (n + kLanes<Raw> - 1 <= static_cast<int64_t>(threads) * vectors * kLanes<Raw>) {
+      f(std::integral_constant<int, threads>{}, std::integral_constant<int, vectors>{});
+      return true;
+    }
+    return on_ladder<Raw, ROWS, I + 1>(n, f);
+  }
+}
+
+template <class Raw>
+Split split_of(int64_t n) {
+  constexpr int64_t tile = static_cast<int64_t>(kSplit.threads) * vectors_of<Raw, 1>(kSplit) * kLanes<Raw>;
+  const int64_t tiles = (n + tile - 1) / tile;
+  const int64_t size = std::max<int64_t>(1, (tiles + kMaxChunks - 1) / kMaxChunks) * tile;
+  STD_TORCH_CHECK(size <= 0x40000000, "densreg: a row of ", n, " elements is longer than the kernels go");
+  return {std::max<int64_t>(1, (n + size - 1) / size), size};
+}
+
+// The device of a tensor made current, and its current stream: what an operator does happens there.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "densreg: CUDA tensors in a torch without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // One block for every kTeams of `teams` teams of T threads. Nothing waits for it.
+  template <int T, class Args>
+  void launch(void (*kernel)(Args), int64_t teams, const Args& args) const {
+    const int64_t blocks = (teams + Team<T>::kTeams - 1) / Team<T>::kTeams;
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= 0x7fffffff, "densreg: ", blocks, " blocks are more than CUDA has");
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(Team<T>::kThreads);
+    config.stream = stream_;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+    STD_TORCH_CHECK(error == cudaSuccess, "densreg: the kernel was not launched: ", cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// Calls f with a value of the storage type of a dtype.
+template <class F>
+void for_dtype(ScalarType dtype, const char* op, F f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    default: STD_TORCH_CHECK(false, "densreg::", op, ": wanted float16, bfloat16, float32 or float64");
+  }
+}
+
+// A fresh contiguous tensor on the device of another, from torch's allocator.
+template <size_t N>
+Tensor empty(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType dtype) {
+  std::array<int64_t, N> strides;
+  int64_t stride = 1;
+  for (size_t i = N; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, sizes[i]);
+  }
+  const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float16();
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(N), sizes.data(), strides.data(), type,
+                                                  device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+inline void check_rows(const char* op, const char* what, const std::optional<Tensor>& t, const Tensor& like) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == like.size(0) && same_device(*t, like), "densreg::", op, ": ", what,
+                  " must be a tensor of shape [", like.size(0), "] on the device of the other arguments");
+}
+
+template <class A, class T>
+A* data(const T& t) {
+  return static_cast<A*>(t.data_ptr());
+}
+
+}  // namespace densreg::cuda

@@ -1,0 +1,391 @@
+// pnorm, pnorm_dual and pnorm_backward on CUDA. The mathematics is in densreg/ops.py.
+//
+// A row that a team can hold is read once, for the norm and the dual direction too (pnorm_rows). A longer one is split
+// into chunks: one kernel leaves the peak and the total of every chunk, the next puts those of its row together.
+#include "pnorm.h"
+
+#include "launch.h"
+
+namespace densreg::cuda {
+namespace {
+
+// Magnitudes are compared as integers: in that order infinity comes after every number, and a NaN after infinity.
+DENSREG_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+DENSREG_DEVICE uint64_t bits_of(double x) {
+  return static_cast<uint64_t>(__double_as_longlong(x)) & 0x7fffffffffffffffull;
+}
+DENSREG_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+DENSREG_DEVICE double from_bits(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+
+// The power of two that brings a magnitude near one (a subnormal one as near as it goes): exact, where a quotient or
+// the reciprocal of a subnormal number is not.
+DENSREG_DEVICE float power_of_two_for(float peak) {
+  const uint32_t exponent = bits_of(peak) >> 23;
+  return from_bits((254u - (exponent < 1 ? 1u : exponent > 253 ? 253u : exponent)) << 23);
+}
+DENSREG_DEVICE double power_of_two_for(double peak) {
+  const uint64_t exponent = bits_of(peak) >> 52;
+  return from_bits((2046 - (exponent < 1 ? uint64_t{1} : exponent > 2045 ? uint64_t{2045} : exponent)) << 52);
+}
+
+// A row's peak, and how its elements are measured against it.
+template <class A>
+struct Peak {
+  A value;
+  A divisor;         // the peak, or one for a row of zeros
+  A scale, inverse;  // x scale inverse = x / divisor, without overflow
+
+  DENSREG_DEVICE explicit Peak(A peak) : value(peak), divisor(peak == 0 ? A(1) : peak) {
+    scale = power_of_two_for(divisor);
+    inverse = 1 / (divisor * scale);
+  }
+
+  // What an element adds to the total; then to be multiplied by unit().
+  DENSREG_DEVICE A term(A x, Order order, A p) const {
+    const A y = x * scale;
+    return order == Order::two   ? y * y
+           : order == Order::one ? magnitude(y)
+           : order == Order::inf ? A(magnitude(x) == value)
+                                 : power(magnitude(x) / divisor, p);
+  }
+  DENSREG_DEVICE A unit(Order order) const {
+    return order == Order::two ? inverse * inverse : order == Order::one ? inverse : A(1);
+  }
+  // What the total of a part with another peak counts in this one.
+  DENSREG_DEVICE A weight(A other, Order order, A p) const {
+    if (order == Order::inf) return A(other == value);
+    const A r = other * scale * inverse;
+    return order == Order::two ? r * r : order == Order::one ? r : power(other / divisor, p);
+  }
+};
+
+// The total of a row of n elements: as it was summed, but where that means nothing.
+template <class A>
+DENSREG_DEVICE A total_of(A peak, A sum, Order order, int64_t n) {
+  if (order == Order::inf) return peak == 0 ? static_cast<A>(n > 1 ? n : 1) : sum > 1 ? sum : A(1);
+  return peak == 0 || peak == kInfinity<A> ? A(1) : peak != peak ? peak : sum;
+}
+
+template <class A>
+DENSREG_DEVICE A norm_of(A peak, A total, Order order, A p) {
+  return order == Order::inf ? peak
+                             : peak * (order == Order::one   ? total
+                                       : order == Order::two ? root(total)
+                                                             : power(total, 1 / p));
+}
+
+// The gradient of a row's norm: sign(g) (|g| / peak)^(p-1) total^(1/p - 1), times the gradient that arrives.
+template <class A>
+struct Dual {
+  Peak<A> peak;
+  A factor;
+  A p_less_one;
+  Order order;
+
+  // p - 1 and 1/p - 1 come from the host, where p is a double: near p = 1 float32 would round them away.
+  DENSREG_DEVICE Dual(Peak<A> of, A total, A grad, Order order, A p_less_one, A exponent)
+      : peak(of), p_less_one(p_less_one), order(order) {
+    factor = grad * (order == Order::one   ? A(1)
+                     : order == Order::two ? 1 / root(total)
+                     : order == Order::inf ? 1 / total
+                                           : power(total, exponent));
+  }
+
+  DENSREG_DEVICE A operator()(A x) const {
+    if (order == Order::two) return x * peak.scale * peak.inverse * factor;
+    A y = 1;
+    if (order == Order::inf) y = A(magnitude(x) == peak.value);
+    if (order == Order::general) {
+      y = power(magnitude(x) / peak.divisor, p_less_one);
+      if (y != y) return y;  // here a NaN stays; in the sign it is 0, as torch's is
+    }
+    return (x > 0 ? y : x < 0 ? -y : A(0)) * factor;
+  }
+};
+
+template <class Raw>
+struct NormArgs {
+  using A = Acc<Raw>;
+  const Raw* g;
+  int64_t rows;
+  int64_t n;
+  A p, p_less_one, exponent;  // p, p - 1 and 1/p - 1
+  Order order;
+  A* norm;
+  A* peak;    // null in pnorm_dual
+  A* total;   // null in pnorm_dual
+  Raw* dual;  // or null
+  Split split;
+  A* partial;  // [2, rows * chunks]: of each chunk peak and total
+};
+
+template <class Raw>
+DENSREG_DEVICE void finish_row(const NormArgs<Raw>& a, int64_t row, Acc<Raw> peak, Acc<Raw> total) {
+  a.norm[row] = norm_of(peak, total, a.order, a.p);
+  if (a.peak) a.peak[row] = peak;
+  if (a.total) a.total[row] = total;
+}
+
+template <class Raw, int T, int V>
+__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_rows(NormArgs<Raw> a) {
+  using A = Acc<Raw>;
+  constexpr int N = kLanes<Raw>;
+  const int64_t row = Team<T>::index();
+  const bool there = row < a.rows;
+  const int lane = Team<T>::lane();
+  const Raw* g = a.g + (there ? row * a.n : 0);
+  const Cut cut{there ? static_cast<int>(a.n) : 0, Cut::shift_of(g)};
+  A x[V][N];
+  auto bits = bits_of(A(0));
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    cut.load(g, lane + j * T, A(0), x[j]);
+#pragma unroll
+    for (int e = 0; e < N; ++e) bits = Max{}(bits, bits_of(x[j][e]));
+  }
+  const Peak<A> peak(from_bits(team_reduce<T>(bits, Max{})));
+  A total = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) total += peak.term(x[j][e], a.order, a.p);
+  }
+  total = total_of(peak.value, team_reduce<T>(total, Sum{}) * peak.unit(a.order), a.order, a.n);
+  if (there && lane == 0) finish_row(a, row, peak.value, total);
+  if (!there || !a.dual) return;
+  const Dual<A> dual(peak, total, A(1), a.order, a.p_less_one, a.exponent);
+  Raw* out = a.dual + row * a.n;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) x[j][e] = dual(x[j][e]);
+    cut.store(out, lane + j * T, x[j]);
+  }
+}
+
+// Peak and total of a chunk, in partial.
+template <class Raw, int T, int V>
+__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_partial(NormArgs<Raw> a) {
+  using A = Acc<Raw>;
+  constexpr int N = kLanes<Raw>;
+  const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
+  const int lane = Team<T>::lane();
+  const Raw* g = a.g + row * a.n + a.split.begin(chunk);
+  const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
+  auto bits = bits_of(A(0));
+  A total = 0;
+  for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
+    A x[V][N];
+    auto larger = bits;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      cut.load(g, tile + lane + j * T, A(0), x[j]);
+#pragma unroll
+      for (int e = 0; e < N; ++e) larger = Max{}(larger, bits_of(x[j][e]));
+    }
+    larger = team_reduce<T>(larger, Max{});
+    const Peak<A> peak(from_bits(larger));
+    if (total != 0) total *= peak.weight(from_bits(bits), a.order, a.p);
+    bits = larger;
+    A of_tile = 0;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) of_tile += peak.term(x[j][e], a.order, a.p);
+    }
+    total += of_tile * peak.unit(a.order);
+  }
+  total = team_reduce<T>(total, Sum{});
+  if (lane == 0) {
+    a.partial[item] = from_bits(bits);
+    a.partial[a.rows * a.split.chunks + item] = total;
+  }
+}
+
+// A row's peak and total from those of its chunks, and the dual direction of one chunk; without it one block a row.
+template <class Raw, int T, int V>
+__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_finish(NormArgs<Raw> a) {
+  using A = Acc<Raw>;
+  constexpr int N = kLanes<Raw>;
+  const int64_t item = blockIdx.x;
+  const int64_t row = a.dual ? item / a.split.chunks : item, chunk = a.dual ? item % a.split.chunks : 0;
+  const int lane = Team<T>::lane();
+  const A* partial = a.partial + row * a.split.chunks;
+  auto bits = bits_of(A(0));
+  for (int64_t c = lane; c < a.split.chunks; c += T) bits = Max{}(bits, bits_of(partial[c]));
+  const Peak<A> peak(from_bits(team_reduce<T>(bits, Max{})));
+  A total = 0;
+  for (int64_t c = lane; c < a.split.chunks; c += T) {
+    total += partial[a.rows * a.split.chunks + c] * peak.weight(partial[c], a.order, a.p);
+  }
+  total = total_of(peak.value, team_reduce<T>(total, Sum{}), a.order, a.n);
+  if (lane == 0 && chunk == 0) finish_row(a, row, peak.value, total);
+  if (!a.dual) return;
+  const Dual<A> dual(peak, total, A(1), a.order, a.p_less_one, a.exponent);
+  const Raw* g = a.g + row * a.n + a.split.begin(chunk);
+  Raw* out = a.dual + row * a.n + a.split.begin(chunk);
+  const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
+  for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      A x[N];
+      cut.load(g, tile + lane + j * T, A(0), x);
+#pragma unroll
+      for (int e = 0; e < N; ++e) x[e] = dual(x[e]);
+      cut.store(out, tile + lane + j * T, x);
+    }
+  }
+}
+
+template <class Raw>
+struct BackwardArgs {
+  using A = Acc<Raw>;
+  const Raw* g;
+  int64_t rows;
+  int64_t n;
+  A p_less_one, exponent;
+  Order order;
+  const A* grad;
+  const A* peak;
+  const A* total;
+  Raw* out;
+  Split split;
+};
+
+// One team for each chunk: a row that a team can hold is a chunk.
+template <class Raw, int T, int V>
+__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_backward_chunks(BackwardArgs<Raw> a) {
+  using A = Acc<Raw>;
+  constexpr int N = kLanes<Raw>;
+  const int64_t item = Team<T>::index(), row = item / a.split.chunks, chunk = item % a.split.chunks;
+  if (row >= a.rows) return;  // nothing is shared here
+  const int lane = Team<T>::lane();
+  const Dual<A> dual(Peak<A>(a.peak[row]), a.total[row], a.grad[row], a.order, a.p_less_one, a.exponent);
+  const Raw* g = a.g + row * a.n + a.split.begin(chunk);
+  Raw* out = a.out + row * a.n + a.split.begin(chunk);
+  const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
+  for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
+    A x[V][N];
+#pragma unroll
+    for (int j = 0; j < V; ++j) cut.load(g, tile + lane + j * T, A(0), x[j]);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) x[j][e] = dual(x[j][e]);
+      cut.store(out, tile + lane + j * T, x[j]);
+    }
+  }
+}
+
+void check(const char* op, const Tensor& g) {
+  STD_TORCH_CHECK(g.dim() >= 2, "densreg::", op, ": g must be a tensor of shape [rows, ...]");
+}
+
+// Norms, and peak and total (pnorm) or the dual direction (pnorm_dual): where they are given.
+void forward(const char* op, const Tensor& g, double p, const Tensor& norm, const Tensor* peak, const Tensor* total,
+             const Tensor* dual) {
+  const OnDevice device(g);
+  const int64_t rows = g.size(0), n = rows ? g.numel() / rows : 0;
+  for_dtype(g.scalar_type(), op, [&](auto zero) {
+    using Raw = decltype(zero);
+    using A = Acc<Raw>;
+    NormArgs<Raw> args{data<const Raw>(g),
+                       rows,
+                       n,
+                       static_cast<A>(p),
+                       static_cast<A>(p - 1),
+                       static_cast<A>(1 / p - 1),
+                       order_of(p),
+                       data<A>(norm),
+                       peak ? data<A>(*peak) : nullptr,
+                       total ? data<A>(*total) : nullptr,
+                       dual ? data<Raw>(*dual) : nullptr,
+                       {},
+                       nullptr};
+    const bool held = on_ladder<Raw, 1>(n, [&](auto threads, auto vectors) {
+      device.launch<threads>(pnorm_rows<Raw, threads, vectors>, rows, args);
+    });
+    if (held) return;
+    constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
+    args.split = split_of<Raw>(n);
+    const int64_t items = rows * args.split.chunks;
+    const Tensor partial = empty<2>(g, {2, items}, row_dtype(g.scalar_type()));
+    args.partial = data<A>(partial);
+    device.launch<T>(pnorm_partial<Raw, T, V>, items, args);
+    device.launch<T>(pnorm_finish<Raw, T, V>, dual ? items : rows, args);
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
+  check("pnorm", g);
+  count_call(Op::pnorm, Kernel::cuda);
+  if (!dense_rows(g)) g = torch::stable::contiguous(g);
+  const auto row = row_dtype(g.scalar_type());
+  Tensor norm = empty<1>(g, {g.size(0)}, row);
+  Tensor peak = empty<1>(g, {g.size(0)}, row);
+  Tensor total = empty<1>(g, {g.size(0)}, row);
+  forward("pnorm", g, p, norm, &peak, &total, nullptr);
+  return {norm, peak, total};
+}
+
+std::tuple<Tensor, Tensor> pnorm_dual(Tensor g, double p) {
+  check("pnorm_dual", g);
+  count_call(Op::pnorm_dual, Kernel::cuda);
+  const OnDevice device(g);
+  Tensor out = torch::stable::empty_like(g);  // g's memory format
+  const bool direct = dense_rows(g);
+  if (!direct) g = torch::stable::contiguous(g);
+  const Tensor dense = direct ? out : torch::stable::empty_like(g);
+  Tensor norm = empty<1>(g, {g.size(0)}, row_dtype(g.scalar_type()));
+  forward("pnorm_dual", g, p, norm, nullptr, nullptr, &dense);
+  if (!direct) torch::stable::copy_(out, dense);
+  return {norm, out};
+}
+
+Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p) {
+  const char* op = "pnorm_backward";
+  check(op, g);
+  check_rows(op, "grad", grad, g);
+  check_rows(op, "peak", peak, g);
+  check_rows(op, "total", total, g);
+  count_call(Op::pnorm_backward, Kernel::cuda);
+  const OnDevice device(g);
+  Tensor out = torch::stable::empty_like(g);  // g's memory format
+  const bool direct = dense_rows(g);
+  if (!direct) g = torch::stable::contiguous(g);
+  const Tensor dense = direct ? out : torch::stable::empty_like(g);
+  const int64_t rows = g.size(0), n = rows ? g.numel() / rows : 0;
+  const auto row = row_dtype(g.scalar_type());
+  const auto grads = contiguous_as(grad, row), peaks = contiguous_as(peak, row), totals = contiguous_as(total, row);
+  for_dtype(g.scalar_type(), op, [&](auto zero) {
+    using Raw = decltype(zero);
+    using A = Acc<Raw>;
+    BackwardArgs<Raw> args{data<const Raw>(g),
+                           rows,
+                           n,
+                           static_cast<A>(p - 1),
+                           static_cast<A>(1 / p - 1),
+                           order_of(p),
+                           data_or_null<A>(grads),
+                           data_or_null<A>(peaks),
+                           data_or_null<A>(totals),
+                           data<Raw>(dense),
+                           {1, n}};
+    // Nothing is held: the rungs of several teams a block are for short rows, and the blocks of the split for the rest.
+    constexpr int V = vectors_of<Raw, 2>(kSplit);
+    if (n <= 3 * kLanes<Raw>) {
+      device.launch<4>(pnorm_backward_chunks<Raw, 4, 1>, rows, args);
+    } else if (n <= 32 * V * kLanes<Raw>) {
+      device.launch<32>(pnorm_backward_chunks<Raw, 32, V>, rows, args);
+    } else {
+      args.split = split_of<Raw>(n);
+      device.launch<kSplit.threads>(pnorm_backward_chunks<Raw, kSplit.threads, V>, rows * args.split.chunks, args);
+    }
+  });
+  if (!direct) torch::stable::copy_(out, dense);
+  return out;
+}
+
+}  // namespace densreg::cuda

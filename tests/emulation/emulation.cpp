@@ -1,0 +1,21 @@
+// What the emulated kernels need of a CUDA torch, and what densreg/ops.py asks of a library that counts calls.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "../../csrc/calls.h"
+
+// Found before torch's own: the library is linked with -Bsymbolic.
+extern "C" {
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+
+__attribute__((visibility("default"))) int64_t densreg_calls(int op, int kernel) {
+  return densreg::calls[op][kernel].load();
+}
+}
