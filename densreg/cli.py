@@ -1,10 +1,11 @@
-"""The command line: ``densreg train``, ``densreg stability`` and ``densreg info``."""
+"""The command line: ``densreg train``, ``densreg evaluate``, ``densreg stability`` and ``densreg info``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from densreg.data import DATA_SETS
@@ -102,6 +103,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", default="runs/stability", metavar="DIR", help="folder for stability.csv and stability-DATA.png")
     add("--overwrite", action="store_true", help="replace what is already in the folder")
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure trained classifiers: robustness, attributions, out-of-distribution detection",
+        description="Measure runs of densreg train on their test images; writes evaluation.json, evaluation.csv and "
+        "pictures, and prints a table. Several runs of one data set are compared side by side.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = evaluate.add_argument
+    add("folders", nargs="*", metavar="RUN", help="folder that densreg train has written")
+    add(
+        "--metrics", nargs="+", default=["accuracy"], metavar="NAME", help="what is measured; --list says what there is"
+    )
+    add("--list", action="store_true", help="print the metrics with their options and defaults, and stop")
+    add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of metrics; METRIC.OPTION=VALUE for one")
+    add("--data", metavar="NAME", help="data set; by default the run's, and another one is an error")
+    add("--data-dir", metavar="DIR", help="folder of the data set; by default the run's")
+    add("--out", metavar="DIR", help="folder for the results; by default RUN/evaluation")
+    add("--test-size", type=int, metavar="N", help="use the first N test images only")
+    add("--batch-size", type=int, metavar="N", help="images at a time, which bounds the memory; by default the run's")
+    add("--seed", type=int, default=0, metavar="N", help="of what is random in a metric")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")
+    add("--threads", type=int, metavar="N", help="threads of torch on the CPU")
+    add("--overwrite", action="store_true", help="replace results that are already in the folder")
+
     commands.add_parser("info", help="say what is installed, and which backend serves which device")
     return parser
 
@@ -174,6 +199,19 @@ def _stability(options: dict) -> int:
     return 0
 
 
+def _evaluate(options: dict) -> int:
+    from densreg import evaluation
+
+    if options.pop("list"):
+        print(evaluation.describe())
+        return 0
+    options["options"] = evaluation.parse_options(options.pop("set"), options["metrics"])
+    out = options["out"]
+    results = evaluation.evaluate(**options)
+    print(f"results: {out or Path(options['folders'][0]) / 'evaluation'}\n\n{evaluation.markdown(results)}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a training that broke off, 2 for a bad request."""
     options = vars(_parser().parse_args(argv))
@@ -186,9 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
     try:
-        return {"train": _train, "stability": _stability}[command](options)
+        return {"train": _train, "evaluate": _evaluate, "stability": _stability}[command](options)
     except ModuleNotFoundError as error:
-        return fail(f"{error.name} is not installed: pip install 'densreg[train]'", 2)
+        extra = "evaluate" if command == "evaluate" else "train"
+        named = "pip install" in str(error)
+        return fail(str(error) if named else f"{error.name} is not installed: pip install 'densreg[{extra}]'", 2)
     except (ValueError, TypeError) as error:
         return fail(str(error), 2)
     except TrainingError as error:
