@@ -69,6 +69,7 @@ def perturb(
     random_start: bool = True,
     generator: torch.Generator | None = None,
     unit: Tensor | float = 1.0,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Images near x on which the cross-entropy is higher (Madry et al., ICLR 2018); the last iterate.
 
@@ -86,6 +87,7 @@ def perturb(
         generator: where it is drawn from, on x's device; None is torch's global one.
         unit: of eps and step_size in pixels, to be broadcast with x: for a ball in normalised space, the standard
             deviation of each channel, [channels, 1, 1].
+        start: begin at x + unit * start, [B, ...], instead of at a point that is drawn here.
 
     Returns:
         [B, ...] without graph, in the ball (up to rounding) and in [0, 1].
@@ -103,7 +105,9 @@ def perturb(
         # x is in [0, 1] itself, so that going back into the range goes nearer to x: never out of the ball.
         return ((x + unit * project(delta, norm, eps)).clamp(0, 1) - x) / unit
 
-    delta = valid(uniform_in_ball(x, norm, eps, generator)) if random_start else torch.zeros_like(x)
+    if start is None:
+        start = uniform_in_ball(x, norm, eps, generator) if random_start else torch.zeros_like(x)
+    delta = valid(start)
     for _ in range(steps):
         with torch.enable_grad():
             delta.requires_grad_()

@@ -126,7 +126,7 @@ def draw_activation_maximisation(
         chosen = {name: options[name] for name in names}
         parts = [maximise(model, part, shape, device, seed, **chosen) for part in numbers.split(batch_size)]
         for axes, image, number in zip(row, torch.cat(parts).cpu(), numbers.tolist(), strict=True):
-            axes.imshow(image.permute(1, 2, 0).squeeze(2), cmap="gray", vmin=0, vmax=1)
+            axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
             axes.set_title(f"class {number}", fontsize="small")
         row[0].set_ylabel(run, fontsize="small")

@@ -285,7 +285,7 @@ def draw_insertion(
     for axes in rows.flat:
         axes.set(xticks=[], yticks=[])
     for axes, image, label in zip(rows[0], x.cpu(), y.tolist(), strict=True):
-        axes.imshow(image.permute(1, 2, 0).squeeze(2), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(f"label {label}", fontsize="small")
     for row, (run, model) in zip(rows[1:], models.items(), strict=True):
         with torch.no_grad():
@@ -295,7 +295,9 @@ def draw_insertion(
         areas = _areas(model, x, classes, ranking(maps), options["baseline"], options["points"])
         for axes, attribution, of, area in zip(row, maps.cpu().abs().sum(1), classes.tolist(), areas, strict=True):
             # Each map has its own scale: a smoother model's are smaller, and it is where they lie that is looked at.
-            axes.imshow(attribution, cmap="inferno", vmin=0, vmax=attribution.flatten().quantile(0.99).item() or 1)
+            axes.imshow(
+                attribution.numpy(), cmap="inferno", vmin=0, vmax=attribution.flatten().quantile(0.99).item() or 1
+            )
             axes.set_title(f"class {of}, AUC {area:.2f}", fontsize="small")
         row[0].set_ylabel(run, fontsize="small")
     figure.suptitle(f"attribution to the {options['target']}: {options['method']}", fontsize="medium")
