@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -98,7 +100,7 @@ def _is_right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return model(x).argmax(1) == y
 
 
-def _starts(x: Tensor, norm: float, eps: float, numbers: list[tuple[int, ...]]) -> Tensor:
+def _starts(x: Tensor, norm: float, eps: float, numbers: Sequence[tuple[int, ...]]) -> Tensor:
     """A random point of the ball for each image, drawn on the CPU from its own numbers: batches do not matter."""
     one = torch.zeros(1, *x.shape[1:])
     return torch.cat([attacks.uniform_in_ball(one, norm, eps, data.seeded(*number)) for number in numbers]).to(x)
