@@ -476,6 +476,7 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     for i, row in enumerate(rows, 1):
         yield f"{i}/{len(rows)}: {row.config.out}"
         begun = any((Path(row.config.out) / file).exists() for file in runs.FILES)
+        torch.compiler.reset()  # or the limit of compilations of one function is met
         training.fit(row.config, resume=begun)
         table.append(_describe(row) | measured(row, wanted.measures, budget))
         paper = wanted.figures.get(row.key, (None,) * len(wanted.columns))
