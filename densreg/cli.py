@@ -1,4 +1,4 @@
-"""The command line: ``densreg train``, ``densreg evaluate``, ``densreg stability`` and ``densreg info``."""
+"""The command line: ``densreg train``, ``evaluate``, ``reproduce``, ``stability`` and ``info``."""
 
 from __future__ import annotations
 
@@ -127,6 +127,35 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="threads of torch on the CPU")
     add("--overwrite", action="store_true", help="replace results that are already in the folder")
 
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="the paper's tables and figures: train what is missing, measure, compare",
+        description="Train what is missing of an experiment of the paper, measure it, and write a table with the "
+        "paper's figures beside ours. May be stopped at any time and called again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = reproduce.add_argument
+    add("experiment", metavar="NAME", help="table1, table3 to table7, fig2a, fig4 or fig7; list says what they are")
+    add("--data-dir", metavar="DIR", help="folder of the data sets, as torchvision lays them out")
+    add("--download", action="store_true", help="let torchvision download what is absent")
+    add("--out", metavar="DIR", help="folder for the tables; by default runs/reproduce/NAME")
+    add("--runs", default="runs/reproduce", metavar="DIR", help="folder of the run directories, for all experiments")
+    add("--methods", nargs="+", metavar="NAME", help="some of the methods; by default the experiment's")
+    add("--models", nargs="+", metavar="NAME", help="models; by default the experiment's")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="trainings of each method")
+    add("--epochs", type=int, metavar="N", help="by default the paper's")
+    add("--train-size", type=int, metavar="N", help="use the first N training images only")
+    add("--val-size", type=int, metavar="N", help="hold the last N training images out, and measure these")
+    add("--test-size", type=int, metavar="N", help="measure the first N images only")
+    add("--coeff", nargs="+", default=[], metavar="METHOD=X[,X]", help="coefficients of a method; a row for each")
+    add("--p", type=float, nargs="+", metavar="P", help="orders of the norm; by default the experiment's")
+    add("--match-norms", action="store_true", help="coefficient times pixels^(1/2 - 1/p): penalties of equal size")
+    add("--config", nargs="+", default=[], metavar="[METHOD.]OPTION=VALUE", help="options of densreg train")
+    add("--set", nargs="+", default=[], metavar="METRIC.OPTION=VALUE", help="options of metrics, as densreg evaluate")
+    add("--batch-size", type=int, default=250, metavar="N", help="images at a time in the measurements")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")
+    add("--threads", type=int, metavar="N", help="threads of torch on the CPU")
+
     commands.add_parser("info", help="say what is installed, and which backend serves which device")
     return parser
 
@@ -212,6 +241,30 @@ def _evaluate(options: dict) -> int:
     return 0
 
 
+def _reproduce(options: dict) -> int:
+    from densreg import evaluation, reproduce
+
+    name, out = options.pop("experiment"), options.pop("out")
+    if name == "list":
+        for known, experiment in reproduce.EXPERIMENTS.items():
+            print(f"{known:8}{experiment.what}\n        methods: {', '.join(experiment.methods)}")
+        print(f"fig2a   {reproduce.FIG2A}")
+        return 0
+    if name != "fig2a":
+        metrics = {measure.metric for measure in reproduce.experiment(name).measures}
+        options["options"] = evaluation.parse_options(options.pop("set"), metrics)
+    else:
+        options.pop("set")
+    options["coeff"] = reproduce.parse_coeff(options["coeff"])
+    options["config"] = reproduce.parse_config(options["config"])
+    options["norms"] = options.pop("p")
+    for key in ("methods", "models", "seeds", "norms"):
+        options[key] = None if options[key] is None else tuple(options[key])
+    for line in reproduce.run(name, reproduce.Budget(**options), out or f"runs/reproduce/{name}"):
+        print(line, flush=True)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a training that broke off, 2 for a bad request."""
     options = vars(_parser().parse_args(argv))
@@ -224,9 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
     try:
-        return {"train": _train, "evaluate": _evaluate, "stability": _stability}[command](options)
+        run = {"train": _train, "evaluate": _evaluate, "reproduce": _reproduce, "stability": _stability}[command]
+        return run(options)
     except ModuleNotFoundError as error:
-        extra = "evaluate" if command == "evaluate" else "train"
+        extra = "evaluate" if command in ("evaluate", "reproduce") else "train"
         named = "pip install" in str(error)
         return fail(str(error) if named else f"{error.name} is not installed: pip install 'densreg[{extra}]'", 2)
     except (ValueError, TypeError) as error:
@@ -234,8 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         return fail(str(error), 1)
     except KeyboardInterrupt:
-        resume = "; add --resume to go on from the last checkpoint" if command == "train" else ""
-        return fail(f"interrupted{resume}", 130)
+        resume = {"train": "; add --resume to go on from the last checkpoint", "reproduce": "; call it again to go on"}
+        return fail(f"interrupted{resume.get(command, '')}", 130)
 
 
 if __name__ == "__main__":

@@ -431,7 +431,8 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     cls = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return cls(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    # Fused: one pass over the weights instead of ten.
+    return cls(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -497,8 +498,7 @@ class _Watch:
 
     def see(self, step: int, out: StepOutput, parameters: Sequence[Tensor]) -> Tensor:
         """Whether this step (from 1) is not finite, on the device: called after the step, with its gradients."""
-        gradients = [w.grad for w in parameters if w.grad is not None]
-        gradient = torch.nn.utils.get_total_norm(gradients, math.inf)  # the largest: a sum of squares might overflow
+        gradient = _largest([w.grad for w in parameters if w.grad is not None])
         number = torch.full_like(self.first[0], step)
         seen = torch.stack([number, *(value.to(number.dtype) for value in (out.loss, gradient, out.largest))])
         bad = ~seen[1:3].isfinite().all()
@@ -514,6 +514,14 @@ class _Watch:
             f"step {step:.0f} is the first whose loss or gradient is not finite (loss {loss:.4g}, "
             f"largest gradient {gradient:.4g}, largest logit {logit:.4g}, {f'path {path}' if path else 'no penalty'})"
         )
+
+
+def _largest(gradients: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value, or NaN; the Euclidean norm's sum of squares might overflow."""
+    if not gradients or gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients, math.inf)
+    # That norm is not vectorised on the CPU: for an MLP's million weights it takes as long as a fifth of the step.
+    return torch.stack([bound.abs() for g in gradients for bound in torch.aminmax(g)]).max()
 
 
 # --------------------------------------------------------------------------------------------------------------------

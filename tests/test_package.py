@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     *("version", "ops", "functional", "paths", "penalty", "second_order", "directional", "objective"),
-    *("runs", "data", "models", "training", "stability", "evaluation", "cli"),
+    *("runs", "data", "models", "attacks", "training", "stability", "evaluation", "reproduce", "cli"),
 )
 
 
