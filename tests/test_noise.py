@@ -17,15 +17,16 @@ def _draws(number, seed, samples):
     return [torch.randn(SHAPE, generator=generator).double() for _ in range(samples)]
 
 
-def test_quadratic_by_hand():
+@pytest.mark.parametrize("of_each", ["image", "mean"])
+def test_quadratic_by_hand(of_each):
     """The gradient of the logit is center - x: noise d moves it by |d|, whatever the image."""
     centers, images = torch.rand(4, *SHAPE), split()
     result = noise_robustness(
-        Quadratic(centers), images, device="cpu", batch_size=3, seed=5, sigmas=(0.1, 0.3), samples=2
+        Quadratic(centers), images, device="cpu", batch_size=3, seed=5, sigmas=(0.1, 0.3), samples=2, relative=of_each
     )
     x = pixels(images).double()
     for sigma in (0.1, 0.3):
-        moved, relative, nats = [], [], []
+        moved, relative, nats, sizes = [], [], [], []
         for number, label in enumerate(images.labels.tolist()):
 
             def log_p(image):
@@ -35,7 +36,10 @@ def test_quadratic_by_hand():
                 noisy = x[number] + sigma * unit
                 moved.append((sigma * unit).norm() / (centers[label] - x[number]).norm())
                 nats.append((log_p(noisy) - log_p(x[number])).abs())
-                relative.append(nats[-1] / log_p(x[number]).abs())
+                sizes.append(log_p(x[number]).abs())
+                relative.append(nats[-1] / sizes[-1])
+        if of_each == "mean":
+            relative = [nats_ / torch.stack(sizes).mean() for nats_ in nats]
         for name, values in (("gradient", moved), ("density", relative), ("density_nats", nats)):
             assert result[f"{name}_{sigma}"] == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
     assert len(result) == 6
@@ -79,6 +83,7 @@ def test_zero_gradient_is_named():
     [
         ({"sigmas": (0.1, 0.0)}, r"sigmas must be above 0 and at most 1000, got 0\.0"),
         ({"samples": 0}, "samples must be in"),
+        ({"relative": "sum"}, "relative must be mean or image, got 'sum'"),
         ({"of": "score"}, "of must be logit, loss or density, got 'score'"),
     ],
 )
