@@ -22,6 +22,7 @@ import torch
 
 from densreg import data as datasets
 from densreg import evaluation, models, runs, training
+from densreg.evaluation import samples
 from densreg.version import __version__
 
 TABLE, ROWS, CONFIG, MEASURED = "table.md", "table.csv", "config.json", "measured.json"
@@ -278,6 +279,15 @@ EXPERIMENTS = {
     ),
 }
 
+_NEEDS = {
+    "accuracy": ("tqdm", "train"),
+    "pgd": ("tqdm", "train"),
+    "leakage": ("captum.attr", "evaluate"),
+    "autoattack": ("pyautoattack", "autoattack"),
+    "out_of_distribution": ("sklearn.metrics", "evaluate"),
+}
+"""What a metric imports, and the extra with it: better said now than after hours."""
+
 FIG2A = "Figure 2a: the norm of the penalty's gradient over training by every path, as densreg stability"
 
 NAMES = (*EXPERIMENTS, "fig2a")
@@ -468,8 +478,8 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     outside = [str(m.options["data"]) for m in wanted.measures if m.metric == "out_of_distribution"]
     for data in dict.fromkeys([*wanted.data, *outside]):  # before hours of training
         datasets.load(data, budget.data_dir, budget.download)
-    for measure in wanted.measures:
-        evaluation.metric(measure.metric)  # its extra
+    for module, extra in (("matplotlib.figure", "train"), *(_NEEDS[m.metric] for m in wanted.measures)):
+        samples.require(module, extra)
     rows = rows_of(name, budget)
     folder = runs.open_run(out, True)
     table: list[dict[str, Any]] = []
@@ -620,6 +630,15 @@ def _ratio(rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]
     return f"{statistics.mean(values) / statistics.mean(standard):.3f}"
 
 
+def _plain(value: Any) -> Any:
+    """As JSON can hold it, which has no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
 def _write(
     folder: Path,
     name: str,
@@ -646,7 +665,7 @@ def _write(
         "versions": {"densreg": __version__, "torch": str(torch.__version__)},
         "runs": dict(zip((Path(row.config.out).name for row in rows), configs, strict=False)),
     }
-    text = json.dumps(about, indent=2, default=str).replace("Infinity", '"inf"') + "\n"
+    text = json.dumps(_plain(about), indent=2) + "\n"
     page = f"# {wanted.what}\n\n{markdown(wanted, table)}\n"
     try:
         runs.write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
