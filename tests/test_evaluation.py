@@ -115,14 +115,14 @@ def test_options_as_text():
     texts = [
         "samples=3",
         "insertion.points=7",
-        "fractions=0.5,1",
+        "fractions=1/4,1",
         "data=svhn",
         "fit=TRUE",
         "images=none",
         "classes=1,2",
     ]
     assert parse_options(texts, names) == {
-        "pixel_perturbation": {"samples": 3, "fractions": (0.5, 1.0)},
+        "pixel_perturbation": {"samples": 3, "fractions": (0.25, 1.0)},
         "insertion": {"samples": 3, "points": 7},
         "out_of_distribution": {"data": "svhn", "fit": True, "images": None},
         "activation_maximisation": {"classes": (1, 2)},
@@ -138,6 +138,7 @@ def test_options_as_text():
         ("accuracy.points=3", "--set accuracy.points=3: wanted an option of the metrics"),
         ("points=many", "--set points=many: wanted a value of type int"),
         ("points=1.5", "--set points=1.5: wanted a value of type int"),
+        ("sigma=1/0", "--set sigma=1/0: wanted a value of type float"),
     ],
 )
 def test_bad_option_texts(text, message, run, capsys):
@@ -294,12 +295,14 @@ def test_results_before_an_error_are_kept(run, tmp_path, capsys):
     assert [*json.loads((out / "evaluation.json").read_text())["results"]["short"]] == ["accuracy"]
 
 
-def test_full_disk(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("writes", ["write_csv", "save_picture"])
+def test_full_disk(writes, run, tmp_path, monkeypatch, capsys):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "write_csv", full)
-    assert cli.main(["evaluate", str(run), "--out", str(tmp_path / "out")]) == 1
+    monkeypatch.setattr(runs, writes, full)
+    command = ["evaluate", str(run), "--metrics", "activation_maximisation", "--set", "steps=1"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.endswith("out: No space left on device\n")
 
 

@@ -7,13 +7,14 @@ a metric follows from the seed and the number of the image: the size of the batc
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def options_of(name: str) -> dict[str, Any]:
 def parse_options(texts: Iterable[str], names: Collection[str]) -> dict[str, dict[str, Any]]:
     """The options of metrics from texts, OPTION=VALUE for all metrics that have it or METRIC.OPTION=VALUE for one.
 
-    Values are of the type of the option: several are separated by commas.
+    Values are of the type of the option; several are separated by commas, and a number may be a fraction (8/255).
 
     Args:
         names: the metrics.
@@ -146,6 +147,9 @@ def _parse(text: str, hint: Any) -> Any:
         return tuple(_parse(part, inner[0]) for part in text.split(",") if part)
     if hint is bool:
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse()
+    if hint is float and "/" in text:
+        above, below = map(float, text.split("/", 1))
+        return above / below if below else _refuse()
     if hint in (int, float, str):
         return hint(text)
     return _refuse()
@@ -321,7 +325,8 @@ def evaluate(
                 drawing = getattr(importlib.import_module(function.__module__), draw)
                 of_metric = {run: results[run][name] for run in loaded}
                 figure = drawing(loaded, split, of_metric, **common, **chosen[name])
-                runs.save_picture(folder / f"{name}.png", figure)
+                with _writing(folder):
+                    runs.save_picture(folder / f"{name}.png", figure)
     return results
 
 
@@ -357,8 +362,14 @@ def markdown(results: Results) -> str:
 
 def _write(folder: Path, about: Mapping[str, Any], results: Results) -> None:
     text = json.dumps({**about, "results": results}, indent=2, default=str) + "\n"
-    try:
+    with _writing(folder):
         runs.write_atomically(folder / RESULTS, lambda file: file.write(text.encode()))
         runs.write_csv(folder / TABLE, rows_of(results))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise runs.TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error
