@@ -11,6 +11,7 @@ from typing import NoReturn
 from densreg.data import DATA_SETS
 from densreg.models import OWN_MODELS
 from densreg.paths import PATHS
+from densreg.regularizers import REGULARIZERS
 from densreg.runs import TrainingError
 from densreg.version import __version__
 
@@ -56,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, metavar="N", help="side of the images of synthetic and folder")
     add("--no-augment", dest="augment", action="store_false", help="do not crop and flip training images")
     add("--model", default="mlp", metavar="NAME", help=f"{', '.join(OWN_MODELS)} or any torchvision classifier")
+    add("--regularizer", default="density", metavar="NAME", help=f"what is penalized: {', '.join(REGULARIZERS)}")
+    add(
+        "--regularizer-options",
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="of the regularizer: densreg/regularizers.py",
+    )
     add("--path", default="fused", metavar="NAME", help=f"how the score is computed: {', '.join(PATHS)} or directional")
     add("--interval", type=int, default=1, metavar="N", help="the penalty on every N-th step only, N times as heavy")
     add("--fraction", type=float, default=1.0, metavar="X", help="the penalty of so large a part of the batch only")
@@ -70,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--milestones", type=float, nargs="+", metavar="X", help="of step: parts of the epochs; /10 at each")
     add("--momentum", type=float, default=0.9, metavar="X", help="of sgd")
     add("--test-size", type=int, metavar="N", help="use the first N test images only")
+    add("--val-size", type=int, metavar="N", help="hold the last N training images out, in place of the test images")
     add("--max-steps", type=int, metavar="N", help="stop after N steps")
     add("--log-every", type=int, default=50, metavar="N", help="steps between two rows of steps.csv")
     add("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints; by default one an epoch")
@@ -207,13 +217,28 @@ def _info() -> int:
     return 0
 
 
+def _numbers(options: Sequence[str]) -> dict[str, float]:
+    """OPTION=VALUE, of numbers and of true and false."""
+    numbers: dict[str, float] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        try:
+            number = {"true": True, "false": False}.get(value.lower())
+            numbers[name] = float(value) if number is None else number
+        except ValueError as error:
+            raise ValueError(f"--regularizer-options takes OPTION=NUMBER, got {option!r}") from error
+    return numbers
+
+
 def _train(options: dict) -> int:
     from densreg import training
 
     overwrite, resume = options.pop("overwrite"), options.pop("resume")
+    options["regularizer_options"] = _numbers(options["regularizer_options"])
     if options["out"] is None:
         o = options
-        options["out"] = f"runs/{o['data']}-{o['model']}-{o['path']}-p{o['p']:g}-c{o['coeff']:g}-s{o['seed']}"
+        penalty = o["path"] if o["regularizer"] == "density" else o["regularizer"]
+        options["out"] = f"runs/{o['data']}-{o['model']}-{penalty}-p{o['p']:g}-c{o['coeff']:g}-s{o['seed']}"
     config = training.Config(**options)
     training.fit(config, overwrite=overwrite, resume=resume)
     print(f"run directory: {config.out}")

@@ -105,7 +105,10 @@ class Split:
 
     def first(self, n: int | None) -> Split:
         """The first n samples; all of them for None."""
-        return self if n is None else replace(self, images=self.images[:n], labels=self.labels[:n])
+        return self if n is None else self._part(slice(n))
+
+    def _part(self, part: slice) -> Split:
+        return replace(self, images=self.images[part], labels=self.labels[part])
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,18 @@ class DataSet:
         """(channels, H, W) of what the model sees."""
         images, _ = self.test.batch(torch.arange(1), torch.Generator())
         return tuple(images.shape[1:])
+
+    def held_out(self, n: int) -> DataSet:
+        """The last n training images as the test images, seen as test images are, and no longer trained on.
+
+        Raises:
+            DataError: none would be left to train on.
+        """
+        left = len(self.train) - n
+        if left < 1:
+            raise DataError(f"val_size {n} leaves none of {self.name}'s {len(self.train)} training images")
+        val = replace(self.train._part(slice(left, None)), transform=self.test.transform)
+        return replace(self, train=self.train.first(left), test=val)
 
 
 def seeded(*numbers: int) -> torch.Generator:

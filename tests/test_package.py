@@ -14,8 +14,8 @@ from densreg import ops
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
-    *("version", "ops", "functional", "paths", "penalty", "second_order", "directional", "objective"),
-    *("runs", "data", "models", "attacks", "training", "stability", "evaluation", "reproduce", "cli"),
+    *("version", "ops", "functional", "paths", "penalty", "attacks", "regularizers", "second_order", "directional"),
+    *("objective", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli"),
 )
 
 
