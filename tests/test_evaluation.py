@@ -208,6 +208,21 @@ def test_command(run, tmp_path, capsys):
     assert len(json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]["short"]) == 1
 
 
+def test_held_out_images(run, tmp_path, capsys):
+    """The runs' own, with the accuracy that the training saw; none where they held out different ones."""
+    held_out = _train(tmp_path / "held_out", val_size=100, test_size=None)
+    results = evaluation.evaluate([held_out], val=True)
+    with (held_out / "metrics.csv").open() as file:
+        seen = float([*csv.DictReader(file)][-1]["test_accuracy"])
+    assert results["held_out"]["accuracy"]["clean"] == pytest.approx(seen)
+    assert results != evaluation.evaluate([held_out], overwrite=True)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--val"]) == 2
+    assert capsys.readouterr().err.endswith("--val: the run short held out no images, wanted some\n")
+    assert cli.main(["evaluate", str(held_out), str(run), "--val", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("--val: the run short held out no images, wanted 100\n")
+
+
 def test_default_folder(run, capsys):
     assert cli.main(["evaluate", str(run)]) == 0
     assert capsys.readouterr().out.startswith(f"results: {run / 'evaluation'}\n\n| metric | quantity | short |\n")

@@ -247,6 +247,7 @@ def evaluate(
     data: str | None = None,
     data_dir: str | None = None,
     test_size: int | None = None,
+    val: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -265,6 +266,8 @@ def evaluate(
         out: the folder for the files; by default ``evaluation`` in the run's own, where there is only one.
         data, data_dir: by default those of the first run's configuration; another data set than the runs' is an error.
         test_size: use the first so many test images.
+        val: use the training images that the runs held out (``val_size`` in their configuration) in place of the test
+            images: to choose a coefficient, for one.
         batch_size: by default the first run's; it bounds the memory.
         seed: of what is random in a metric.
         options: by metric; see the metrics.
@@ -294,6 +297,8 @@ def evaluate(
     loaded, configs = load_runs(folders, on, data)
     config = next(iter(configs.values()))
     dataset = _dataset(config, data_dir)
+    if val:
+        dataset = dataset.held_out(_val_size(configs))
     for run, model in loaded.items():
         _check_fits(run, model, dataset, on)
     common: dict[str, Any] = {"device": on, "batch_size": batch_size or config["batch_size"], "seed": seed}
@@ -303,6 +308,7 @@ def evaluate(
     about = {
         "data": dataset.name,
         "note": dataset.note,
+        "split": "val" if val else "test",
         "images": len(split),
         "batch_size": common["batch_size"],
         "seed": seed,
@@ -334,6 +340,16 @@ def _dataset(config: Mapping[str, Any], data_dir: str | None) -> data.DataSet:
     """The data set of a run's configuration, images of the test split without augmentation."""
     known: dict[str, Any] = {name: config.get(name) for name in ("classes", "image_size")}
     return data.load(config["data"], data_dir or config.get("data_dir"), augment=False, **known)
+
+
+def _val_size(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many images all the runs held out; raises ValueError where that is not one number."""
+    sizes = {run: config.get("val_size") or 0 for run, config in configs.items()}
+    first = next(iter(sizes.values()))
+    for run, size in sizes.items():
+        if size == 0 or size != first:
+            raise ValueError(f"--val: the run {run} held out {size or 'no'} images, wanted {first or 'some'}")
+    return first
 
 
 # --------------------------------------------------------------------------------------------------------------------
