@@ -81,7 +81,7 @@ def pgd(
                 _check(attacked, clean, order, budget, unit)
                 robust[left] = _is_right(model, attacked, labels)
             right[1 + i] += robust.sum().item()
-    parts = (right / len(split)).double().tolist()
+    parts = (right.double() / len(split)).tolist()
     return {"clean": parts[0], **{f"l{norm}_{e:g}": part for e, part in zip(budgets, parts[1:], strict=True)}}
 
 

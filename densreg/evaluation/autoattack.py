@@ -82,7 +82,7 @@ def autoattack(
                     right[1 + i] += robust.sum().item()
         finally:
             sys.settrace(trace)
-    parts = (right / len(split)).double().tolist()
+    parts = (right.double() / len(split)).tolist()
     return {"clean": parts[0], **{f"l{norm}_{e:g}": part for e, part in zip(budgets, parts[1:], strict=True)}}
 
 
