@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add = train.add_argument
     add("--data", default="digits", metavar="NAME", help=f"one of {', '.join(DATA_SETS)}")
     add("--classes", type=int, metavar="N", help="of the data set synthetic; by default 10")
-    add("--image-size", type=int, metavar="N", help="side of the images of synthetic and folder")
+    add("--image-size", type=int, metavar="N", help="side of the images of synthetic, folder, waterbirds, celeba-hair")
     add("--no-augment", dest="augment", action="store_false", help="do not crop and flip training images")
     add("--model", default="mlp", metavar="NAME", help=f"{', '.join(OWN_MODELS)} or any torchvision classifier")
     add("--regularizer", default="density", metavar="NAME", help=f"what is penalized: {', '.join(REGULARIZERS)}")
@@ -65,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION=VALUE",
         help="of the regularizer: densreg/regularizers.py",
     )
+    add("--softplus", type=float, metavar="BETA", help="SoftPlus in place of every ReLU; by default ReLU")
+    add("--adversarial", default="none", metavar="NAME", help="train on perturbed images: none, fgsm or pgd")
+    add("--adversarial-eps", type=float, metavar="X", help="how far, in pixels in [0, 1]")
+    add("--adversarial-norm", type=float, default=math.inf, metavar="P", help="in which norm, 2 or inf")
+    add("--adversarial-steps", type=int, metavar="N", help="of pgd; by default 10")
+    add("--adversarial-step-size", type=float, metavar="X", help="of pgd; by default 2.5 eps / steps")
+    add("--group-dro", type=float, metavar="ETA", help="the worst group's cross-entropy; by default the mean")
+    add("--balance-groups", action="store_true", help="draw training images of each group equally often")
     add("--path", default="fused", metavar="NAME", help=f"how the score is computed: {', '.join(PATHS)} or directional")
     add("--interval", type=int, default=1, metavar="N", help="the penalty on every N-th step only, N times as heavy")
     add("--fraction", type=float, default=1.0, metavar="X", help="the penalty of so large a part of the batch only")
@@ -131,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-dir", metavar="DIR", help="folder of the data set; by default the run's")
     add("--out", metavar="DIR", help="folder for the results; by default RUN/evaluation")
     add("--test-size", type=int, metavar="N", help="use the first N test images only")
+    add("--val", action="store_true", help="use the training images that the runs held out by --val-size instead")
     add("--batch-size", type=int, metavar="N", help="images at a time, which bounds the memory; by default the run's")
     add("--seed", type=int, default=0, metavar="N", help="of what is random in a metric")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")
@@ -237,8 +247,13 @@ def _train(options: dict) -> int:
     options["regularizer_options"] = _numbers(options["regularizer_options"])
     if options["out"] is None:
         o = options
-        penalty = o["path"] if o["regularizer"] == "density" else o["regularizer"]
-        options["out"] = f"runs/{o['data']}-{o['model']}-{penalty}-p{o['p']:g}-c{o['coeff']:g}-s{o['seed']}"
+        names = [o["data"], o["model"], o["path"] if o["regularizer"] == "density" else o["regularizer"]]
+        names += [f"p{o['p']:g}", f"c{o['coeff']:g}"]
+        names += [f"softplus{o['softplus']:g}"] if o["softplus"] is not None else []
+        names += [f"{o['adversarial']}{o['adversarial_eps'] or 0:g}"] if o["adversarial"] != "none" else []
+        names += [f"dro{o['group_dro']:g}"] if o["group_dro"] is not None else []
+        names += ["balanced"] if o["balance_groups"] else []
+        options["out"] = "runs/" + "-".join([*names, f"s{o['seed']}"])
     config = training.Config(**options)
     training.fit(config, overwrite=overwrite, resume=resume)
     print(f"run directory: {config.out}")

@@ -105,7 +105,7 @@ _LEAKAGE = Measure("leakage", ("l2", "share_l2"))
 _PGD = Measure("pgd", ("l2", "linf"))
 _PGD_CIFAR = Measure("pgd", ("l2", "linf"), {"norm": "inf", "eps": (1 / 255, 2 / 255, 4 / 255)})
 _PGD_CIFAR_2 = Measure("pgd", ("l2", "linf"), {"norm": "2", "eps": (0.25, 0.5, 1.0)})
-_AUTOATTACK = Measure("autoattack", ("autoattack",), {"norm": "inf", "eps": (2 / 255,)})
+_AUTOATTACK = Measure("autoattack", ("l2", "linf"), {"norm": "inf", "eps": (2 / 255,)})
 
 
 def _on(data: str, model: str, rows: Mapping[str, tuple[float, ...]]) -> dict[tuple[str, str, str], tuple[float, ...]]:

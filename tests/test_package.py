@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     *("version", "ops", "functional", "paths", "penalty", "attacks", "regularizers", "second_order", "directional"),
-    *("objective", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli"),
+    *("objective", "groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli"),
 )
 
 
