@@ -55,10 +55,13 @@ METHODS = {
     "hessian": Method("Hessian", {"regularizer": "hessian"}),
     "cure": Method("CURE", {"regularizer": "cure"}),
     "softplus": Method("SoftPlus activations", {"coeff": 0.0, "softplus": 10.0}),
-    "fgsm_training": Method("adversarial training, FGSM", {"coeff": 0.0, "adversarial": "fgsm"}),
-    "pgd_training": Method("adversarial training, PGD", {"coeff": 0.0, "adversarial": "pgd"}),
+    "fgsm_training": Method(
+        "adversarial training, FGSM", {"coeff": 0.0, "adversarial": "fgsm", "adversarial_eps": 0.1}
+    ),
+    "pgd_training": Method("adversarial training, PGD", {"coeff": 0.0, "adversarial": "pgd", "adversarial_eps": 0.1}),
 }
-"""Beside a Config's defaults. The paper's InputGrad is taken to be the gradient of the label logit (assumed)."""
+"""Beside a Config's defaults. Assumed: the paper's InputGrad is the gradient of the label logit, the beta of SoftPlus,
+adversarial training in Linf and its eps."""
 
 
 @dataclass(frozen=True)
@@ -750,13 +753,13 @@ def _draw_maps(wanted: Experiment, rows: Sequence[Row], table: Sequence[Mapping[
     figure = Figure(figsize=(1.1 * len(x), 2.2 * (1 + len(first))), layout="constrained")
     grid = figure.subplots(1 + len(first), len(x), squeeze=False)
     for axes, image in zip(grid[0], x, strict=True):
-        axes.imshow(image[0], cmap="gray")
+        axes.imshow(image[0].numpy(), cmap="gray")
     for line, row in zip(grid[1:], first, strict=True):
         model, _ = models.load_checkpoint(row.config.out)
         maps = attribute(model, x, y, torch.arange(len(x)), "integrated_gradients")
         for axes, values in zip(line, maps.sum(1), strict=True):
             largest = float(values.abs().max()) or 1.0
-            axes.imshow(values, cmap="seismic", vmin=-largest, vmax=largest)
+            axes.imshow(values.cpu().numpy(), cmap="seismic", vmin=-largest, vmax=largest)
         line[0].set_ylabel(METHODS[row.method].label)
     for axes in grid.flat:
         axes.set_xticks([])
