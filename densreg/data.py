@@ -7,6 +7,7 @@ resumed in the middle of an epoch skips to its batch, and workers change nothing
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,11 +83,13 @@ class Split:
         images: [N, channels, H, W] uint8, in memory or in files.
         labels: [N] int64.
         transform: from a float batch in [0, 1] and a random generator to what the model sees.
+        groups: [N] int64, where the data set has groups.
     """
 
     images: Tensor | Files
     labels: Tensor
     transform: Transform | None = None
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,7 +108,22 @@ class Split:
 
     def first(self, n: int | None) -> Split:
         """The first n samples; all of them for None."""
-        return self if n is None else replace(self, images=self.images[:n], labels=self.labels[:n])
+        return self if n is None else self._part(slice(n))
+
+    def _part(self, part: slice) -> Split:
+        groups = None if self.groups is None else self.groups[part]
+        return replace(self, images=self.images[part], labels=self.labels[part], groups=groups)
+
+    def check_groups(self, count: int, what: str) -> Tensor:
+        """The groups [N]; raises DataError unless there are some, and each of the count has an image."""
+        if self.groups is None:
+            raise DataError(f"{what} needs a data set with groups: {', '.join(_GROUPED)}")
+        sizes = torch.bincount(self.groups, minlength=count).tolist()
+        if 0 in sizes:
+            raise DataError(
+                f"{what}: group {sizes.index(0)} of {count} has no images among these {len(self)}: take more of them"
+            )
+        return self.groups
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,7 @@ class DataSet:
         classes: number of classes.
         mean, std: per channel, of pixels in [0, 1], for the model's normalisation; 0 and 1 for none.
         note: what a user must know of it: that it is a subset, for one.
+        groups: names of the groups, where it has some: what is classified, and what goes along with it.
     """
 
     name: str
@@ -125,12 +144,25 @@ class DataSet:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     note: str = ""
+    groups: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(channels, H, W) of what the model sees."""
         images, _ = self.test.batch(torch.arange(1), torch.Generator())
         return tuple(images.shape[1:])
+
+    def held_out(self, n: int) -> DataSet:
+        """The last n training images as the test images, seen as test images are, and no longer trained on.
+
+        Raises:
+            DataError: none would be left to train on.
+        """
+        left = len(self.train) - n
+        if left < 1:
+            raise DataError(f"val_size {n} leaves none of {self.name}'s {len(self.train)} training images")
+        val = replace(self.train._part(slice(left, None)), transform=self.test.transform)
+        return replace(self, train=self.train.first(left), test=val)
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -147,6 +179,7 @@ def batches(
     numbers: range | None = None,
     workers: int = 0,
     pin_memory: bool = False,
+    balanced: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of a split, ``(images, labels)`` as :meth:`Split.batch` gives them; only the last may be smaller.
 
@@ -155,11 +188,19 @@ def batches(
         numbers: which batches; all of them for None.
         workers: processes that prepare batches; with 0 this one does.
         pin_memory: see :class:`torch.utils.data.DataLoader`.
+        balanced: draw as many images as the split has, with replacement, each group as likely as any other.
 
     Raises:
         DataError: a file is damaged; it is named.
     """
-    order = torch.arange(len(split)) if seed is None else torch.randperm(len(split), generator=seeded(seed, epoch))
+    if seed is None:
+        order = torch.arange(len(split))
+    elif balanced:
+        assert split.groups is not None
+        weights = 1 / torch.bincount(split.groups).double()
+        order = torch.multinomial(weights[split.groups], len(split), replacement=True, generator=seeded(seed, epoch))
+    else:
+        order = torch.randperm(len(split), generator=seeded(seed, epoch))
     parts = order.split(batch_size)
     keys = [(parts[i], (seed or 0, epoch, i + 1)) for i in (range(len(parts)) if numbers is None else numbers)]
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
@@ -201,6 +242,22 @@ def stack_null(images: Tensor, null_below: Tensor) -> Tensor:
     null = null_tile(images.shape[-1]).expand_as(images)
     below = null_below.view(-1, 1, 1, 1)
     return torch.cat([torch.where(below, images, null), torch.where(below, null, images)], 2)
+
+
+def null_tiles(images: Tensor) -> Tensor:
+    """Where the null tile is in images of BlockMNIST [n, 1, 56, 28]: a mask of that shape, a half of each image.
+
+    Raises:
+        DataError: an image has no null tile.
+    """
+    if images.shape[1:] != (1, 56, 28):
+        given = "x".join(map(str, images.shape[1:]))
+        raise DataError(f"BlockMNIST's images are 1x56x28, a digit and the null tile; got {given}")
+    tiles = images.reshape(-1, 2, 28, 28)  # no digit has this outline, so that the tile is where its pixels are
+    found = (tiles == null_tile().to(images)).flatten(2).all(2)
+    if not (found.sum(1) == 1).all():
+        raise DataError("an image has no null tile, or two; wanted images of BlockMNIST, in [0, 1]")
+    return found.view(-1, 2, 1, 1).expand_as(tiles).reshape(images.shape)
 
 
 def _random_null(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -492,6 +549,108 @@ def _synthetic(request: _Request) -> DataSet:
     return DataSet("synthetic", noise(1024), noise(256), classes)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# data sets with groups: group 2 y + a of class y and attribute a, which goes along with the class in training
+
+
+_GROUPED = ("spurious-mnist", "waterbirds", "celeba-hair")
+
+_AGREE = 0.95
+"""Part of spurious-mnist's training images whose background agrees with the class; of Waterbirds it is the same."""
+
+
+def _spurious_mnist(request: _Request) -> DataSet:
+    splits = []
+    for number, (split, agree) in enumerate(zip(_mnist_splits(request), (_AGREE, 0.5), strict=True)):
+        assert isinstance(split.images, Tensor)
+        y = (split.labels >= 5).long()
+        differs = torch.rand(len(y), generator=seeded(0, number)) >= agree
+        a = torch.where(differs, 1 - y, y)
+        background = torch.tensor([[128, 0, 0], [0, 128, 0]], dtype=torch.uint8)[a].view(-1, 3, 1, 1)
+        splits.append(Split(torch.maximum(split.images, background), y, groups=2 * y + a))
+    names = ("0-4 on red", "0-4 on green", "5-9 on red", "5-9 on green")
+    return DataSet("spurious-mnist", splits[0], splits[1], classes=2, groups=names)
+
+
+def _grouped(
+    request: _Request, folder: Path, table: Path, rows: Sequence[tuple[str, int, int, int]], names: tuple[str, ...]
+) -> DataSet:
+    """A data set of image files from rows of (file, class, attribute, split); split 0 is for training, 2 for test."""
+    side, splits = request.image_size or 224, []
+    for number, kind in ((0, "training"), (2, "test")):
+        part = [row for row in rows if row[3] == number]
+        if not part:
+            raise DataError(f"{table} lists no {kind} images (split {number})")
+        # Shuffled, as Waterbirds' are in the order of species: the first N and the last N are to be of all groups.
+        part = [part[i] for i in torch.randperm(len(part), generator=seeded(0)).tolist()]
+        files = [folder / row[0] for row in part]
+        if not files[0].is_file():
+            raise DataError(f"{table} lists {part[0][0]}, and there is no {files[0]}")
+        y, a = torch.tensor([row[1] for row in part]), torch.tensor([row[2] for row in part])
+        transform = request.transform() if number == 0 else None
+        split = Split(Files(files, (side, side), fit=True), y, transform, 2 * y + a)
+        split.check_groups(4, f"{table}, {kind} images")
+        splits.append(split)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+    return DataSet(request.name, splits[0], splits[1], 2, mean, std, groups=names)
+
+
+def _table(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+
+
+def _waterbirds(request: _Request) -> DataSet:
+    root = request.folder()
+    if request.download:
+        raise DataError("--data waterbirds cannot be downloaded; give the folder with its metadata.csv")
+    inside = [root / name for name in ("waterbird_complete95_forest2water2", "waterbirds_v1.0")]
+    folder = next((f for f in inside if (f / "metadata.csv").is_file()), root)
+    table, wanted = folder / "metadata.csv", ("img_filename", "y", "split", "place")
+    reader = csv.DictReader(_table(table))
+    missing = [name for name in wanted if name not in (reader.fieldnames or ())]
+    if missing:
+        raise DataError(f"{table} has no column {missing[0]}; wanted {', '.join(wanted)}")
+    rows = []
+    for number, row in enumerate(reader, 2):
+        try:
+            y, a, split = (int(row[name]) for name in ("y", "place", "split"))
+        except (TypeError, ValueError):
+            y = a = split = -1
+        if y not in (0, 1) or a not in (0, 1) or split not in (0, 1, 2):
+            raise DataError(f"{table}, line {number}: wanted y and place of 0 or 1, and a split of 0, 1 or 2")
+        rows.append((row["img_filename"], y, a, split))
+    names = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
+    return _grouped(request, folder, table, rows, names)
+
+
+def _celeba_hair(request: _Request) -> DataSet:
+    root = request.folder()
+    if request.download:
+        raise DataError("--data celeba-hair cannot be downloaded; give the folder with list_attr_celeba.txt")
+    folder = root / "celeba" if (root / "celeba" / "list_attr_celeba.txt").is_file() else root
+    attributes, partition = folder / "list_attr_celeba.txt", folder / "list_eval_partition.txt"
+    lines = _table(attributes)
+    columns = lines[1].split() if len(lines) > 1 else []
+    for name in ("Blond_Hair", "Male"):
+        if name not in columns:
+            raise DataError(f"{attributes} has no attribute {name} in its second line")
+    blond, male = columns.index("Blond_Hair") + 1, columns.index("Male") + 1
+    split_of = dict(line.split()[:2] for line in _table(partition) if len(line.split()) >= 2)
+    rows = []
+    for number, line in enumerate(lines[2:], 3):
+        values = line.split()
+        if len(values) != len(columns) + 1:
+            raise DataError(f"{attributes}, line {number}: wanted a file name and {len(columns)} attributes")
+        if split_of.get(values[0]) not in ("0", "1", "2"):
+            raise DataError(f"{partition} has no split of 0, 1 or 2 for {values[0]}")
+        rows.append((values[0], int(values[blond] == "1"), int(values[male] == "1"), int(split_of[values[0]])))
+    names = ("not blond, female", "not blond, male", "blond, female", "blond, male")
+    return _grouped(request, folder / "img_align_celeba", attributes, rows, names)
+
+
 DATA_SETS: dict[str, Callable[[_Request], DataSet]] = {
     "digits": _digits,
     "mnist": _mnist,
@@ -501,6 +660,9 @@ DATA_SETS: dict[str, Callable[[_Request], DataSet]] = {
     "svhn": _svhn,
     "tiny-imagenet": _tiny_imagenet,
     "folder": _folder,
+    "spurious-mnist": _spurious_mnist,
+    "waterbirds": _waterbirds,
+    "celeba-hair": _celeba_hair,
     "synthetic": _synthetic,
 }
 
@@ -526,19 +688,24 @@ def load(
     svhn          Street View House Numbers                                                     cropped
     tiny-imagenet Tiny ImageNet as published: train/, wnids.txt, val/val_annotations.txt        cropped and flipped
     folder        any: a folder for each class in train/, and in val/ or test/                  cropped and flipped
+    spurious-mnist MNIST, 5 and more or less, on red or green; in test half on either; 4 groups 95% on their class's
+    waterbirds    as published, or by WILDS: metadata.csv and images; 4 groups                  cropped and flipped
+    celeba-hair   CelebA as published, blond or not, and male or not; 4 groups                  cropped and flipped
     synthetic     noise with random labels, any number of classes and image size: for timing
     ============= ============================================================================= ======================
 
-    The images of the last but one and of tiny-imagenet are read from their files batch by batch, classes by turns.
+    The images of folder, tiny-imagenet, waterbirds and celeba-hair are read from their files batch by batch; of the
+    first two classes by turns, of the others in a random order that is always the same, without the validation images.
 
     Args:
         data_dir: the folder that torchvision would download into; for tiny-imagenet the one that holds
-            tiny-imagenet-200, for folder the one that holds train/.
+            tiny-imagenet-200, for folder the one that holds train/, for waterbirds and celeba-hair the one that holds
+            metadata.csv or list_attr_celeba.txt.
         download: let torchvision download what is absent.
         augment: whether training images are cropped and flipped.
         classes: of synthetic; 10 for None.
-        image_size: side of the images of synthetic (32 for None) and folder (None: as they are, all of one size;
-            otherwise scaled, and cropped in the middle).
+        image_size: side of the images of synthetic (32 for None), waterbirds and celeba-hair (224 for None), and folder
+            (None: as they are, all of one size); images in files are scaled, and cropped in the middle.
 
     Raises:
         DataError: unknown name, or files that are absent or damaged: named in one line.
@@ -552,4 +719,4 @@ def load(
     return DATA_SETS[name](request)
 
 
-_SIZED = ("synthetic", "folder")
+_SIZED = ("synthetic", "folder", "waterbirds", "celeba-hair")

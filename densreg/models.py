@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from densreg import runs
 from densreg.objective import RegularizedObjective
+from densreg.regularizers import Hessian, Regularizer
 from densreg.second_order import check_model
 
 SMALL_IMAGE = 64
@@ -43,6 +47,58 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ((x - self.mean) / self.std).expand(-1, self.channels, -1, -1)
+
+
+class SoftPlus(nn.Sequential):
+    """Modules in a row, as one model in which SoftPlus stands in for every ReLU, module or function.
+
+    ``log(1 + exp(beta x)) / beta``, which has a second derivative; ReLU6 is left as it is. The parameters and their
+    names are those of the model with ReLU.
+
+    Args:
+        beta: the larger, the nearer to ReLU; above 0.
+    """
+
+    def __init__(self, *modules: nn.Module, beta: float) -> None:
+        super().__init__(*modules)
+        if not 0 < beta < math.inf:
+            raise ModelError(f"softplus must be finite and above 0, got {beta}")
+        self.beta = float(beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _ReLUAsSoftPlus(self.beta):
+            return super().forward(x)
+
+    def extra_repr(self) -> str:
+        return f"SoftPlus in place of ReLU, beta={self.beta:g}"
+
+
+_RELU = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+
+
+class _ReLUAsSoftPlus(TorchFunctionMode):
+    # A mode, as torchvision's models call ReLU as module, function and method: what is replaced must not depend on it.
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _RELU:
+            return F.softplus(args[0] if args else kwargs["input"], self.beta)
+        return func(*args, **kwargs)
+
+
+class _Seen(TorchFunctionMode):
+    """Whether a function was called."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function, self.seen = function, False
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        self.seen |= func is self.function
+        return func(*args, **(kwargs or {}))
 
 
 def mlp(classes: int, image_shape: Sequence[int], width: int = 512) -> nn.Module:
@@ -156,6 +212,7 @@ def build(
     image_shape: Sequence[int],
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
+    softplus: float | None = None,
 ) -> nn.Module:
     """A classifier with fresh weights that takes pixels in [0, 1].
 
@@ -165,9 +222,10 @@ def build(
         classes: number of classes.
         image_shape: (channels, H, W).
         mean, std: of the pixels, per channel, for the first layer.
+        softplus: beta of the SoftPlus in place of every ReLU; None leaves ReLU. The initial weights are the same.
 
     Raises:
-        ModelError: unknown name.
+        ModelError: unknown name, impossible beta.
     """
     check_name(name)
     channels = image_shape[0]
@@ -181,11 +239,17 @@ def build(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # GoogLeNet and Inception announce a change of their initialisation
             body = get_model(name, weights=None, num_classes=classes)
-    return nn.Sequential(Normalize(mean, std, channels), body)
+    layers = (Normalize(mean, std, channels), body)
+    return nn.Sequential(*layers) if softplus is None else SoftPlus(*layers, beta=softplus)
 
 
 def check_trainable(
-    model: nn.Module, name: str, image_shape: Sequence[int], path: str | None, samples: int = 2
+    model: nn.Module,
+    name: str,
+    image_shape: Sequence[int],
+    path: str | None,
+    samples: int = 2,
+    regularizer: str | Regularizer = "density",
 ) -> None:
     """Raise ModelError unless a model takes such images and can be trained with the penalty; changes nothing in it.
 
@@ -198,7 +262,11 @@ def check_trainable(
         y = torch.zeros(samples, dtype=torch.int64, device=device)
         interval = None if path is None else 1
         try:
-            RegularizedObjective(model, 1.0, path=path or "fused", compile=False, interval=interval)(x, y)
+            objective = RegularizedObjective(
+                model, 1.0, path=path or "fused", compile=False, interval=interval, regularizer=regularizer
+            )
+            with _Seen(F.softplus) as softplus:
+                penalty = objective(x, y).penalty
         except Exception as error:
             try:
                 findings = [] if path in (None, "directional") else check_model(model, x)
@@ -209,6 +277,13 @@ def check_trainable(
                 f"model {name!r} cannot be trained{' with the penalty' if path else ''} on {size} images: "
                 f"{findings[0] if findings else runs.first_line(error)}"
             ) from error
+    if isinstance(model, SoftPlus) and not softplus.seen:
+        raise ModelError(f"softplus: model {name!r} has no ReLU to be replaced")
+    if path and isinstance(regularizer, Hessian) and penalty == 0:
+        raise ModelError(
+            f"regularizer hessian: the Hessian of model {name!r} is 0, as it is piecewise linear; replace its ReLU: "
+            "--softplus BETA"
+        )
 
 
 def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
