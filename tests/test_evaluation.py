@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import struct
 import sys
 
 import pytest
@@ -41,6 +42,21 @@ def _train(out, **options):
     config = {"model": "mlp", "train_size": 512, "test_size": 64, "epochs": 3, **options}
     training.fit(training.Config(str(out), **config), progress=False)
     return out
+
+
+@pytest.fixture(scope="module")
+def mnist_dir(tmp_path_factory):
+    """scikit-learn's digits, three times as large, as torchvision lays MNIST out."""
+    folder = tmp_path_factory.mktemp("mnist")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = densreg.data.load("digits")
+    for prefix, part in (("train", digits.train.first(300)), ("t10k", digits.test.first(100))):
+        images = nn.functional.pad(part.images[:, 0].repeat_interleave(3, 1).repeat_interleave(3, 2), (2, 2, 2, 2))
+        header, n = struct.pack(">iiii", 2051, len(part), 28, 28), struct.pack(">ii", 2049, len(part))
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(n + part.labels.to(torch.uint8).numpy().tobytes())
+    return folder
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -206,6 +222,29 @@ def test_command(run, tmp_path, capsys):
     assert "already holds evaluation.json; choose another folder or add --overwrite" in capsys.readouterr().err
     assert cli.main([*command[:3], "--out", str(tmp_path / "out"), "--overwrite"]) == 0
     assert len(json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]["short"]) == 1
+
+
+def test_groups_of_the_data_set(mnist_dir, tmp_path, capsys):
+    """By name, against counts by hand; a group without an image is an error."""
+    grouped = _train(tmp_path / "grouped", data="spurious-mnist", data_dir=str(mnist_dir), epochs=1, test_size=None)
+    assert cli.main(["evaluate", str(grouped), "--metrics", "worst_group"]) == 0
+    held = json.loads((grouped / "evaluation" / "evaluation.json").read_text())["results"]["grouped"]["worst_group"]
+    test = densreg.data.load("spurious-mnist", mnist_dir).test
+    model, _ = models.load_checkpoint(grouped)
+    right = model(test.batch(torch.arange(100), torch.Generator())[0]).argmax(1) == test.labels
+    names = ["0-4 on red", "0-4 on green", "5-9 on red", "5-9 on green"]
+    expected = [right[test.groups == i].double().mean().item() for i in range(4)]
+    assert held == {
+        **dict(zip(names, map(pytest.approx, expected), strict=True)),
+        "worst_group": pytest.approx(min(expected)),
+        "group_mean": pytest.approx(sum(expected) / 4),
+        "clean": pytest.approx(right.double().mean().item()),
+    }
+    assert len(set(expected)) > 1
+    capsys.readouterr()
+    few = ["--test-size", "2", "--out", str(tmp_path / "out")]
+    assert cli.main(["evaluate", str(grouped), "--metrics", "worst_group", *few]) == 2
+    assert "has no images among these 2: take more of them" in capsys.readouterr().err
 
 
 def test_held_out_images(run, tmp_path, capsys):

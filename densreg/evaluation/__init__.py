@@ -299,6 +299,8 @@ def evaluate(
     dataset = _dataset(config, data_dir)
     if val:
         dataset = dataset.held_out(_val_size(configs))
+    if "worst_group" in chosen:
+        chosen["worst_group"]["groups"] = chosen["worst_group"]["groups"] or dataset.groups
     for run, model in loaded.items():
         _check_fits(run, model, dataset, on)
     common: dict[str, Any] = {"device": on, "batch_size": batch_size or config["batch_size"], "seed": seed}

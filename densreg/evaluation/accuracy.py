@@ -57,10 +57,9 @@ def worst_group(
     Raises:
         ValueError: the data set has no groups, or a group has no images.
     """
-    numbers = getattr(split, "groups", None)
-    if numbers is None:
+    if split.groups is None:
         raise ValueError("worst_group needs a data set with groups, and this one has none")
-    return group_accuracy(correct(model, split, device, batch_size, "worst_group"), numbers, groups)
+    return group_accuracy(correct(model, split, device, batch_size, "worst_group"), split.groups, groups)
 
 
 def group_accuracy(correct: Tensor, groups: Tensor, names: Sequence[str] = ()) -> dict[str, float]:
