@@ -14,9 +14,9 @@ raw  the operators softmax and softmax_backward against the same closed formula 
 Bandwidth: the fewest bytes that the raw operators must move (read f, write P; read P and U, write h) over their time,
 beside a copy between two tensors of that size that exist already (read and write). Outputs are allocated anew in every
 column, as in use; "clone" is a copy with that allocation: from 8 MiB up what it takes is page faults, and the C++
-kernels ask for huge pages there. Inputs of 1 MiB and more are taken in turn from so many that none is in a cache. Every
-result is checked against float64 before it is timed, and the call counter must say that the C++ kernels served densreg's
-columns.
+kernels ask for huge pages there. Inputs of 1 MiB and more are taken in turn from so many that none is in a cache.
+Every result is checked against float64 before it is timed, and the call counter must say that the C++ kernels served
+densreg's columns.
 
 test_class_counts.py times the paper's other paths beside these, and the whole penalty through a linear head.
 """
@@ -40,7 +40,7 @@ from torch.autograd import Function
 import densreg
 from densreg import ops, paths
 
-from .timing import copies_past_cache, environment, interleave, peak_bytes, ratio, spread
+from .timing import WrongResult, copies_past_cache, environment, interleave, peak_bytes, ratio, spread
 
 SHAPES = (
     *((128, 10), (128, 100), (128, 200), (128, 1000), (128, 10_000), (128, 21_841)),
@@ -52,10 +52,6 @@ WIDTH = 64
 PAPERS = ("naive", "max_shift", "stable", "per_class")
 MOST_CLASSES = {"per_class": 200}
 """A backward for each class: beyond it would take minutes and all of the memory."""
-
-
-class WrongResult(RuntimeError):
-    """A column computes something else, or is served by something else, than its name says; in one line."""
 
 
 class _EmptyBackward(Function):

@@ -41,9 +41,10 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def seconds(request):
-    return request.config.getoption("--seconds") or {"tiny": 0.05, "quick": 1.0, "full": 3.0}[
-        request.config.getoption("--profile")
-    ]
+    return (
+        request.config.getoption("--seconds")
+        or {"tiny": 0.05, "quick": 1.0, "full": 3.0}[request.config.getoption("--profile")]
+    )
 
 
 @pytest.fixture

@@ -21,6 +21,10 @@ from densreg import ops
 from densreg.version import __version__
 
 
+class WrongResult(RuntimeError):
+    """What was to be timed computes something else, or is served by something else, than its name says; in one line."""
+
+
 def interleave(candidates: Mapping[str, Callable[[], Any]], seconds: float = 3.0) -> dict[str, list[float]]:
     """Seconds per call of each candidate, one number a round; the rounds go through the candidates in turn.
 
