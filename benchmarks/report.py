@@ -226,8 +226,8 @@ def markdown(report: Row) -> str:
     parts = [
         f"# {report['machine']}, profile {report['profile']}\n",
         f"{where}{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['instruction_set']}; "
-        f"densreg {about['densreg']} ({about['commit']}), torch {about['torch']}, Python {about['python']}; {about['date']}, "
-        f"{report['seconds']:.0f} s. [How it is measured](../../README.md).\n",
+        f"densreg {about['densreg']} ({about['commit']}), torch {about['torch']}, Python {about['python']}; "
+        f"{about['date']}, {report['seconds']:.0f} s. [How it is measured](../../README.md).\n",
     ]
     for failure in report["failed"]:
         parts.append(f"**Failed, not timed:** {failure}\n")
@@ -257,6 +257,19 @@ LABELS = {
     **{"api": "densreg, fused (eager)", "raw": "densreg, operators", "compiled": "closed formula, torch.compile"},
     **{"fallback": "densreg in plain torch"},
 }
+
+
+def _together(values: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """Lines that lie on each other (within 5%, where both are) as one, under both names; the longer one is kept."""
+    kept: dict[str, list[tuple[int, float]]] = {}
+    for name, points in sorted(values.items(), key=lambda item: -len(item[1])):
+        for names, others in kept.items():
+            if all(abs(dict(others)[c] / value - 1) < 0.05 for c, value in points if c >= 100):
+                kept[f"{names}, {LABELS.get(name, name)}"] = kept.pop(names)
+                break
+        else:
+            kept[LABELS.get(name, name)] = points
+    return kept
 
 
 def _lines(axes: Any, rows: list[Row], values: dict[str, list[tuple[int, float]]], ylabel: str) -> None:
@@ -289,7 +302,7 @@ def draw(report: Row, folder: Path) -> list[Path]:
     files = []
 
     def save(name: str, figure: Figure) -> None:
-        figure.text(0.995, 0.005, f"{machine}; torch {about['torch']}; {about['date']}", ha="right", fontsize=6)
+        figure.supxlabel(f"{machine}; torch {about['torch']}; {about['date']}", fontsize=7, color="dimgray")
         FigureCanvasAgg(figure)
         write_atomically(folder / name, lambda file: figure.savefig(file, format="png", dpi=120))
         files.append(folder / name)
@@ -302,23 +315,22 @@ def draw(report: Row, folder: Path) -> list[Path]:
             found = {n: [(r["C"], value(r, n)) for r in rows if n in r["seconds"]] for n in names}
             return {n: p for n, p in found.items() if p}
 
-        for file, title, ylabel, value in (
-            ("time.png", "Forward and double backward at the logits", "time, us", lambda r, n: r["seconds"][n] * 1e6),
-            ("memory.png", "Peak memory of the same", "MiB allocated", lambda r, n: r["peak_bytes"][n] / 2**20),
-        ):
+        def picture(file: str, title: str, ylabel: str, values: dict[str, list[tuple[int, float]]]) -> None:
             figure = Figure(figsize=(7, 4.6), layout="constrained")
             axes = figure.subplots()
-            _lines(axes, rows, points(value), ylabel)
+            _lines(axes, rows, values, ylabel)
             axes.set_title(title, fontsize=11)
             save(file, figure)
-        figure = Figure(figsize=(7, 4.6), layout="constrained")
-        axes = figure.subplots()
+
+        times = points(lambda r, n: r["seconds"][n] * 1e6)
+        picture("time.png", "Forward and double backward at the logits", "time, us", times)
+        memory = _together(points(lambda r, n: r["peak_bytes"][n] / 2**20))
+        picture("memory.png", "Peak memory of forward and double backward", "MiB allocated", memory)
         rates = {
             n: [(r["C"], r[f"{n}_bytes_per_second"] / 1e9) for r in rows] for n in ("raw", "compiled", "copy", "clone")
         }
-        _lines(axes, rows, rates, "GB/s by the fewest bytes")
-        axes.set_title("Bandwidth at the logits; copy: into memory that is there, clone: into new", fontsize=11)
-        save("bandwidth.png", figure)
+        title = "Bandwidth at the logits; copy: into memory that is there, clone: into new"
+        picture("bandwidth.png", title, "GB/s by the fewest bytes", rates)
     epochs = _of(report, "epoch")
     if epochs:
         figure = Figure(figsize=(4.2 * len(epochs) + 1, 4.6), layout="constrained")
@@ -338,13 +350,18 @@ def draw(report: Row, folder: Path) -> list[Path]:
     if growth:
         figure = Figure(figsize=(3.2 * len(growth) + 0.5, 3.4), layout="constrained")
         for axes, row in zip(figure.subplots(1, len(growth), squeeze=False)[0], growth, strict=True):
+            sizes = sorted({size for each in row["sizes"].values() for size in each})
             for column, seconds in row["seconds"].items():
                 label = f"{column}: {row['time_exponent'][column]:.2f}"
                 axes.loglog(row["sizes"][column], [1e3 * s for s in seconds], marker="o", markersize=4, label=label)
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.minorticks_off()
             axes.set_xlabel(row["axis"])
-            axes.set_ylabel("ms")
+            axes.set_ylabel("ms, a step")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7, title="exponent", title_fontsize=7)
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend
+            axes.legend(fontsize=7, title="exponent", title_fontsize=7, loc="upper left")
         save("growth.png", figure)
     return files
 
