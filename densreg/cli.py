@@ -1,15 +1,17 @@
-"""The command line: ``densreg train``, ``densreg stability`` and ``densreg info``."""
+"""The command line: ``densreg train``, ``densreg evaluate``, ``densreg stability`` and ``densreg info``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from densreg.data import DATA_SETS
 from densreg.models import OWN_MODELS
 from densreg.paths import PATHS
+from densreg.regularizers import REGULARIZERS
 from densreg.runs import TrainingError
 from densreg.version import __version__
 
@@ -55,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, metavar="N", help="side of the images of synthetic and folder")
     add("--no-augment", dest="augment", action="store_false", help="do not crop and flip training images")
     add("--model", default="mlp", metavar="NAME", help=f"{', '.join(OWN_MODELS)} or any torchvision classifier")
+    add("--regularizer", default="density", metavar="NAME", help=f"what is penalized: {', '.join(REGULARIZERS)}")
+    add(
+        "--regularizer-options",
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="of the regularizer: densreg/regularizers.py",
+    )
     add("--path", default="fused", metavar="NAME", help=f"how the score is computed: {', '.join(PATHS)} or directional")
     add("--interval", type=int, default=1, metavar="N", help="the penalty on every N-th step only, N times as heavy")
     add("--fraction", type=float, default=1.0, metavar="X", help="the penalty of so large a part of the batch only")
@@ -69,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--milestones", type=float, nargs="+", metavar="X", help="of step: parts of the epochs; /10 at each")
     add("--momentum", type=float, default=0.9, metavar="X", help="of sgd")
     add("--test-size", type=int, metavar="N", help="use the first N test images only")
+    add("--val-size", type=int, metavar="N", help="hold the last N training images out, in place of the test images")
     add("--max-steps", type=int, metavar="N", help="stop after N steps")
     add("--log-every", type=int, default=50, metavar="N", help="steps between two rows of steps.csv")
     add("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints; by default one an epoch")
@@ -101,6 +112,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--every", type=int, default=10, metavar="N", help="steps between two measurements")
     add("--out", default="runs/stability", metavar="DIR", help="folder for stability.csv and stability-DATA.png")
     add("--overwrite", action="store_true", help="replace what is already in the folder")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure trained classifiers: robustness, attributions, out-of-distribution detection",
+        description="Measure runs of densreg train on their test images; writes evaluation.json, evaluation.csv and "
+        "pictures, and prints a table. Several runs of one data set are compared side by side.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = evaluate.add_argument
+    add("folders", nargs="*", metavar="RUN", help="folder that densreg train has written")
+    add(
+        "--metrics", nargs="+", default=["accuracy"], metavar="NAME", help="what is measured; --list says what there is"
+    )
+    add("--list", action="store_true", help="print the metrics with their options and defaults, and stop")
+    add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of metrics; METRIC.OPTION=VALUE for one")
+    add("--data", metavar="NAME", help="data set; by default the run's, and another one is an error")
+    add("--data-dir", metavar="DIR", help="folder of the data set; by default the run's")
+    add("--out", metavar="DIR", help="folder for the results; by default RUN/evaluation")
+    add("--test-size", type=int, metavar="N", help="use the first N test images only")
+    add("--batch-size", type=int, metavar="N", help="images at a time, which bounds the memory; by default the run's")
+    add("--seed", type=int, default=0, metavar="N", help="of what is random in a metric")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")
+    add("--threads", type=int, metavar="N", help="threads of torch on the CPU")
+    add("--overwrite", action="store_true", help="replace results that are already in the folder")
 
     commands.add_parser("info", help="say what is installed, and which backend serves which device")
     return parser
@@ -153,13 +188,28 @@ def _info() -> int:
     return 0
 
 
+def _numbers(options: Sequence[str]) -> dict[str, float]:
+    """OPTION=VALUE, of numbers and of true and false."""
+    numbers: dict[str, float] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        try:
+            number = {"true": True, "false": False}.get(value.lower())
+            numbers[name] = float(value) if number is None else number
+        except ValueError as error:
+            raise ValueError(f"--regularizer-options takes OPTION=NUMBER, got {option!r}") from error
+    return numbers
+
+
 def _train(options: dict) -> int:
     from densreg import training
 
     overwrite, resume = options.pop("overwrite"), options.pop("resume")
+    options["regularizer_options"] = _numbers(options["regularizer_options"])
     if options["out"] is None:
         o = options
-        options["out"] = f"runs/{o['data']}-{o['model']}-{o['path']}-p{o['p']:g}-c{o['coeff']:g}-s{o['seed']}"
+        penalty = o["path"] if o["regularizer"] == "density" else o["regularizer"]
+        options["out"] = f"runs/{o['data']}-{o['model']}-{penalty}-p{o['p']:g}-c{o['coeff']:g}-s{o['seed']}"
     config = training.Config(**options)
     training.fit(config, overwrite=overwrite, resume=resume)
     print(f"run directory: {config.out}")
@@ -171,6 +221,19 @@ def _stability(options: dict) -> int:
 
     for line in stability.run(**options):
         print(line, flush=True)
+    return 0
+
+
+def _evaluate(options: dict) -> int:
+    from densreg import evaluation
+
+    if options.pop("list"):
+        print(evaluation.describe())
+        return 0
+    options["options"] = evaluation.parse_options(options.pop("set"), options["metrics"])
+    out = options["out"]
+    results = evaluation.evaluate(**options)
+    print(f"results: {out or Path(options['folders'][0]) / 'evaluation'}\n\n{evaluation.markdown(results)}")
     return 0
 
 
@@ -186,9 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
     try:
-        return {"train": _train, "stability": _stability}[command](options)
+        return {"train": _train, "evaluate": _evaluate, "stability": _stability}[command](options)
     except ModuleNotFoundError as error:
-        return fail(f"{error.name} is not installed: pip install 'densreg[train]'", 2)
+        extra = "evaluate" if command == "evaluate" else "train"
+        named = "pip install" in str(error)
+        return fail(str(error) if named else f"{error.name} is not installed: pip install 'densreg[{extra}]'", 2)
     except (ValueError, TypeError) as error:
         return fail(str(error), 2)
     except TrainingError as error:

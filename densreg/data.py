@@ -105,7 +105,10 @@ class Split:
 
     def first(self, n: int | None) -> Split:
         """The first n samples; all of them for None."""
-        return self if n is None else replace(self, images=self.images[:n], labels=self.labels[:n])
+        return self if n is None else self._part(slice(n))
+
+    def _part(self, part: slice) -> Split:
+        return replace(self, images=self.images[part], labels=self.labels[part])
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,18 @@ class DataSet:
         """(channels, H, W) of what the model sees."""
         images, _ = self.test.batch(torch.arange(1), torch.Generator())
         return tuple(images.shape[1:])
+
+    def held_out(self, n: int) -> DataSet:
+        """The last n training images as the test images, seen as test images are, and no longer trained on.
+
+        Raises:
+            DataError: none would be left to train on.
+        """
+        left = len(self.train) - n
+        if left < 1:
+            raise DataError(f"val_size {n} leaves none of {self.name}'s {len(self.train)} training images")
+        val = replace(self.train._part(slice(left, None)), transform=self.test.transform)
+        return replace(self, train=self.train.first(left), test=val)
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -201,6 +216,27 @@ def stack_null(images: Tensor, null_below: Tensor) -> Tensor:
     null = null_tile(images.shape[-1]).expand_as(images)
     below = null_below.view(-1, 1, 1, 1)
     return torch.cat([torch.where(below, images, null), torch.where(below, null, images)], 2)
+
+
+def null_tiles(images: Tensor) -> Tensor:
+    """Where the null tile is in images of BlockMNIST [n, 1, 56, 28]: a mask of that shape, a half of each image.
+
+    Raises:
+        DataError: an image has no null tile.
+    """
+    height, width = images.shape[-2:]
+    null = null_tile(width).to(images)
+    if images.shape[1] != 1 or height != 2 * width:
+        raise DataError(f"BlockMNIST's images are 1x56x28, a digit and the null tile; got {_size(images)}")
+    tiles = images.view(-1, 2, width, width)  # no digit has this outline, so that the tile is where its pixels are
+    found = (tiles == null).flatten(2).all(2)
+    if not (found.sum(1) == 1).all():
+        raise DataError("an image has no null tile, or two; wanted images of BlockMNIST, in [0, 1]")
+    return found.view(-1, 2, 1, 1).expand_as(tiles).reshape(images.shape)
+
+
+def _size(images: Tensor) -> str:
+    return "x".join(map(str, images.shape[1:]))
 
 
 def _random_null(images: Tensor, generator: torch.Generator) -> Tensor:

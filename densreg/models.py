@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from densreg import runs
 from densreg.objective import RegularizedObjective
+from densreg.regularizers import Regularizer
 from densreg.second_order import check_model
 
 SMALL_IMAGE = 64
@@ -185,7 +186,12 @@ def build(
 
 
 def check_trainable(
-    model: nn.Module, name: str, image_shape: Sequence[int], path: str | None, samples: int = 2
+    model: nn.Module,
+    name: str,
+    image_shape: Sequence[int],
+    path: str | None,
+    samples: int = 2,
+    regularizer: str | Regularizer = "density",
 ) -> None:
     """Raise ModelError unless a model takes such images and can be trained with the penalty; changes nothing in it.
 
@@ -198,7 +204,10 @@ def check_trainable(
         y = torch.zeros(samples, dtype=torch.int64, device=device)
         interval = None if path is None else 1
         try:
-            RegularizedObjective(model, 1.0, path=path or "fused", compile=False, interval=interval)(x, y)
+            objective = RegularizedObjective(
+                model, 1.0, path=path or "fused", compile=False, interval=interval, regularizer=regularizer
+            )
+            objective(x, y)
         except Exception as error:
             try:
                 findings = [] if path in (None, "directional") else check_model(model, x)

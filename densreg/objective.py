@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from densreg import directional, functional, ops, paths
+from densreg import directional, functional, ops, paths, regularizers
 from densreg.paths import Inputs
-from densreg.penalty import density_loss, density_penalty, mean_over_targets
+from densreg.penalty import density_loss, mean_over_targets
+from densreg.regularizers import Density, Regularizer
 from densreg.second_order import fast_second_order, hardsigmoid_under_compile
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
@@ -81,6 +82,7 @@ def _whole_step(
     penalized: bool = True,
     rest: tuple[Tensor, ...] | None = None,
     whole: tuple[Tensor, ...] | None = None,
+    part: Any = None,
 ) -> _Results:
     """The step that becomes one graph.
 
@@ -89,11 +91,20 @@ def _whole_step(
         scale: of the loss, before anything is differentiated.
         rest: with ``fraction``, the inputs that are not penalized, which come before xs in the batch; or
         whole: the whole batch, where xs goes through the model once more.
+        part: the target of xs, where it is not the whole target.
     """
+    device = xs[0].device.type
+    amp, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    regularizer = objective.regularizer
+
+    def classify(inputs: tuple[Tensor, ...]) -> Tensor:
+        with torch.autocast(device, half, enabled=amp and not regularizer.precise):
+            return objective._classify(inputs, _buffers(objective.model))[0][1]
+
     with fast_second_order():
         if whole is not None:
             outputs = objective._classify(whole)
-            penalized_logits = objective._classify(xs, _buffers(objective.model))[0][1]
+            penalized_logits = classify(xs)
         else:
             outputs = objective._classify(xs)
             penalized_logits = outputs[0][1]
@@ -101,15 +112,18 @@ def _whole_step(
                 before = objective._classify(rest)
                 outputs = [(w, torch.cat([a, b])) for (w, a), (_, b) in zip(before, outputs, strict=True)]
         logits = outputs[0][1]
-        with torch.autocast(logits.device.type, enabled=False):  # where torch wants every backward to be
-            if penalized and logits is penalized_logits and objective.path == "fused" and objective.criterion is None:
+        with torch.autocast(device, enabled=False):  # where torch wants every backward to be
+            if penalized and logits is penalized_logits and objective.at_once:
                 _, ce, penalty = density_loss(logits, target, xs, coeff, objective.p)
                 ce = ce + objective._loss_of(outputs[1:], target)
             else:
                 ce = objective._loss_of(outputs, target)
                 penalty = None
                 if penalized:
-                    penalty = density_penalty(penalized_logits, xs, objective.p, objective.path)
+                    if amp and regularizer.precise and whole is None:
+                        penalized_logits = classify(xs)
+                    of_xs = objective.labels(target if part is None else part)
+                    penalty = regularizer(classify, penalized_logits, xs, of_xs).mean()
             loss = ce if penalty is None else ce + coeff.to(penalty.dtype) * penalty
             # The backward for which checkpointed activations are computed again, of the two that are in the graph.
             with torch.fx.traceback.annotate({"phase": "backward"}):
@@ -217,6 +231,10 @@ class RegularizedObjective(nn.Module):
         central: for path "directional": two perturbed forwards instead of one, 10F instead of 7F, with an error that
             is quadratic in the step instead of linear.
         mode, backend: of :func:`torch.compile`.
+        regularizer: what the penalty is: a name in the table of :mod:`densreg.regularizers`, with p where it has an
+            order, or one with options of its own, ``regularizers.Cure(h=3)``. All but the density's need a class for
+            each sample, target [B] int64.
+        labels: target -> [B] int64 classes, for targets that hold more than them, beside a criterion that takes them.
 
     Raises:
         TypeError, ValueError: what was given and what is wanted.
@@ -238,6 +256,8 @@ class RegularizedObjective(nn.Module):
         central: bool = False,
         mode: str | None = None,
         backend: str | Callable = "inductor",
+        regularizer: str | Regularizer = "density",
+        labels: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = _bare(model)
@@ -252,7 +272,7 @@ class RegularizedObjective(nn.Module):
             raise ValueError(f"interval must be at least 1, got {interval}")
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
-        for name, function in (("criterion", criterion), ("output", output)):
+        for name, function in (("criterion", criterion), ("output", output), ("labels", labels)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable or None, got {type(function).__name__}")
         if path not in (*paths.PATHS, "directional"):
@@ -266,6 +286,19 @@ class RegularizedObjective(nn.Module):
         )
         self.p = functional.check_order(p)
         self.path = path
+        if path == "directional":
+            if regularizer != "density":
+                raise ValueError(f'path "directional" is for the density penalty, got the regularizer {regularizer!r}')
+            self.regularizer: Regularizer = Density(self.p)
+        elif isinstance(regularizer, str):
+            self.regularizer = regularizers.make(regularizer, self.p, path)
+        elif callable(regularizer) and hasattr(regularizer, "name"):
+            self.regularizer = regularizer
+        else:
+            raise TypeError(f"regularizer must be a name or a Regularizer, got {type(regularizer).__name__}")
+        self.labels = labels or _as_it_is
+        self.at_once = self.regularizer == Density(self.p) and criterion is None
+        """Whether one read of the logits gives cross-entropy and penalty."""
         self.interval = interval
         self.fraction = float(fraction)
         self.criterion = criterion
@@ -324,17 +357,33 @@ class RegularizedObjective(nn.Module):
         return ObjectiveOutput(loss, *shown[1:])
 
     @torch.enable_grad()
-    def penalty(self, x: Inputs) -> Tensor:
+    def penalty(self, x: Inputs, target: Any = None) -> Tensor:
         """The penalty's value, a scalar without graph; the model's buffers (running statistics) stay as they are.
 
         Args:
             x: as in :meth:`forward`.
+            target: as there; the density penalty needs none. What is random in others is drawn from a fixed seed.
         """
         xs = tuple(t.detach().requires_grad_() for t in _check_x(x))
+        if not isinstance(self.regularizer, Density):
+            return self._rival(xs, target)
         logits = self._classify(xs, _buffers(self.model))[0][1]
         with torch.autocast(logits.device.type, enabled=False):
             score = _score(functional.log_density(logits), xs, [*self._trained(), *xs])
             return directional.dual_direction(score, self.p)[0].mean()
+
+    def _rival(self, xs: tuple[Tensor, ...], target: Any) -> Tensor:
+        def classify(inputs: tuple[Tensor, ...]) -> Tensor:
+            return self._classify(inputs, _buffers(self.model))[0][1]
+
+        device = xs[0].device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.autocast(device.type, enabled=False),
+            fast_second_order(),
+        ):
+            torch.manual_seed(0)
+            return self.regularizer(classify, classify(xs), xs, self.labels(target)).mean().detach()
 
     def _scales(self, xs: tuple[Tensor, ...], loss_scale: float | Tensor | None, coeff: Tensor) -> tuple[Any, Tensor]:
         """What the gradients are multiplied by after the graph, and the loss before it is differentiated."""
@@ -363,12 +412,16 @@ class RegularizedObjective(nn.Module):
             return self._call(self._step(), _leaves(xs), target, coeff, scale)
         order = torch.randperm(batch, device=xs[0].device)
         part = _leaves(tuple(x[order[batch - chosen :]] for x in xs))
-        if self.path == "directional" or _uses_batch_statistics(self.model):
+        apart = self.path == "directional" or _uses_batch_statistics(self.model)
+        if apart and isinstance(self.regularizer, Density):
             return self._call(self._step(), part, target, coeff, scale, whole=xs)
         if not isinstance(target, Tensor):
             raise TypeError(f"fraction takes a part of the batch: target must be a tensor, got {type(target).__name__}")
+        of_part = None if isinstance(self.regularizer, Density) else target[order[batch - chosen :]]
+        if apart:
+            return self._call(self._step(), part, target, coeff, scale, whole=xs, part=of_part)
         rest = tuple(x[order[: batch - chosen]] for x in xs)
-        loss, logits, *others = self._call(self._step(), part, target[order], coeff, scale, rest=rest)
+        loss, logits, *others = self._call(self._step(), part, target[order], coeff, scale, rest=rest, part=of_part)
         return loss, torch.empty_like(logits).index_copy_(0, order, logits), *others  # type: ignore[return-value]
 
     def _call(self, step: Callable[..., _Results], *args, **kwargs) -> _Results:
@@ -472,7 +525,7 @@ class RegularizedObjective(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        options = ["p", "path", "interval", "fraction", "compiled"]
+        options = ["regularizer", "interval", "fraction", "compiled"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
 
@@ -563,6 +616,10 @@ def _uses_batch_statistics(model: nn.Module) -> bool:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             return True
     return False
+
+
+def _as_it_is(target: Any) -> Any:
+    return target
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""Perturbations within a ball that raise a classifier's loss: projected gradient ascent, and FGSM as one step of it.
+
+Used in adversarial training, and to measure robustness (:mod:`densreg.evaluation.attacks`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = (2.0, math.inf)
+
+
+def check_norm(norm: float) -> float:
+    """The norm of a ball that is known here, as a float.
+
+    Raises:
+        ValueError: neither 2 nor inf.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"the norm of an attack must be 2 or inf, got {norm}")
+    return float(norm)
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _direction(gradient: Tensor, norm: float) -> Tensor:
+    """The direction in which a step of length 1 in ``norm`` raises the loss most; 0 where the gradient is."""
+    if norm == math.inf:
+        return gradient.sign()
+    # A confident classifier's gradient is so small that its squares are 0: scaled by the largest entry first.
+    largest = _per_sample(gradient.abs().flatten(1).amax(1), gradient)
+    gradient = torch.where(largest > 0, gradient / largest, 0.0)
+    length = _per_sample(gradient.flatten(1).norm(dim=1), gradient)
+    return torch.where(length > 0, gradient / length, 0.0)
+
+
+def project(delta: Tensor, norm: float, eps: float) -> Tensor:
+    """The nearest point of the ball with radius eps around 0, for each sample of [B, ...]."""
+    if norm == math.inf:
+        return delta.clamp(-eps, eps)
+    length = _per_sample(delta.flatten(1).norm(dim=1), delta)
+    return torch.where(length > eps, delta * (eps / length), delta)
+
+
+def uniform_in_ball(x: Tensor, norm: float, eps: float, generator: torch.Generator | None = None) -> Tensor:
+    """A point of the ball with radius eps around 0 for each sample of x [B, ...], all points alike."""
+    if norm == math.inf:
+        return eps * (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) - 1)
+    direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    radius = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device) ** (len(x) / max(x.numel(), 1))
+    length = direction.flatten(1).norm(dim=1)
+    return eps * direction * _per_sample(radius / length, x)
+
+
+def perturb(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float,
+    eps: float,
+    steps: int,
+    step_size: float,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+    unit: Tensor | float = 1.0,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Images near x on which the cross-entropy is higher (Madry et al., ICLR 2018); the last iterate.
+
+    Each step goes ``step_size`` along the sign (inf) or the direction (2) of the gradient, then back into the ball,
+    then back into [0, 1]. FGSM (Goodfellow et al., ICLR 2015) is one step of size eps without a random start. The model
+    stays in the mode it is in, and no gradient is left in its parameters.
+
+    Args:
+        model: takes pixels in [0, 1] and gives logits [B, C].
+        x: [B, ...], pixels in [0, 1]; y: [B] int64.
+        norm: 2 or inf.
+        eps: radius of the ball, >= 0.
+        step_size: in the same unit.
+        random_start: begin at a random point of the ball, instead of at x.
+        generator: where it is drawn from, on x's device; None is torch's global one.
+        unit: of eps and step_size in pixels, to be broadcast with x: for a ball in normalised space, the standard
+            deviation of each channel, [channels, 1, 1].
+        start: begin at x + unit * start, [B, ...], instead of at a point that is drawn here.
+
+    Returns:
+        [B, ...] without graph, in the ball (up to rounding) and in [0, 1].
+
+    Raises:
+        ValueError: an impossible norm, radius, step or number of steps.
+    """
+    check_norm(norm)
+    for name, value, least in (("eps", eps, 0), ("step_size", step_size, 0), ("steps", steps, 1)):
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} of an attack must be finite and at least {least}, got {value}")
+    x = x.detach()
+
+    def valid(delta: Tensor) -> Tensor:
+        # x is in [0, 1] itself, so that going back into the range goes nearer to x: never out of the ball.
+        return ((x + unit * project(delta, norm, eps)).clamp(0, 1) - x) / unit
+
+    if start is None:
+        start = uniform_in_ball(x, norm, eps, generator) if random_start else torch.zeros_like(x)
+    delta = valid(start)
+    for _ in range(steps):
+        with torch.enable_grad():
+            delta.requires_grad_()
+            # The sum, so that a sample's gradient does not depend on how many there are.
+            loss = F.cross_entropy(model(x + unit * delta), y, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, delta)
+        delta = valid(delta.detach() + step_size * _direction(gradient, norm))
+    return (x + unit * delta).clamp(0, 1)

@@ -1,0 +1,364 @@
+"""What a trained classifier is worth: the paper's measurements, of one run or of several side by side.
+
+A metric is a function ``name(model, split, *, device, batch_size, seed=0, ...options) -> dict[str, float]`` in a module
+of this package, registered in :data:`METRICS`. The model takes pixels in [0, 1] and is in eval mode. What is random in
+a metric follows from the seed and the number of the image: the size of the batches changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from densreg import data, models, runs, training
+from densreg.evaluation import samples
+from densreg.version import __version__
+
+RESULTS, TABLE = "evaluation.json", "evaluation.csv"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Where a metric is, and what it is.
+
+    Attributes:
+        module: in this package; imported when the metric is wanted, since its extra may be missing.
+        paper: where the paper has it.
+        what: one line for the user.
+        draw: name of the function of the module that draws the picture METRIC.png:
+            ``draw(models, split, results, *, device, batch_size, seed, ...options)``, models and results by run.
+    """
+
+    module: str
+    paper: str
+    what: str
+    draw: str | None = None
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", "Tables 1, 3", "clean accuracy"),
+    "worst_group": Metric("accuracy", "CelebA-Hair, Waterbirds", "accuracy of each group, and of the worst"),
+    "leakage": Metric("leakage", "Table 1, Eq. 9", "integrated gradients over BlockMNIST's null tile"),
+    "pgd": Metric("attacks", "Tables 1, 3 to 6", "accuracy under projected gradient descent"),
+    "autoattack": Metric("autoattack", "Table 6", "accuracy under AutoAttack (extra autoattack)"),
+    "pixel_perturbation": Metric(
+        "attribution",
+        "Fig. 6a",
+        "change of the output without the top and bottom pixels",
+        "draw_pixel_perturbation",
+    ),
+    "noise_robustness": Metric(
+        "noise", "Fig. 6b, 9", "change of gradient and log density under noise", "draw_noise_robustness"
+    ),
+    "out_of_distribution": Metric("ood", "Table 7", "AUROC of log density, maximum logit, maximum softmax"),
+    "insertion": Metric("attribution", "Fig. 1, 13-15", "insertion game, with the attribution maps", "draw_insertion"),
+    "activation_maximisation": Metric(
+        "activation", "Fig. 11, 12", "images that maximise a class's logit", "draw_activation_maximisation"
+    ),
+}
+
+_COMMON = ("device", "batch_size", "seed")
+
+Results = dict[str, dict[str, dict[str, float]]]
+"""By run, by metric, by quantity."""
+
+
+def metric(name: str) -> Callable[..., dict[str, float]]:
+    """The function of a metric.
+
+    Raises:
+        ValueError: there is none of that name.
+        ModuleNotFoundError: what it needs is not installed; the message names the extra.
+    """
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}; wanted some of {', '.join(METRICS)}")
+    return getattr(importlib.import_module(f"densreg.evaluation.{METRICS[name].module}"), name)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a metric and their defaults."""
+    parameters = inspect.signature(metric(name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _COMMON}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# options as text
+
+
+def parse_options(texts: Iterable[str], names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The options of metrics from texts, OPTION=VALUE for all metrics that have it or METRIC.OPTION=VALUE for one.
+
+    Values are of the type of the option: several are separated by commas.
+
+    Args:
+        names: the metrics.
+
+    Returns:
+        By metric, only what was given.
+
+    Raises:
+        ValueError: no such option, or a value of another type.
+    """
+    known = {name: options_of(name) for name in names}
+    hints = {name: typing.get_type_hints(metric(name)) for name in names}
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        where, dot, option = key.rpartition(".")
+        users = [name for name in names if option in known[name] and (not dot or name == where)]
+        if not equals or not users:
+            there = "; ".join(f"{name}: {', '.join(options) or 'none'}" for name, options in known.items())
+            wanted = "OPTION=VALUE" if not equals else f"an option of the metrics ({there})"
+            raise ValueError(f"--set {text}: wanted {wanted}")
+        for name in users:
+            try:
+                given[name][option] = _parse(value, hints[name][option])
+            except ValueError:
+                kind = inspect.formatannotation(hints[name][option])
+                raise ValueError(f"--set {text}: wanted a value of type {kind}") from None
+    return given
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """A value of a type from its text; raises ValueError."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in inner and text.lower() == "none":
+            return None
+        for kind in sorted((kind for kind in inner if kind is not type(None)), key=lambda kind: kind is str):
+            try:
+                return _parse(text, kind)
+            except ValueError:
+                pass
+        raise ValueError
+    if origin in (tuple, list, Sequence):
+        return tuple(_parse(part, inner[0]) for part in text.split(",") if part)
+    if hint is bool:
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse()
+    if hint in (int, float, str):
+        return hint(text)
+    return _refuse()
+
+
+def _refuse() -> typing.NoReturn:
+    raise ValueError
+
+
+def describe() -> str:
+    """Every metric with its options and their defaults, for a user to read."""
+    lines = []
+    for name, entry in METRICS.items():
+        lines.append(f"{name}: {entry.what} ({entry.paper})")
+        try:
+            defaults = options_of(name)
+        except ModuleNotFoundError as error:
+            lines.append(f"    {error}")
+            continue
+        for option, default in defaults.items():
+            lines.append(f"    {option}={_text(default)}")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_text, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+def names_of(folders: Sequence[str | Path]) -> list[str]:
+    """A name for each run: its folder's, or the whole path where two folders have the same.
+
+    Raises:
+        ValueError: a run is given twice.
+    """
+    names = [Path(folder).resolve().name for folder in folders]
+    names = [str(folder) if names.count(name) > 1 else name for name, folder in zip(names, folders, strict=True)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"the run {twice[0]} is given twice")
+    return names
+
+
+def load_runs(
+    folders: Sequence[str | Path], device: str | torch.device = "cpu", name: str | None = None
+) -> tuple[dict[str, nn.Module], dict[str, dict[str, Any]]]:
+    """The models and the configurations of runs, by the runs' names.
+
+    Args:
+        name: the data set that they must have been trained on.
+
+    Raises:
+        ModelError: a folder holds no readable run.
+        ValueError: a run was trained on another data set.
+    """
+    if not folders:
+        raise ValueError("no run is given; wanted a folder that densreg train has written")
+    names = names_of(folders)
+    loaded = [models.load_checkpoint(folder, device) for folder in folders]
+    configs = dict(zip(names, (config for _, config in loaded), strict=True))
+    first, wanted = next(iter(configs)), name
+    for run, config in configs.items():
+        trained = config.get("data")
+        if trained != (wanted or configs[first].get("data")):
+            other = f"wanted {wanted}" if wanted else f"and {first} on {configs[first].get('data')}"
+            raise ValueError(f"the run {run} was trained on {trained}, {other}")
+    return dict(zip(names, (model for model, _ in loaded), strict=True)), configs
+
+
+def _check_fits(run: str, model: nn.Module, dataset: data.DataSet, device: torch.device) -> None:
+    """Raise ValueError unless a model takes a data set's images and has its classes."""
+    size = "x".join(map(str, dataset.image_shape))
+    try:
+        with torch.no_grad():
+            count = model(torch.zeros(1, *dataset.image_shape, device=device)).shape[1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model of {run} does not take the {size} images of {dataset.name}: {runs.first_line(error)}"
+        ) from error
+    if count != dataset.classes:
+        raise ValueError(f"the model of {run} has {count} classes, and {dataset.name} here {dataset.classes}")
+
+
+def evaluate(
+    folders: Sequence[str | Path],
+    metrics: Sequence[str] = ("accuracy",),
+    out: str | None = None,
+    data: str | None = None,
+    data_dir: str | None = None,
+    test_size: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> Results:
+    """Measure runs on the test images of the data set that they were trained on.
+
+    Leaves evaluation.json (results, options and configurations), evaluation.csv (a row for each quantity, a column for
+    each run) and METRIC.png for the metrics that have a picture. The files are written as a whole, after each metric.
+
+    Args:
+        folders: what ``densreg train --out`` wrote; all trained on one data set.
+        metrics: names in :data:`METRICS`.
+        out: the folder for the files; by default ``evaluation`` in the run's own, where there is only one.
+        data, data_dir: by default those of the first run's configuration; another data set than the runs' is an error.
+        test_size: use the first so many test images.
+        batch_size: by default the first run's; it bounds the memory.
+        seed: of what is random in a metric.
+        options: by metric; see the metrics.
+        overwrite: whether results already in the folder are replaced.
+
+    Returns:
+        The quantities by run and metric. Every one is finite.
+
+    Raises:
+        DataError, ModelError, RunError, ValueError: a bad request, or what cannot be computed, in one line.
+        ModuleNotFoundError: a metric's extra is not installed; the message names it.
+    """
+    metrics = [*dict.fromkeys(metrics)]
+    functions = {name: metric(name) for name in metrics}  # what is missing is said before anything is computed
+    chosen = {name: {**options_of(name), **(options or {}).get(name, {})} for name in metrics}
+    if any(METRICS[name].draw for name in metrics):
+        samples.require("matplotlib.figure", "evaluate")
+    if out is None:
+        if len(folders) != 1:
+            raise ValueError("--out is needed for several runs: the folder for their comparison")
+        out = str(Path(folders[0]) / "evaluation")
+    # Its checks are those of these options too.
+    checked = training.Config(
+        out, device=device, batch_size=batch_size, seed=seed, threads=threads, test_size=test_size
+    ).complete()
+    on = torch.device(checked.device)
+    loaded, configs = load_runs(folders, on, data)
+    config = next(iter(configs.values()))
+    dataset = _dataset(config, data_dir)
+    for run, model in loaded.items():
+        _check_fits(run, model, dataset, on)
+    common: dict[str, Any] = {"device": on, "batch_size": batch_size or config["batch_size"], "seed": seed}
+    split = dataset.test.first(test_size)
+    folder = runs.open_run(out, overwrite, [RESULTS])
+    results: Results = {run: {} for run in loaded}
+    about = {
+        "data": dataset.name,
+        "note": dataset.note,
+        "images": len(split),
+        "batch_size": common["batch_size"],
+        "seed": seed,
+        "device": str(on),
+        "options": chosen,
+        "configs": configs,
+        "versions": {"densreg": __version__, "torch": str(torch.__version__)},
+    }
+    with training.threads(threads):
+        for name, function in functions.items():
+            for run, model in loaded.items():
+                values = function(model, split, **common, **chosen[name])
+                for quantity, value in values.items():
+                    if not math.isfinite(value):
+                        raise ValueError(f"{name} of {run}: {quantity} is {value}")
+                results[run][name] = {quantity: float(value) for quantity, value in values.items()}
+            _write(folder, about, results)
+            draw = METRICS[name].draw
+            if draw is not None:
+                drawing = getattr(importlib.import_module(function.__module__), draw)
+                of_metric = {run: results[run][name] for run in loaded}
+                figure = drawing(loaded, split, of_metric, **common, **chosen[name])
+                runs.save_picture(folder / f"{name}.png", figure)
+    return results
+
+
+def _dataset(config: Mapping[str, Any], data_dir: str | None) -> data.DataSet:
+    """The data set of a run's configuration, images of the test split without augmentation."""
+    known: dict[str, Any] = {name: config.get(name) for name in ("classes", "image_size")}
+    return data.load(config["data"], data_dir or config.get("data_dir"), augment=False, **known)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    """A row for each quantity: metric, quantity, and a column for each run."""
+    first = next(iter(results.values()))
+    return [
+        {"metric": name, "quantity": quantity} | {run: results[run][name][quantity] for run in results}
+        for name, values in first.items()
+        for quantity in values
+    ]
+
+
+def markdown(results: Results) -> str:
+    """The rows as a table in Markdown, numbers to four digits."""
+    rows = rows_of(results)
+    if not rows:
+        return ""
+    lines = [[*rows[0]], ["---"] * len(rows[0])]
+    lines += [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _write(folder: Path, about: Mapping[str, Any], results: Results) -> None:
+    text = json.dumps({**about, "results": results}, indent=2, default=str) + "\n"
+    try:
+        runs.write_atomically(folder / RESULTS, lambda file: file.write(text.encode()))
+        runs.write_csv(folder / TABLE, rows_of(results))
+    except OSError as error:
+        raise runs.TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error
