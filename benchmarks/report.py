@@ -176,7 +176,7 @@ def _epoch(row: Row) -> Iterable[str]:
     for column, each in row["seconds_per_image"].items():
         low, high = row["quartiles"].get(column, (float("nan"),) * 2)
         between = f"{low:.2f} to {high:.2f}" if low == low else "-"
-        error = f"{row['error'][column]:.0e}"
+        error = f"{row['error'][column]:.0e}" if row["error"][column] is not None else "-"
         cells = [column, f"{each * row['epoch_images']:,.1f}", f"{row['over_plain'][column]:.2f}", between]
         lines.append([*cells, f"{row['images_of'][column]:,}", f"{row['peak_bytes'][column] / 2**20:.0f}", error])
     heads = ["step", "s per epoch", "over plain", "quartiles", "images timed", "MiB", "gradient's error"]

@@ -47,16 +47,16 @@ class Task(NamedTuple):
 
 TASKS = {
     "blockmnist": Task("mlp", 128, (1, 56, 28), 10, 60_000),
-    "cifar100": Task("resnet18", 32, (3, 32, 32), 100, 50_000, (2, 2)),
+    "cifar100": Task("resnet18", 32, (3, 32, 32), 100, 50_000, (2, 1)),
     "tiny-imagenet": Task("resnet18", 16, (3, 64, 64), 200, 100_000, (0, 0)),
 }
 EAGER = ("plain eager", "naive", "max_shift", "per_class", "stable", "taylor")
-COLUMNS = ("plain", *EAGER, "objective", f"interval {BLOCK}")
+COLUMNS = ("plain", *EAGER, "objective", f"interval {BLOCK}", *steps.RIVALS)
 
 CASES = {
     "tiny": (("blockmnist", 512),),
     "quick": (("blockmnist", 4096),),
-    "full": (("blockmnist", 60_000), ("cifar100", 256), ("tiny-imagenet", 64)),
+    "full": (("blockmnist", 60_000), ("cifar100", 128), ("tiny-imagenet", 64)),
 }
 
 
