@@ -369,7 +369,7 @@ def draw(report: Row, folder: Path) -> list[Path]:
 def write(report: Row, folder: Path) -> None:
     """report.json, the pictures and report.md, each as a whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2) + "\n"
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / "report.json", lambda file: file.write(text.encode()))
     tables = markdown({**report, "pictures": draw(report, folder)})
     write_atomically(folder / "report.md", lambda file: file.write(tables.encode()))
