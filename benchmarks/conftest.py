@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc):
 def seconds(request):
     return (
         request.config.getoption("--seconds")
-        or {"tiny": 0.05, "quick": 1.0, "full": 3.0}[request.config.getoption("--profile")]
+        or {"tiny": 0.05, "quick": 0.5, "full": 3.0}[request.config.getoption("--profile")]
     )
 
 

@@ -55,7 +55,7 @@ COLUMNS = ("plain", *EAGER, "objective", f"interval {BLOCK}", *steps.RIVALS)
 
 CASES = {
     "tiny": (("blockmnist", 512),),
-    "quick": (("blockmnist", 4096),),
+    "quick": (("blockmnist", 2048),),
     "full": (("blockmnist", 60_000), ("cifar100", 128), ("tiny-imagenet", 64)),
 }
 

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from . import steps
 from .timing import exponent, interleave, peak_bytes, spread
 
-BASE = {"classes": 10, "batch": 16, "side": 16, "depth": 4}
+BASE = {"classes": 10, "batch": 8, "side": 16, "depth": 4}
 WIDTH = 32
 COLUMNS = ("plain eager", "taylor", "objective eager", "per_class")
 
 CASES = {
     "tiny": (("batch", (2, 4)), ("classes", (2, 4))),
     "quick": (
-        ("classes", (10, 20, 40)),
-        ("batch", (8, 16, 32)),
+        ("classes", (5, 10, 20)),
+        ("batch", (4, 8, 16)),
         ("side", (8, 16, 32)),
         ("depth", (2, 4, 8)),
     ),
