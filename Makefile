@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-fast lint format types second-order bench ci clean
+.PHONY: install test test-fast lint format types second-order bench report bench-compare ci clean
 
 install: .venv/installed
 
@@ -35,6 +35,15 @@ second-order: install
 bench: install
 	$(BIN)/python -m benchmarks.class_counts
 	$(BIN)/python -m benchmarks.steps
+
+# make report PROFILE=full DATA=folder-of-the-data-sets
+PROFILE ?= quick
+report: install
+	$(BIN)/python -m benchmarks.report --profile $(PROFILE) $(if $(DATA),--data-dir $(DATA))
+
+# Against the committed ratios of this kind of machine; no part of the tests.
+bench-compare: install
+	$(BIN)/python -m benchmarks.compare
 
 ci:
 	bash .ci/run

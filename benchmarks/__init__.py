@@ -1,1 +1,5 @@
-"""What densreg measures of itself; each module is a command, run from the checkout."""
+"""What densreg measures of itself: README.md says how. Installed as densreg.benchmarks."""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts the memory, is chatty
