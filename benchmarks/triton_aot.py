@@ -3,8 +3,8 @@
     python -m benchmarks.triton_aot [--targets 80 90 100] [--dtypes float32 ...] [--all-rungs] [--json FILE]
 
 The launchers of kernels/ run on meta tensors; what they would launch is recorded, compiled for each target as it is
-(block, warps, alignment, arguments), and handed to ptxas. By default each dtype's smallest, middle and largest rung, and
-the split rows; with --all-rungs the whole ladder.
+(block, warps, alignment, arguments), and handed to ptxas. By default each dtype's smallest, middle and largest rung
+(float16: the largest), and the split rows; with --all-rungs the whole ladder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from densreg import kernels
-from densreg.kernels.rows import LADDER
 
 TARGETS = (80, 90, 100)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -95,7 +94,7 @@ def recorded(dtype: str, case: str) -> Iterator[dict[tuple[Any, ...], Launch]]:
 def launches(dtype: str, all_rungs: bool = False) -> list[Launch]:
     """What the launchers launch for one dtype: every kernel, on the rungs asked for and split."""
     kind: torch.dtype = getattr(torch, dtype)
-    rungs = [rung.block for rung in LADDER[kind.itemsize]]
+    rungs = [rung.block for rung in kernels.rows.LADDER[kind.itemsize]]
     # Half precision differs from bfloat16 in conversions only.
     sizes = rungs if all_rungs else [rungs[-1]] if dtype == "float16" else [rungs[0], 1000, rungs[-1]]
     found: dict[tuple[Any, ...], Launch] = {}

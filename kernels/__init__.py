@@ -5,6 +5,7 @@ Each function takes what the operator of that name in :mod:`densreg.ops` takes, 
 
 from __future__ import annotations
 
+from . import rows
 from .pnorm import pnorm, pnorm_backward, pnorm_dual
 from .rows import INTERPRETED
 from .softmax import log_softmax_difference, softmax, softmax_backward
@@ -15,6 +16,7 @@ __all__ = [
     "pnorm",
     "pnorm_backward",
     "pnorm_dual",
+    "rows",
     "softmax",
     "softmax_backward",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -181,6 +182,115 @@ def test_lesser_instruction_sets(isa):
     assert done.returncode == 0, done.stdout[-3000:]
     shown = _run("from densreg import ops; print(ops.instruction_set())", DENSREG_CPU_CAPABILITY=isa)
     assert shown.stdout.strip() in (isa, "scalar")  # scalar on a processor without AVX2
+
+
+# Left to the other backends, for the interpreter is slow: what runs the same kernels again hundreds of times (second
+# order of the penalty is tested below), and opcheck in half precision.
+_NOT_INTERPRETED = "third_order or gradcheck and False or opcheck and (dtype0 or dtype1)"
+
+_SHORT_LADDER = """
+import sys
+from densreg.kernels import rows
+
+assert rows.INTERPRETED
+if sys.argv[1] == "split":  # rows of more than 32 entries over programs of 16
+    rows.LADDER.update(dict.fromkeys(rows.LADDER, (rows.Rung(16, 4, 1), rows.Rung(32, 2, 1))))
+    rows.SPLIT.update(dict.fromkeys(rows.SPLIT, rows.Rung(16, 1, 1)))
+"""
+
+_PYTEST = """
+import pytest
+sys.exit(pytest.main(["-q", "-x", "-W", "ignore::RuntimeWarning", "-k", *sys.argv[2:]]))
+"""
+
+
+def _interpreted(ladder, select, *files):
+    done = _run(["-c", _SHORT_LADDER + _PYTEST, ladder, select, *files], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+@pytest.mark.slow
+def test_triton_kernels_interpreted():
+    """The kernel tests again, on CPU tensors in Triton's interpreter."""
+    pytest.importorskip("triton")
+    assert _interpreted("as it is", f"triton and not ({_NOT_INTERPRETED})", *KERNEL_TESTS) > 500
+
+
+@pytest.mark.slow
+def test_triton_kernels_interpreted_on_split_rows():
+    """With a short ladder: rows of 33 entries and more go over several programs, as a million do on a GPU."""
+    pytest.importorskip("triton")
+    # Without the longest rows, which would be thousands of programs here.
+    select = "triton and (values or strides or memory_formats or any_shape or extreme) and not (50000 or shape3)"
+    assert _interpreted("split", select, *KERNEL_TESTS) > 300
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("ladder", ["as it is", "split"])
+def test_second_order_by_triton_interpreted(ladder):
+    """The penalty alone against float64, at every order of the norm: eager, and compiled as one graph."""
+    pytest.importorskip("triton")
+    select = "test_second_order_on_each_backend and triton"
+    assert _interpreted(ladder, select, "tests/test_backends.py") == 2 * len(ORDERS)
+
+
+_POISONED = """
+import math
+import torch
+from densreg import kernels
+
+allocate, allocate_like = torch.Tensor.new_empty, torch.empty_like
+poisoned = 0
+
+
+def full_of_nan(allocator):
+    def empty(*args, **options):
+        global poisoned
+        poisoned += 1
+        return allocator(*args, **options).fill_(math.nan)
+    return empty
+
+
+def twice(operator, *arguments):
+    torch.Tensor.new_empty, torch.empty_like = allocate, allocate_like
+    first = operator(*arguments)
+    torch.Tensor.new_empty, torch.empty_like = full_of_nan(allocate), full_of_nan(allocate_like)
+    again = operator(*arguments)
+    single = isinstance(first, torch.Tensor)
+    for a, b in zip((first,) if single else first, (again,) if single else again, strict=True):
+        assert not b.isnan().any(), operator
+        assert torch.equal(a, b), operator
+    return first
+
+
+for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for classes in (1, 7, 16, 31, 33, 47, 64, 100):
+        f = torch.rand(3, classes).to(dtype)
+        y, a = torch.zeros(3, dtype=torch.int64), torch.ones(3)
+        outputs = twice(kernels.softmax, f, y, 0.1, -100, True, 1.0)
+        twice(kernels.log_softmax_difference, f, y, True)
+        for source, statistics in ((outputs[2], None), (f, outputs[3])):
+            twice(kernels.softmax_backward, source, statistics, y, a, a, f, 0.1, -100, 1.0)
+            twice(kernels.softmax_backward, source, statistics, y, a, a, None, 0.1, -100, 1.0)
+        for p in (1.0, 1.5, 2.0, math.inf):
+            norm, peak, total = twice(kernels.pnorm, f, p)
+            twice(kernels.pnorm_backward, norm, f, peak, total, p)
+            twice(kernels.pnorm_dual, f, p)
+            twice(kernels.pnorm_dual, f.t().contiguous().t(), p)
+print(poisoned)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ladder", ["as it is", "split"])
+def test_triton_kernels_write_every_element(ladder):
+    """Each operator again, in memory full of NaN: to the last bit the same, and no NaN."""
+    pytest.importorskip("triton")
+    done = _run(["-c", _SHORT_LADDER + _POISONED, ladder], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 1000
 
 
 _HIDDEN = """
