@@ -201,6 +201,11 @@ def _info() -> int:
     extension = f"loaded, built with {build.get('compiler', 'an unknown compiler')}"
     if ops.MISSING is not None:
         extension = f"missing: {ops.MISSING}"
+
+    def said_of(backend: str) -> str:
+        reason = ops.missing(backend)
+        return f"serve CUDA tensors{', first' if backend == 'cuda' else ''}" if reason is None else f"unused: {reason}"
+
     nvcc = shutil.which("nvcc")
     if nvcc:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")
@@ -219,11 +224,12 @@ def _info() -> int:
         ("triton", version("triton")),
         ("extension", extension),
         ("CPU tensors", cpu),
-        ("CUDA tensors", "plain torch: there are no GPU kernels yet"),
+        ("CUDA kernels", said_of("cuda")),
+        ("Triton kernels", said_of("triton")),
         ("nvcc", nvcc or "not found"),
         ("GPU", ", ".join(gpus) or "none"),
     ):
-        print(f"{name:13}{value}")
+        print(f"{name:15}{value}")
     return 0
 
 
