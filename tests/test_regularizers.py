@@ -1,0 +1,432 @@
+"""The rivals: values and gradients in the parameters, alone, against formulas written out sample by sample."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import gradients, nothing
+from torch import Tensor, nn
+
+import densreg
+from benchmarks.second_order import problem, relative_error
+from densreg import RegularizedObjective, regularizers
+from densreg.regularizers import REGULARIZERS
+
+pytestmark = pytest.mark.compile
+
+Y = torch.tensor([0, 3, 1, 2])
+RIVALS = [name for name in REGULARIZERS if name != "density"]
+SEED = 7
+
+
+def smooth() -> tuple[nn.Module, Tensor]:
+    """A network of float64 with a second derivative everywhere, whose samples do not see each other; pixels."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 8), nn.Softplus(2)]
+    model = nn.Sequential(*layers, nn.Linear(8, 4)).double()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    for w in model.parameters():
+        w.data.mul_(2)
+    return model.eval(), torch.rand(4, 2, 5, 5, dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the formulas: of one sample x [...] of class y, where v are the random numbers of it
+
+
+def logit(model: nn.Module, x: Tensor, y: int) -> Tensor:
+    return model(x.unsqueeze(0))[0, y]
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: int) -> Tensor:
+    f = model(x.unsqueeze(0))[0]
+    return f.exp().sum().log() - f[y]
+
+
+def gradient(function, model: nn.Module, x: Tensor, y: int) -> Tensor:
+    x = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(function(model, x, y), x, create_graph=True)
+    return g.flatten()
+
+
+def norm(g: Tensor, p: float) -> Tensor:
+    return g.abs().max() if math.isinf(p) else g.abs().pow(p).sum().pow(1 / p)
+
+
+def input_gradient(model, x, y, p):
+    return norm(gradient(logit, model, x, y), p)
+
+
+def loss_gradient(model, x, y, p):
+    return norm(gradient(cross_entropy, model, x, y), p)
+
+
+def score_matching(model, x, y, vs, sigma, mu, antithetic=True):
+    h = 0.0
+    for v in vs:
+        above, below = (logit(model, x + sign * sigma * v, y) - logit(model, x, y) for sign in (1, -1))
+        h = h + (above + below if antithetic else 2 * above) / sigma**2
+    h = h / len(vs)
+    return h + gradient(logit, model, x, y).square().sum() / 2 + mu * h**2
+
+
+def hessian(model, x, y, vs):
+    h = torch.autograd.functional.hessian(lambda x: logit(model, x, y), x, create_graph=True)
+    h = h.reshape(x.numel(), x.numel())
+    return sum((h @ v.flatten()).square().sum() for v in vs) / len(vs)
+
+
+def cure(model, x, y, h):
+    g = gradient(cross_entropy, model, x, y)
+    z = g.detach().sign() / math.sqrt(g.numel())
+    return (gradient(cross_entropy, model, x + h * z.view_as(x), y) - g).square().sum()
+
+
+def attribution_loss(model, x, end, y, beta, segments, create_graph=True):
+    """ce(end) + beta || (end - x) . mean of grad ce along the path ||_1."""
+    total = torch.zeros_like(x)
+    for k in range(segments):
+        point = x.detach() + (k + 0.5) / segments * (end - x.detach())
+        point = point if point.requires_grad else point.requires_grad_()
+        (g,) = torch.autograd.grad(cross_entropy(model, point, y), point, create_graph=True)
+        total = total + g / segments
+    return cross_entropy(model, end, y) + beta * ((end - x.detach()) * total).abs().sum()
+
+
+def ig_sum(model, x, y, start, beta, eps, segments, steps, attack_segments):
+    end = (x + eps * (2 * start - 1)).clamp(0, 1)
+    for _ in range(steps):
+        end = end.detach().requires_grad_()
+        (g,) = torch.autograd.grad(attribution_loss(model, x, end, y, beta, attack_segments), end)
+        end = end.detach() + 2.5 * eps / steps * g.sign()
+        end = torch.minimum(torch.maximum(end, x - eps), x + eps).clamp(0, 1)
+    return attribution_loss(model, x, end.detach(), y, beta, segments) - cross_entropy(model, x, y)
+
+
+def expected(regularizer, model: nn.Module, x: Tensor) -> Tensor:
+    """[B], from the same random numbers."""
+    torch.manual_seed(SEED)
+    name, options = regularizer.name, dataclasses.asdict(regularizer)
+    count = options.pop("samples", 1)
+    values = []
+    if name in ("score_matching", "hessian"):
+        drawn = [torch.randn_like(x) for _ in range(count)]
+        options["vs"] = None
+    elif name == "ig_sum":
+        drawn = [torch.rand_like(x)]
+    for b, y in enumerate(Y.tolist()):
+        if "vs" in options:
+            options["vs"] = [v[b] for v in drawn]
+        if name == "ig_sum":
+            options["start"] = drawn[0][b]
+        values.append(globals()[name](model, x[b], y, **options))
+    return torch.stack(values)
+
+
+CASES = [
+    *(regularizers.InputGradient(p) for p in (1, 2, math.inf)),
+    *(regularizers.LossGradient(p) for p in (1.5, 2)),
+    regularizers.ScoreMatching(sigma=0.1, samples=2, mu=0.3),
+    regularizers.ScoreMatching(sigma=0.1, mu=0.0, antithetic=False),
+    regularizers.Hessian(samples=2),
+    regularizers.Cure(h=0.7),
+    regularizers.IGSum(beta=0.2, eps=0.1, segments=2, steps=2, attack_segments=2),
+]
+
+
+@pytest.mark.parametrize("regularizer", CASES, ids=repr)
+def test_values_of_each_sample(regularizer):
+    model, x = smooth()
+    xs = (x.clone().requires_grad_(),)
+    wanted = expected(regularizer, model, x)
+    torch.manual_seed(SEED)
+    given = regularizer(lambda inputs: model(*inputs), model(*xs), xs, Y)
+    assert given.shape == (4,)
+    torch.testing.assert_close(given, wanted, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize("regularizer", CASES, ids=repr)
+def test_penalty_alone(regularizer, compiler, fresh_dynamo):
+    model, x = smooth()
+    twin = copy.deepcopy(model)
+    value = expected(regularizer, twin, x).mean()
+    wanted = torch.autograd.grad(value, list(twin.parameters()), allow_unused=True, materialize_grads=True)
+    objective = RegularizedObjective(
+        *(model, 1.0),
+        criterion=nothing,
+        compile=compiler is not None,
+        backend=compiler or "inductor",
+        regularizer=regularizer,
+    )
+    torch.manual_seed(SEED)
+    out = objective(x, Y)
+    out.loss.backward()
+    torch.testing.assert_close(out.penalty, value.detach(), rtol=1e-9, atol=0)
+    assert relative_error(gradients(model), list(wanted)) < 1e-9
+    assert max(g.abs().max() for g in wanted) > 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RIVALS, "density"])
+def test_penalty_alone_by_inductor(name, fresh_dynamo):
+    """float32, without random numbers of its own where it has some: those of inductor are others."""
+    regularizer = regularizers.make(name)
+    model, x = smooth()
+    model, x = model.float(), x.float()
+    grads, values = [], []
+    for compiled in (False, True):
+        twin = copy.deepcopy(model)
+        objective = RegularizedObjective(twin, 1.0, criterion=nothing, compile=compiled, regularizer=regularizer)
+        with torch._inductor.config.patch(fallback_random=True):
+            torch.manual_seed(SEED)
+            out = objective(x, Y)
+        out.loss.backward()
+        values.append(out.penalty)
+        grads.append([g.double() for g in gradients(twin)])
+    torch.testing.assert_close(values[0], values[1], rtol=1e-2 if name == "score_matching" else 1e-4, atol=1e-6)
+    assert relative_error(grads[1], grads[0]) < (2e-2 if name == "score_matching" else 1e-4)
+
+
+def test_hessian_is_unbiased():
+    model, x = smooth()
+    xs = (x.requires_grad_(),)
+    regularizer = regularizers.Hessian(samples=1000)
+    given = regularizer(lambda inputs: model(*inputs), model(*xs), xs, Y).detach()
+    for b in range(4):
+        h = torch.autograd.functional.hessian(lambda x, b=b: logit(model, x, Y[b]), x[b].detach())
+        assert given[b].item() == pytest.approx(h.square().sum().item(), rel=0.15)
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_score_matching_estimates_the_trace(antithetic):
+    """Of a quadratic form: exactly known, and the noise of the first term gone with v and -v."""
+    a = torch.randn(6, 6, dtype=torch.float64)
+
+    def quadratic(inputs):
+        (x,) = inputs
+        return torch.stack([((x @ a) * x).sum(1) / 2 + 3 * x.sum(1), 0 * x.sum(1)], 1)
+
+    x = torch.randn(3, 6, dtype=torch.float64).requires_grad_()
+    regularizer = regularizers.ScoreMatching(sigma=0.1, samples=2000, mu=0.0, antithetic=antithetic)
+    y = torch.zeros(3, dtype=torch.int64)
+    given = regularizer(quadratic, quadratic((x,)), (x,), y)
+    half = (x @ (a + a.t()) / 2 + 3).square().sum(1) / 2
+    spread = 2 * (2 * half).sqrt().max() / 0.1 / math.sqrt(2000)
+    error = (given - half - a.trace()).abs().max()
+    assert error < (0.5 if antithetic else 5 * spread.item())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# with what the objective has
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler"), [*((name, None) for name in RIVALS), ("input_gradient", "aot_eager"), ("cure", "aot_eager")]
+)
+def test_a_step_moves_running_statistics_once(name, compiler, fresh_dynamo):
+    model, x = problem(torch.float64)
+    plain = copy.deepcopy(model)
+    plain(x)
+    objective = RegularizedObjective(
+        model, 0.5, compile=compiler is not None, backend=compiler or "inductor", regularizer=name
+    )
+    out = objective(x, torch.arange(5))
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), out.ce + 0.5 * out.penalty)
+    assert int(model[1].num_batches_tracked) == 1
+    for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_hessian_through_batch_statistics(fresh_dynamo):
+    """BatchNorm in training mode, of which torch has no third derivative: against the formula in plain torch."""
+
+    class Plain(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+        def forward(self, x):
+            centred = x - x.mean((0, 2, 3), keepdim=True)
+            y = centred / (centred.square().mean((0, 2, 3), keepdim=True) + self.eps).sqrt()
+            return y * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+    model, x = smooth()
+    model.train()
+    twin = copy.deepcopy(model)
+    twin[1] = Plain(twin[1])
+    torch.manual_seed(SEED)
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(twin(leaf).gather(1, Y.unsqueeze(1)).sum(), leaf, create_graph=True)
+    (product,) = torch.autograd.grad((g * torch.randn_like(x)).sum(), leaf, create_graph=True)
+    value = product.square().sum() / 4
+    wanted = torch.autograd.grad(value, list(twin.parameters()), allow_unused=True, materialize_grads=True)
+    torch.manual_seed(SEED)
+    out = RegularizedObjective(model, 1.0, criterion=nothing, compile=False, regularizer="hessian")(x, Y)
+    out.loss.backward()
+    torch.testing.assert_close(out.penalty, value.detach())
+    assert relative_error(gradients(model), list(wanted)) < 1e-9
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_fraction_takes_the_targets_of_its_part(batch_statistics):
+    model, x = smooth()
+    model.train(batch_statistics)
+    objective = RegularizedObjective(model, 1.0, fraction=0.5, compile=False, regularizer="input_gradient")
+    torch.manual_seed(SEED)
+    out = objective(x, Y)
+    torch.manual_seed(SEED)
+    part = torch.randperm(4)[2:]
+    xs = (x[part].requires_grad_(),)
+    wanted = regularizers.InputGradient()(model, model(*xs), xs, Y[part]).mean()
+    torch.testing.assert_close(out.penalty, wanted.detach())
+
+
+def test_penalty_value_and_its_fixed_seed():
+    model, x = smooth()
+    for regularizer in (regularizers.InputGradient(3), regularizers.Hessian()):
+        objective = RegularizedObjective(model, 1.0, compile=False, regularizer=regularizer)
+        before = torch.get_rng_state()
+        value = objective.penalty(x, Y)
+        assert torch.equal(before, torch.get_rng_state())
+        torch.manual_seed(0)
+        xs = (x.clone().requires_grad_(),)
+        wanted = regularizer(lambda inputs: model(*inputs), model(*xs), xs, Y).mean()
+        torch.testing.assert_close(value, wanted.detach())
+        assert not value.requires_grad
+    with pytest.raises(TypeError, match="target must be a tensor, got NoneType"):
+        objective.penalty(x)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_autocast(name):
+    """bfloat16: what takes differences runs in float32, and its penalty is that of float32."""
+    model, x = smooth()
+    model, x = model.float(), x.float()
+    regularizer = regularizers.make(name)
+    values, grads = [], []
+    for amp in (False, True):
+        twin = copy.deepcopy(model)
+        objective = RegularizedObjective(twin, 1.0, criterion=nothing, compile=False, regularizer=regularizer)
+        torch.manual_seed(SEED)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            out = objective(x, Y)
+        out.loss.backward()
+        values.append(out.penalty)
+        grads.append([g.double() for g in gradients(twin)])
+    tolerance = 1e-5 if regularizer.precise else 0.05
+    torch.testing.assert_close(values[1], values[0], rtol=tolerance, atol=0)
+    assert relative_error(grads[1], grads[0]) < tolerance
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_float16_with_a_loss_scale(name):
+    model, x = smooth()
+    model, x = model.float(), x.float()
+    grads = []
+    for amp in (False, True):
+        twin = copy.deepcopy(model)
+        objective = RegularizedObjective(twin, 0.1, compile=False, regularizer=name)
+        torch.manual_seed(SEED)
+        with torch.autocast("cpu", torch.float16, enabled=amp):
+            out = objective(x, Y, 1024.0 if amp else None)
+        out.loss.backward()
+        grads.append([g.double() for g in gradients(twin)])
+    assert relative_error(grads[1], grads[0]) < 0.02
+
+
+def test_samples_without_a_target():
+    model, x = smooth()
+    xs = (x.requires_grad_(),)
+    y = torch.tensor([0, -100, 1, -100])
+    for regularizer in (regularizers.InputGradient(), regularizers.LossGradient(), regularizers.Cure()):
+        value = regularizer(lambda inputs: model(*inputs), model(*xs), xs, y)
+        assert ((value == 0) == (y == -100)).all()
+        assert all(
+            g.isfinite().all()
+            for g in torch.autograd.grad(
+                value.sum(), list(model.parameters()), materialize_grads=True, allow_unused=True
+            )
+        )
+
+
+def test_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(2, 4).double()
+
+        def forward(self, a, b):
+            return torch.tanh(self.a(a) * self.b(b))
+
+    model, xs = Two(), (torch.rand(4, 3, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64))
+    for name in RIVALS:
+        out = RegularizedObjective(model, 1.0, compile=False, regularizer=name)(xs, Y)
+        assert out.penalty.isfinite()
+    leaves = [x.clone().requires_grad_() for x in xs]
+    g = torch.autograd.grad(model(*leaves).gather(1, Y.unsqueeze(1)).sum(), leaves)
+    wanted = torch.cat(g, 1).norm(dim=1).mean()
+    out = RegularizedObjective(model, 1.0, compile=False, regularizer="input_gradient")(xs, Y)
+    torch.testing.assert_close(out.penalty, wanted)
+
+
+def test_the_densitys_path_is_the_one_read_of_the_logits():
+    model, x = smooth()
+    assert RegularizedObjective(model, 1.0, compile=False).at_once
+    assert not RegularizedObjective(model, 1.0, compile=False, regularizer="loss_gradient").at_once
+    named = RegularizedObjective(model, 1.0, p=3, compile=False, regularizer=regularizers.Density(3))(x, Y)
+    torch.testing.assert_close(
+        named.penalty, densreg.RegularizedObjective(model, 1.0, p=3, compile=False)(x, Y).penalty
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing",), "regularizer must be one of density, input_gradient, .*; got 'nothing'"),
+        (("cure", 3), "p is for density, input_gradient, loss_gradient; regularizer cure has its own norm, got p=3"),
+        (("hessian", 2, "taylor"), "path is how the density penalty is computed; .* got 'taylor'"),
+        (("input_gradient", 0.5), "p must be at least 1"),
+    ],
+)
+def test_names(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        regularizers.make(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cure", {"eps": 1}, "regularizer cure has no option 'eps'; wanted h"),
+        ("input_gradient", {"h": 1}, "regularizer input_gradient has no option 'h'; it has none"),
+        ("cure", {"h": 0}, "cure: h must be finite and above 0, got 0"),
+        ("ig_sum", {"steps": 1.5}, "ig_sum: steps must be a whole number of at least 1, got 1.5"),
+        ("score_matching", {"mu": -1}, "mu must be finite and at least 0, got -1"),
+        ("hessian", {"samples": 0}, "hessian: samples must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        regularizers.make(name, **options)
+
+
+def test_objectives_errors():
+    model, x = smooth()
+    with pytest.raises(ValueError, match="path \"directional\" is for the density penalty, got the regularizer 'cure'"):
+        RegularizedObjective(model, 1.0, path="directional", regularizer="cure")
+    with pytest.raises(TypeError, match="regularizer must be a name or a Regularizer, got int"):
+        RegularizedObjective(model, 1.0, regularizer=3)
+    objective = RegularizedObjective(model, 1.0, compile=False, regularizer="input_gradient", criterion=F.cross_entropy)
+    with pytest.raises(TypeError, match=r"target must hold int64 class indices, got torch\.float64"):
+        objective(x, torch.rand(4, 4, dtype=torch.float64))
