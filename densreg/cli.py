@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-dir", metavar="DIR", help="folder of the data set; by default the run's")
     add("--out", metavar="DIR", help="folder for the results; by default RUN/evaluation")
     add("--test-size", type=int, metavar="N", help="use the first N test images only")
+    add("--val", action="store_true", help="use the training images that the runs held out by --val-size instead")
     add("--batch-size", type=int, metavar="N", help="images at a time, which bounds the memory; by default the run's")
     add("--seed", type=int, default=0, metavar="N", help="of what is random in a metric")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")

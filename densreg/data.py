@@ -250,19 +250,14 @@ def null_tiles(images: Tensor) -> Tensor:
     Raises:
         DataError: an image has no null tile.
     """
-    height, width = images.shape[-2:]
-    null = null_tile(width).to(images)
-    if images.shape[1] != 1 or height != 2 * width:
-        raise DataError(f"BlockMNIST's images are 1x56x28, a digit and the null tile; got {_size(images)}")
-    tiles = images.view(-1, 2, width, width)  # no digit has this outline, so that the tile is where its pixels are
-    found = (tiles == null).flatten(2).all(2)
+    if images.shape[1:] != (1, 56, 28):
+        given = "x".join(map(str, images.shape[1:]))
+        raise DataError(f"BlockMNIST's images are 1x56x28, a digit and the null tile; got {given}")
+    tiles = images.reshape(-1, 2, 28, 28)  # no digit has this outline, so that the tile is where its pixels are
+    found = (tiles == null_tile().to(images)).flatten(2).all(2)
     if not (found.sum(1) == 1).all():
         raise DataError("an image has no null tile, or two; wanted images of BlockMNIST, in [0, 1]")
     return found.view(-1, 2, 1, 1).expand_as(tiles).reshape(images.shape)
-
-
-def _size(images: Tensor) -> str:
-    return "x".join(map(str, images.shape[1:]))
 
 
 def _random_null(images: Tensor, generator: torch.Generator) -> Tensor:

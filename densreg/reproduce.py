@@ -22,6 +22,7 @@ import torch
 
 from densreg import data as datasets
 from densreg import evaluation, models, runs, training
+from densreg.evaluation import samples
 from densreg.version import __version__
 
 TABLE, ROWS, CONFIG, MEASURED = "table.md", "table.csv", "config.json", "measured.json"
@@ -54,10 +55,13 @@ METHODS = {
     "hessian": Method("Hessian", {"regularizer": "hessian"}),
     "cure": Method("CURE", {"regularizer": "cure"}),
     "softplus": Method("SoftPlus activations", {"coeff": 0.0, "softplus": 10.0}),
-    "fgsm_training": Method("adversarial training, FGSM", {"coeff": 0.0, "adversarial": "fgsm"}),
-    "pgd_training": Method("adversarial training, PGD", {"coeff": 0.0, "adversarial": "pgd"}),
+    "fgsm_training": Method(
+        "adversarial training, FGSM", {"coeff": 0.0, "adversarial": "fgsm", "adversarial_eps": 0.1}
+    ),
+    "pgd_training": Method("adversarial training, PGD", {"coeff": 0.0, "adversarial": "pgd", "adversarial_eps": 0.1}),
 }
-"""Beside a Config's defaults. The paper's InputGrad is taken to be the gradient of the label logit (assumed)."""
+"""Beside a Config's defaults. Assumed: the paper's InputGrad is the gradient of the label logit, the beta of SoftPlus,
+adversarial training in Linf and its eps."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ _LEAKAGE = Measure("leakage", ("l2", "share_l2"))
 _PGD = Measure("pgd", ("l2", "linf"))
 _PGD_CIFAR = Measure("pgd", ("l2", "linf"), {"norm": "inf", "eps": (1 / 255, 2 / 255, 4 / 255)})
 _PGD_CIFAR_2 = Measure("pgd", ("l2", "linf"), {"norm": "2", "eps": (0.25, 0.5, 1.0)})
-_AUTOATTACK = Measure("autoattack", ("autoattack",), {"norm": "inf", "eps": (2 / 255,)})
+_AUTOATTACK = Measure("autoattack", ("l2", "linf"), {"norm": "inf", "eps": (2 / 255,)})
 
 
 def _on(data: str, model: str, rows: Mapping[str, tuple[float, ...]]) -> dict[tuple[str, str, str], tuple[float, ...]]:
@@ -277,6 +281,15 @@ EXPERIMENTS = {
         picture="norms",
     ),
 }
+
+_NEEDS = {
+    "accuracy": ("tqdm", "train"),
+    "pgd": ("tqdm", "train"),
+    "leakage": ("captum.attr", "evaluate"),
+    "autoattack": ("pyautoattack", "autoattack"),
+    "out_of_distribution": ("sklearn.metrics", "evaluate"),
+}
+"""What a metric imports, and the extra with it: better said now than after hours."""
 
 FIG2A = "Figure 2a: the norm of the penalty's gradient over training by every path, as densreg stability"
 
@@ -468,8 +481,8 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     outside = [str(m.options["data"]) for m in wanted.measures if m.metric == "out_of_distribution"]
     for data in dict.fromkeys([*wanted.data, *outside]):  # before hours of training
         datasets.load(data, budget.data_dir, budget.download)
-    for measure in wanted.measures:
-        evaluation.metric(measure.metric)  # its extra
+    for module, extra in (("matplotlib.figure", "train"), *(_NEEDS[m.metric] for m in wanted.measures)):
+        samples.require(module, extra)
     rows = rows_of(name, budget)
     folder = runs.open_run(out, True)
     table: list[dict[str, Any]] = []
@@ -620,6 +633,15 @@ def _ratio(rows: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]
     return f"{statistics.mean(values) / statistics.mean(standard):.3f}"
 
 
+def _plain(value: Any) -> Any:
+    """As JSON can hold it, which has no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
 def _write(
     folder: Path,
     name: str,
@@ -646,7 +668,7 @@ def _write(
         "versions": {"densreg": __version__, "torch": str(torch.__version__)},
         "runs": dict(zip((Path(row.config.out).name for row in rows), configs, strict=False)),
     }
-    text = json.dumps(about, indent=2, default=str).replace("Infinity", '"inf"') + "\n"
+    text = json.dumps(_plain(about), indent=2) + "\n"
     page = f"# {wanted.what}\n\n{markdown(wanted, table)}\n"
     try:
         runs.write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
@@ -731,13 +753,13 @@ def _draw_maps(wanted: Experiment, rows: Sequence[Row], table: Sequence[Mapping[
     figure = Figure(figsize=(1.1 * len(x), 2.2 * (1 + len(first))), layout="constrained")
     grid = figure.subplots(1 + len(first), len(x), squeeze=False)
     for axes, image in zip(grid[0], x, strict=True):
-        axes.imshow(image[0], cmap="gray")
+        axes.imshow(image[0].numpy(), cmap="gray")
     for line, row in zip(grid[1:], first, strict=True):
         model, _ = models.load_checkpoint(row.config.out)
         maps = attribute(model, x, y, torch.arange(len(x)), "integrated_gradients")
         for axes, values in zip(line, maps.sum(1), strict=True):
             largest = float(values.abs().max()) or 1.0
-            axes.imshow(values, cmap="seismic", vmin=-largest, vmax=largest)
+            axes.imshow(values.cpu().numpy(), cmap="seismic", vmin=-largest, vmax=largest)
         line[0].set_ylabel(METHODS[row.method].label)
     for axes in grid.flat:
         axes.set_xticks([])

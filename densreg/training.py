@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -737,7 +737,7 @@ class _Run:
         self.fresh = False
 
     def _check_same(self, checkpoint: dict[str, Any]) -> None:
-        default = {field.name: field.default for field in fields(Config)}
+        default = Config(out="").describe()  # of options that a run from before them does not have
         for name, value in self.config.describe().items():
             held = checkpoint["config"].get(name, default[name])
             if name not in _FREE and held != value:

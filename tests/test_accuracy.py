@@ -34,12 +34,25 @@ def test_groups_by_hand():
     }
 
 
+def test_named_groups():
+    result = group_accuracy(torch.tensor([True, False, True]), torch.tensor([1, 1, 0]), ("on land", "on water"))
+    assert result == {
+        "on land": 1,
+        "on water": 0.5,
+        "worst_group": 0.5,
+        "group_mean": 0.75,
+        "clean": pytest.approx(2 / 3),
+    }
+
+
 def test_empty_group_is_named():
     correct = torch.tensor([True, False])
-    with pytest.raises(ValueError, match=r"^group 1 of 3 has no images among these 2: take more of them$"):
+    with pytest.raises(ValueError, match=r"^the group 'group_1' has no images among these 2: take more of them$"):
         group_accuracy(correct, torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match="group 2 of 3 has no images"):
-        group_accuracy(correct, torch.tensor([0, 1]), 3)
+    with pytest.raises(ValueError, match="the group 'c' has no images"):
+        group_accuracy(correct, torch.tensor([0, 1]), ("a", "b", "c"))
+    with pytest.raises(ValueError, match="there is a group 1, and names for 1"):
+        group_accuracy(correct, torch.tensor([0, 1]), ("a",))
     with pytest.raises(ValueError, match="there are no images for worst_group"):
         group_accuracy(correct[:0], torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"wanted one group for each image: \[2\] images, \[1\] groups"):

@@ -37,8 +37,8 @@ def test_linear_by_hand(images, norm, dual):
     result = autoattack(model, images, device="cpu", batch_size=5, eps=(high, low), **options)
     assert result == {
         "clean": 1.0,
-        f"autoattack_{low:g}": pytest.approx((11 - gaps[0]) / 12),
-        f"autoattack_{high:g}": pytest.approx((11 - gaps[1]) / 12),
+        f"l{norm}_{low:g}": pytest.approx((11 - gaps[0]) / 12),
+        f"l{norm}_{high:g}": pytest.approx((11 - gaps[1]) / 12),
     }
 
 
@@ -49,7 +49,7 @@ def test_standard_version(images):
     wrong = Split(few.images, (few.labels + torch.tensor([0, 1])) % 4)
     state, trace = torch.get_rng_state(), sys.gettrace()
     result = autoattack(model, wrong, device="cpu", batch_size=2, eps=(1e-4,))
-    assert result == {"clean": 0.5, "autoattack_0.0001": 0.5}
+    assert result == {"clean": 0.5, "linf_0.0001": 0.5}
     assert torch.equal(torch.get_rng_state(), state)
     assert sys.gettrace() is trace
 
@@ -59,6 +59,7 @@ def test_standard_version(images):
     [
         ({"norm": "1"}, "norm must be 2 or inf, got '1'"),
         ({"eps": (0.1, 0.0)}, "eps must be above 0"),
+        ({"eps": ()}, "eps is empty; wanted at least one budget"),
         ({"version": "fast"}, "version must be standard, plus, rand or custom, got 'fast'"),
         ({"version": "custom"}, "attacks are for version=custom, which needs some"),
         ({"attacks": ("square",)}, "attacks are for version=custom, which needs some"),

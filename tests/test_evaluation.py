@@ -115,14 +115,14 @@ def test_options_as_text():
     texts = [
         "samples=3",
         "insertion.points=7",
-        "fractions=0.5,1",
+        "fractions=1/4,1",
         "data=svhn",
         "fit=TRUE",
         "images=none",
         "classes=1,2",
     ]
     assert parse_options(texts, names) == {
-        "pixel_perturbation": {"samples": 3, "fractions": (0.5, 1.0)},
+        "pixel_perturbation": {"samples": 3, "fractions": (0.25, 1.0)},
         "insertion": {"samples": 3, "points": 7},
         "out_of_distribution": {"data": "svhn", "fit": True, "images": None},
         "activation_maximisation": {"classes": (1, 2)},
@@ -138,6 +138,7 @@ def test_options_as_text():
         ("accuracy.points=3", "--set accuracy.points=3: wanted an option of the metrics"),
         ("points=many", "--set points=many: wanted a value of type int"),
         ("points=1.5", "--set points=1.5: wanted a value of type int"),
+        ("sigma=1/0", "--set sigma=1/0: wanted a value of type float"),
     ],
 )
 def test_bad_option_texts(text, message, run, capsys):
@@ -205,6 +206,21 @@ def test_command(run, tmp_path, capsys):
     assert "already holds evaluation.json; choose another folder or add --overwrite" in capsys.readouterr().err
     assert cli.main([*command[:3], "--out", str(tmp_path / "out"), "--overwrite"]) == 0
     assert len(json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]["short"]) == 1
+
+
+def test_held_out_images(run, tmp_path, capsys):
+    """The runs' own, with the accuracy that the training saw; none where they held out different ones."""
+    held_out = _train(tmp_path / "held_out", val_size=100, test_size=None)
+    results = evaluation.evaluate([held_out], val=True)
+    with (held_out / "metrics.csv").open() as file:
+        seen = float([*csv.DictReader(file)][-1]["test_accuracy"])
+    assert results["held_out"]["accuracy"]["clean"] == pytest.approx(seen)
+    assert results != evaluation.evaluate([held_out], overwrite=True)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--val"]) == 2
+    assert capsys.readouterr().err.endswith("--val: the run short held out no images, wanted some\n")
+    assert cli.main(["evaluate", str(held_out), str(run), "--val", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("--val: the run short held out no images, wanted 100\n")
 
 
 def test_default_folder(run, capsys):
@@ -294,12 +310,14 @@ def test_results_before_an_error_are_kept(run, tmp_path, capsys):
     assert [*json.loads((out / "evaluation.json").read_text())["results"]["short"]] == ["accuracy"]
 
 
-def test_full_disk(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("writes", ["write_csv", "save_picture"])
+def test_full_disk(writes, run, tmp_path, monkeypatch, capsys):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "write_csv", full)
-    assert cli.main(["evaluate", str(run), "--out", str(tmp_path / "out")]) == 1
+    monkeypatch.setattr(runs, writes, full)
+    command = ["evaluate", str(run), "--metrics", "activation_maximisation", "--set", "steps=1"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.endswith("out: No space left on device\n")
 
 

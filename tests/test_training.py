@@ -453,6 +453,18 @@ def test_checkpoint_of_another_configuration(tmp_path, options, message):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_checkpoint_from_before_some_options(tmp_path, capsys):
+    """It is as if they had been there at their defaults, infinity among them."""
+    options = {"epochs": 1, "train_size": 128, "test_size": 20}
+    fit(Config(str(tmp_path), max_steps=1, **options), progress=False)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for name in ("adversarial_norm", "regularizer", "val_size"):
+        del checkpoint["config"][name]
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    fit(Config(str(tmp_path), **options), progress=False, resume=True)
+    assert "after step 1," in capsys.readouterr().out
+
+
 def test_checkpoint_of_other_data_or_of_another_kind(tmp_path, monkeypatch):
     config = Config(str(tmp_path), epochs=2, test_size=20, max_steps=1)
     fit(config, progress=False)

@@ -7,13 +7,14 @@ a metric follows from the seed and the number of the image: the size of the batc
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def options_of(name: str) -> dict[str, Any]:
 def parse_options(texts: Iterable[str], names: Collection[str]) -> dict[str, dict[str, Any]]:
     """The options of metrics from texts, OPTION=VALUE for all metrics that have it or METRIC.OPTION=VALUE for one.
 
-    Values are of the type of the option: several are separated by commas.
+    Values are of the type of the option; several are separated by commas, and a number may be a fraction (8/255).
 
     Args:
         names: the metrics.
@@ -146,6 +147,9 @@ def _parse(text: str, hint: Any) -> Any:
         return tuple(_parse(part, inner[0]) for part in text.split(",") if part)
     if hint is bool:
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse()
+    if hint is float and "/" in text:
+        above, below = map(float, text.split("/", 1))
+        return above / below if below else _refuse()
     if hint in (int, float, str):
         return hint(text)
     return _refuse()
@@ -243,6 +247,7 @@ def evaluate(
     data: str | None = None,
     data_dir: str | None = None,
     test_size: int | None = None,
+    val: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -261,6 +266,8 @@ def evaluate(
         out: the folder for the files; by default ``evaluation`` in the run's own, where there is only one.
         data, data_dir: by default those of the first run's configuration; another data set than the runs' is an error.
         test_size: use the first so many test images.
+        val: use the training images that the runs held out (``val_size`` in their configuration) in place of the test
+            images: to choose a coefficient, for one.
         batch_size: by default the first run's; it bounds the memory.
         seed: of what is random in a metric.
         options: by metric; see the metrics.
@@ -290,6 +297,8 @@ def evaluate(
     loaded, configs = load_runs(folders, on, data)
     config = next(iter(configs.values()))
     dataset = _dataset(config, data_dir)
+    if val:
+        dataset = dataset.held_out(_val_size(configs))
     for run, model in loaded.items():
         _check_fits(run, model, dataset, on)
     common: dict[str, Any] = {"device": on, "batch_size": batch_size or config["batch_size"], "seed": seed}
@@ -299,6 +308,7 @@ def evaluate(
     about = {
         "data": dataset.name,
         "note": dataset.note,
+        "split": "val" if val else "test",
         "images": len(split),
         "batch_size": common["batch_size"],
         "seed": seed,
@@ -321,7 +331,8 @@ def evaluate(
                 drawing = getattr(importlib.import_module(function.__module__), draw)
                 of_metric = {run: results[run][name] for run in loaded}
                 figure = drawing(loaded, split, of_metric, **common, **chosen[name])
-                runs.save_picture(folder / f"{name}.png", figure)
+                with _writing(folder):
+                    runs.save_picture(folder / f"{name}.png", figure)
     return results
 
 
@@ -329,6 +340,16 @@ def _dataset(config: Mapping[str, Any], data_dir: str | None) -> data.DataSet:
     """The data set of a run's configuration, images of the test split without augmentation."""
     known: dict[str, Any] = {name: config.get(name) for name in ("classes", "image_size")}
     return data.load(config["data"], data_dir or config.get("data_dir"), augment=False, **known)
+
+
+def _val_size(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many images all the runs held out; raises ValueError where that is not one number."""
+    sizes = {run: config.get("val_size") or 0 for run, config in configs.items()}
+    first = next(iter(sizes.values()))
+    for run, size in sizes.items():
+        if size == 0 or size != first:
+            raise ValueError(f"--val: the run {run} held out {size or 'no'} images, wanted {first or 'some'}")
+    return first
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -357,8 +378,14 @@ def markdown(results: Results) -> str:
 
 def _write(folder: Path, about: Mapping[str, Any], results: Results) -> None:
     text = json.dumps({**about, "results": results}, indent=2, default=str) + "\n"
-    try:
+    with _writing(folder):
         runs.write_atomically(folder / RESULTS, lambda file: file.write(text.encode()))
         runs.write_csv(folder / TABLE, rows_of(results))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise runs.TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error

@@ -33,7 +33,13 @@ def accuracy(
 
 
 def worst_group(
-    model: nn.Module, split: data.Split, *, device: torch.device | str, batch_size: int, seed: int = 0
+    model: nn.Module,
+    split: data.Split,
+    *,
+    device: torch.device | str,
+    batch_size: int,
+    seed: int = 0,
+    groups: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Accuracy of each group and of the worst one: the paper's tables for CelebA-Hair and Waterbirds.
 
@@ -41,39 +47,39 @@ def worst_group(
         model: takes pixels in [0, 1]; in eval mode.
         split: of a data set with groups.
         seed: not used, nothing is random.
+        groups: names of all groups; :func:`densreg.evaluation.evaluate` takes the data set's. Without them a group that
+            has no image and a number above all others is not missed.
 
     Returns:
-        group_0, group_1, ...; worst_group, the least of them; group_mean, their mean with equal weights; clean, the
-        mean over the images.
+        For each group its name, or group_0, group_1, ...; worst_group, the least of them; group_mean, their mean with
+        equal weights; clean, the mean over the images.
 
     Raises:
         ValueError: the data set has no groups, or a group has no images.
     """
-    groups = getattr(split, "groups", None)
-    if groups is None:
+    numbers = getattr(split, "groups", None)
+    if numbers is None:
         raise ValueError("worst_group needs a data set with groups, and this one has none")
-    return group_accuracy(correct(model, split, device, batch_size, "worst_group"), groups)
+    return group_accuracy(correct(model, split, device, batch_size, "worst_group"), numbers, groups)
 
 
-def group_accuracy(correct: Tensor, groups: Tensor, count: int | None = None) -> dict[str, float]:
+def group_accuracy(correct: Tensor, groups: Tensor, names: Sequence[str] = ()) -> dict[str, float]:
     """What :func:`worst_group` gives, of [N] bool and [N] int64.
 
-    Args:
-        count: number of groups; by default the largest group's number and one.
-
     Raises:
-        ValueError: the shapes differ, or a group has no images.
+        ValueError: the shapes differ, a group has no name, or no images.
     """
     if correct.shape != groups.shape or correct.ndim != 1:
         raise ValueError(f"wanted one group for each image: {list(correct.shape)} images, {list(groups.shape)} groups")
     if len(groups) == 0:
         raise ValueError("there are no images for worst_group; wanted at least one in each group")
-    sizes = torch.bincount(groups, minlength=count or 0)
-    empty: Sequence[int] = (sizes == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"group {empty[0]} of {len(sizes)} has no images among these {len(groups)}: take more of them")
-    right = torch.bincount(groups, weights=correct.double(), minlength=len(sizes))
-    of_group = right / sizes
-    result = {f"group_{i}": value for i, value in enumerate(of_group.tolist())}
-    clean = correct.double().mean().item()
-    return {**result, "worst_group": of_group.min().item(), "group_mean": of_group.mean().item(), "clean": clean}
+    sizes = torch.bincount(groups, minlength=len(names))
+    names = [*names] or [f"group_{i}" for i in range(len(sizes))]
+    if len(sizes) > len(names):
+        raise ValueError(f"there is a group {len(sizes) - 1}, and names for {len(names)}")
+    for name, size in zip(names, sizes.tolist(), strict=True):
+        if size == 0:
+            raise ValueError(f"the group {name!r} has no images among these {len(groups)}: take more of them")
+    of_group = torch.bincount(groups, weights=correct.double(), minlength=len(sizes)) / sizes
+    summary = {"worst_group": of_group.min(), "group_mean": of_group.mean(), "clean": correct.double().mean()}
+    return {**dict(zip(names, of_group.tolist(), strict=True)), **{key: value.item() for key, value in summary.items()}}

@@ -38,7 +38,7 @@ def autoattack(
         attacks: such as apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
 
     Returns:
-        clean, and autoattack_EPS for each budget.
+        clean, and lNORM_EPS for each budget, as :func:`densreg.evaluation.attacks.pgd` has them: l2_1.5, linf_0.1.
 
     Raises:
         ValueError: fewer than 4 classes, for which the targeted attacks have no loss.
@@ -51,10 +51,12 @@ def autoattack(
         raise ValueError(f"attacks are for version=custom, which needs some; got version {version}, attacks {attacks}")
     for name in attacks:
         check_one_of("attacks", name, ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"])
+    if not eps:
+        raise ValueError("eps is empty; wanted at least one budget")
     for budget in eps:
         check_range("eps", budget, 0, 1e3, above=True)
     package = require("pyautoattack", "autoattack")
-    budgets = sorted(eps)
+    budgets = sorted(set(eps))
     right = torch.zeros(1 + len(budgets), dtype=torch.int64)
     on = torch.device(device)
     trace = sys.gettrace()  # it sets one of its own, and leaves none
@@ -81,7 +83,7 @@ def autoattack(
         finally:
             sys.settrace(trace)
     parts = (right.double() / len(split)).tolist()
-    return {"clean": parts[0], **{f"autoattack_{e:g}": part for e, part in zip(budgets, parts[1:], strict=True)}}
+    return {"clean": parts[0], **{f"l{norm}_{e:g}": part for e, part in zip(budgets, parts[1:], strict=True)}}
 
 
 def _check_classes(count: int, version: str, attacks: tuple[str, ...]) -> None:
