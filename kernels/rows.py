@@ -40,7 +40,7 @@ _SHORT = (
 # them are in flight, and two operands of a row stay in registers; at least about 100 programs for 128 short rows.
 # `python -m benchmarks.triton_aot` shows registers and spills of every rung.
 LADDER = {
-    2: (*_SHORT, Rung(16384, 1, 16)),
+    2: (*_SHORT, Rung(16384, 1, 32)),
     4: (*_SHORT, Rung(16384, 1, 16)),
     8: _SHORT,
 }
