@@ -406,6 +406,8 @@ def _row(budget: Budget, data: str, model: str, method: str, p: float, coeff: fl
     config = training.Config(out="", **values)
     if budget.match_norms and config.coeff > 0 and p != 2:
         config = dataclasses.replace(config, coeff=float(f"{config.coeff * _match(budget, data, p):.3g}"))
+    if config.coeff == 0:
+        config = dataclasses.replace(config, p=training.Config.p)  # one run, whichever norm is asked for first
     config = config.complete()
     parts = [data, model, method]
     if config.coeff > 0:

@@ -173,6 +173,14 @@ def test_figures_of_the_paper():
         assert all(method in METHODS for method in experiment.methods)
 
 
+def test_a_training_without_penalty_is_one_run():
+    """Whichever norm comes first, its configuration is the same: another experiment goes on with it."""
+    for p in (1.0, math.inf):
+        (row,) = rows_of("fig7", Budget(methods=("standard",), norms=(p,)))
+        (other,) = rows_of("table1", Budget(methods=("standard",)))
+        assert row == other
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_can_be_asked_for(name):
     """All of its trainings are complete configurations, each in a folder of its own."""
