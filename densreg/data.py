@@ -714,7 +714,7 @@ def load(
         raise DataError(f"unknown data set {name!r}; wanted one of {', '.join(DATA_SETS)}")
     for option, value, users in (("classes", classes, ("synthetic",)), ("image-size", image_size, _SIZED)):
         if value is not None and name not in users:
-            raise DataError(f"--{option} is for --data {' and '.join(users)}; {name} has its own")
+            raise DataError(f"--{option} is for --data {', '.join(users)}; {name} has its own")
     request = _Request(name, None if data_dir is None else Path(data_dir), download, augment, classes, image_size)
     return DATA_SETS[name](request)
 

@@ -331,7 +331,10 @@ def test_scaled_images_are_cropped_in_the_middle(image_folder):
 
 
 def test_folder_errors(image_folder):
-    with pytest.raises(data.DataError, match=r"--image-size is for --data synthetic and folder; digits has its own"):
+    with pytest.raises(
+        data.DataError,
+        match=r"--image-size is for --data synthetic, folder, waterbirds, celeba-hair; digits has its own",
+    ):
         data.load("digits", image_size=4)
     with pytest.raises(data.DataError, match="--classes is for --data synthetic; folder has its own"):
         data.load("folder", image_folder, classes=4)
@@ -417,3 +420,139 @@ def test_damaged_mnist_file(mnist_dir, file, change, message):
     with pytest.raises(data.DataError, match=message) as caught:
         data.load("mnist", mnist_dir)
     assert file in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# groups, and images that are held out
+
+
+def test_held_out_images_take_the_place_of_the_test_images(mnist_dir):
+    blocks = data.load("blockmnist", mnist_dir)
+    held = blocks.held_out(10)
+    assert (len(held.train), len(held.test)) == (30, 10)
+    assert torch.equal(held.test.labels, blocks.train.labels[30:])
+    x, _ = held.test.batch(torch.arange(10), torch.Generator())
+    assert torch.equal(x[:, 0, 28:], data.null_tile().expand(10, 28, 28)), "seen as test images are"
+    assert x[9, 0, 14, 14] == pytest.approx(40 / 255)
+    with pytest.raises(data.DataError, match="val_size 40 leaves none of blockmnist's 40 training images"):
+        blocks.held_out(40)
+
+
+def test_spurious_mnist(mnist_dir):
+    spurious = data.load("spurious-mnist", mnist_dir)
+    digits = data.load("mnist", mnist_dir)
+    assert (spurious.classes, len(spurious.groups), spurious.image_shape) == (2, 4, (3, 28, 28))
+    for split, plain in ((spurious.train, digits.train), (spurious.test, digits.test)):
+        assert torch.equal(split.labels, (plain.labels >= 5).long())
+        attribute = (split.images[:, 1, 0, 0] == 128).long()
+        assert torch.equal(split.groups, 2 * split.labels + attribute)
+        assert torch.equal(split.images[:, 2], plain.images[:, 0]), "no background in blue"
+    same = data.load("spurious-mnist", mnist_dir)
+    assert torch.equal(same.train.images, spurious.train.images)
+    part = spurious.train.first(7)
+    assert len(part.groups) == 7
+    assert len(spurious.held_out(5).test.groups) == 5
+
+
+def test_spurious_mnist_agrees_with_the_class_in_training_only(monkeypatch):
+    digits = torch.arange(8000) % 10
+    split = data.Split(torch.zeros(8000, 1, 28, 28, dtype=torch.uint8), digits)
+    monkeypatch.setattr(data, "_mnist_splits", lambda request: (split, split))
+    spurious = data.load("spurious-mnist", "anywhere")
+    for part, agree in ((spurious.train, 0.95), (spurious.test, 0.5)):
+        agrees = (part.groups % 2 == part.labels).double().mean()
+        assert agrees == pytest.approx(agree, abs=0.02)
+        assert part.check_groups(4, "here") is part.groups
+
+
+ROWS = [(i % 2, i // 2 % 2, (0, 0, 1, 2)[i // 4]) for i in range(16)]
+"""(class, attribute, split) of 16 images: each group in each split."""
+
+
+@pytest.fixture
+def waterbirds_dir(tmp_path):
+    root = tmp_path / "waterbird_complete95_forest2water2"
+    lines = ["img_id,img_filename,y,split,place,place_filename"]
+    for i, (y, place, split) in enumerate(ROWS):
+        _write_image(root / f"{i:03}.Bird" / f"{i}.png", (50, 60), 10 * i)
+        lines.append(f"{i},{i:03}.Bird/{i}.png,{y},{split},{place},/o/ocean/{i}.jpg")
+    (root / "metadata.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def celeba_dir(tmp_path):
+    root = tmp_path / "celeba"
+    attributes, partition = ["16", "Bald Blond_Hair Male Young"], []
+    for i, (blond, male, split) in enumerate(ROWS):
+        name = f"{i:06}.png"
+        _write_image(root / "img_align_celeba" / name, (50, 60), 10 * i)
+        attributes.append(f"{name} -1 {2 * blond - 1} {2 * male - 1}  1")
+        partition.append(f"{name} {split}")
+    (root / "list_attr_celeba.txt").write_text("\n".join(attributes) + "\n")
+    (root / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["waterbirds", "celeba-hair"])
+def test_published_groups(name, request):
+    folder = request.getfixturevalue({"waterbirds": "waterbirds_dir", "celeba-hair": "celeba_dir"}[name])
+    inside = next(path for path in folder.iterdir() if path.is_dir())
+    for place in (folder, inside):
+        grouped = data.load(name, place, augment=False, image_size=32)
+        assert (len(grouped.train), len(grouped.test), grouped.classes) == (8, 4, 2)
+        assert len(grouped.groups) == 4
+        assert grouped.image_shape == (3, 32, 32)
+        for split, numbers in ((grouped.train, range(8)), (grouped.test, range(12, 16))):
+            x, y = split.batch(torch.arange(len(split)), torch.Generator())
+            image = (x[:, 0, 0, 0] * 25.5).round().long().tolist()
+            assert sorted(image) == list(numbers)
+            assert y.tolist() == [ROWS[i][0] for i in image]
+            assert split.groups.tolist() == [2 * ROWS[i][0] + ROWS[i][1] for i in image]
+            assert image != sorted(image), "not in the order of the table"
+    assert data.load(name, folder).image_shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s.replace(",place,", ",where,"),
+            r"metadata\.csv has no column place; wanted img_filename, y, split",
+        ),
+        (lambda s: s.replace(",0,0,/o", ",7,0,/o", 1), r"metadata\.csv, line 2: wanted y and place of 0 or 1"),
+        (lambda s: s.replace("Bird/", "Birds/"), r"metadata\.csv lists .*Birds/.*, and there is no "),
+        (lambda s: "\n".join(s.splitlines()[:13]), r"metadata\.csv lists no test images \(split 2\)"),
+        (lambda s: "\n".join(s.splitlines()[:16]), "test images: group 3 of 4 has no images among these 3"),
+    ],
+)
+def test_waterbirds_errors(waterbirds_dir, change, message):
+    table = waterbirds_dir / "waterbird_complete95_forest2water2" / "metadata.csv"
+    table.write_text(change(table.read_text()))
+    with pytest.raises(data.DataError, match=message):
+        data.load("waterbirds", waterbirds_dir)
+    table.unlink()
+    with pytest.raises(data.DataError, match=r"cannot read .*metadata\.csv: No such file or directory"):
+        data.load("waterbirds", waterbirds_dir)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("list_attr_celeba.txt", lambda s: s.replace("Male", "Female"), "has no attribute Male in its second line"),
+        ("list_attr_celeba.txt", lambda s: s + "x.png 1\n", "line 19: wanted a file name and 4 attributes"),
+        (
+            "list_eval_partition.txt",
+            lambda s: s.replace("000003.png 0\n", ""),
+            "has no split of 0, 1 or 2 for 000003.png",
+        ),
+    ],
+)
+def test_celeba_errors(celeba_dir, file, change, message):
+    table = celeba_dir / "celeba" / file
+    table.write_text(change(table.read_text()))
+    with pytest.raises(data.DataError, match=message):
+        data.load("celeba-hair", celeba_dir)
+    table.unlink()
+    with pytest.raises(data.DataError, match=rf"cannot read .*{file}: No such file"):
+        data.load("celeba-hair", celeba_dir)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import densreg
-from densreg import models, runs
+from densreg import data, models, regularizers, runs, training
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (1, 56, 28), (3, 32, 32), (3, 64, 64)])
@@ -161,3 +161,90 @@ def test_load_checkpoint_goes_back_to_the_previous_one(tmp_path):
         again, config = models.load_checkpoint(tmp_path)
     assert config == {"seed": 1}
     assert all(torch.equal(w, model.state_dict()[k]) for k, w in again.state_dict().items())
+
+
+class _EveryReLU(torch.nn.Module):
+    """ReLU as module, functions and method."""
+
+    def forward(self, x):
+        f = torch.nn.functional
+        for relu in (torch.nn.ReLU(inplace=True), f.relu, torch.relu, torch.Tensor.relu, lambda x: x.clone().relu_()):
+            x = relu(x - 0.3)
+        return f.relu(x - 0.3, inplace=True) + torch.relu_(x - 0.1)
+
+
+def test_softplus_stands_for_every_relu():
+    x = torch.randn(4, 3)
+    smooth = models.SoftPlus(_EveryReLU(), beta=3)
+
+    def wanted(x):
+        def softplus(x):
+            return torch.log1p((3 * x).exp()) / 3
+
+        for _ in range(5):
+            x = softplus(x - 0.3)
+        return softplus(x - 0.3) + softplus(x - 0.1)
+
+    torch.testing.assert_close(smooth(x.clone()), wanted(x))
+    assert "beta=3" in repr(smooth)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mlp", (1, 8, 8)), ("resnet18", (3, 16, 16)), ("densenet121", (3, 32, 32))]
+)
+def test_softplus_models_are_those_with_modules_replaced(name, shape, monkeypatch):
+    torch.manual_seed(0)
+    plain = models.build(name, 5, shape).eval()
+    torch.manual_seed(0)
+    smooth = models.build(name, 5, shape, softplus=4.0).eval()
+    assert plain.state_dict().keys() == smooth.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), smooth.parameters(), strict=True))
+    x = torch.rand(2, *shape)
+    before = plain(x)
+    for module in list(plain.modules()):
+        for child, layer in module.named_children():
+            if isinstance(layer, torch.nn.ReLU):
+                setattr(module, child, torch.nn.Softplus(4.0))
+    with monkeypatch.context() as patch:  # DenseNet's last one is a function
+        patch.setattr(torch.nn.functional, "relu", lambda x, inplace=False: torch.nn.functional.softplus(x, 4.0))
+        torch.testing.assert_close(smooth(x), plain(x))
+    assert not torch.allclose(smooth(x), before)
+
+
+@pytest.mark.parametrize("regularizer", ["density", "hessian"])
+def test_softplus_in_a_compiled_step(regularizer, fresh_dynamo):
+    x, y = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    grads = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = models.build("mlp", 3, (1, 8, 8), softplus=2.0)
+        objective = densreg.RegularizedObjective(
+            model, 1.0, compile=compiled, backend="aot_eager", regularizer=regularizer
+        )
+        torch.manual_seed(1)
+        objective(x, y).loss.backward()
+        grads.append([w.grad for w in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_softplus_of_a_checkpoint(tmp_path):
+    config = training.Config(str(tmp_path), softplus=2.5, epochs=1, train_size=64, test_size=50)
+    rows = training.fit(config, progress=False)
+    model, saved = models.load_checkpoint(tmp_path)
+    assert isinstance(model, models.SoftPlus)
+    assert (model.beta, saved["softplus"]) == (2.5, 2.5)
+    x, y = data.load("digits").test.first(50).batch(torch.arange(50), torch.Generator())
+    assert (model(x).argmax(1) == y).double().mean().item() == rows[-1]["test_accuracy"]
+
+
+def test_softplus_errors():
+    with pytest.raises(models.ModelError, match="softplus must be finite and above 0, got 0"):
+        models.build("mlp", 3, (1, 8, 8), softplus=0.0)
+    no_relu = models.SoftPlus(torch.nn.Flatten(), torch.nn.Linear(12, 3), beta=1.0)
+    with pytest.raises(models.ModelError, match="softplus: model 'mine' has no ReLU to be replaced"):
+        models.check_trainable(no_relu, "mine", (3, 2, 2), "fused")
+    with pytest.raises(models.ModelError, match=r"the Hessian of model 'mlp' is 0, .*: --softplus BETA"):
+        models.check_trainable(
+            models.build("mlp", 3, (1, 8, 8)), "mlp", (1, 8, 8), "fused", regularizer=regularizers.Hessian()
+        )

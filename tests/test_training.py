@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.second_order import problem, torch_penalty
-from densreg import data, models, runs, training
+from densreg import attacks, data, models, runs, training
 from densreg.objective import RegularizedObjective
 from densreg.paths import PATHS
 from densreg.training import Config, TrainingError, fit, train_step
@@ -588,3 +588,88 @@ def test_impossible_values(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         fit(Config(str(tmp_path / "run"), **options))
     assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rivals
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "size", "start"),
+    [
+        ({"adversarial": "fgsm", "adversarial_eps": 0.1}, 1, 0.1, False),
+        (
+            {"adversarial": "pgd", "adversarial_eps": 0.5, "adversarial_norm": 2.0, "adversarial_steps": 4},
+            4,
+            0.3125,
+            True,
+        ),
+    ],
+)
+def test_adversarial_training(tmp_path, options, steps, size, start):
+    """The step's loss is that on the perturbed images, on which it is higher, and which are in [0, 1]."""
+    config = Config(str(tmp_path), coeff=0.0, compile=False, model="vgg11", train_size=64, **options).complete()
+    problem = training.Problem(config)
+    x, y = next(problem.batches(1, range(1)))
+    plain = F.cross_entropy(problem.model.eval()(x), y)
+    eps, norm = config.adversarial_eps, config.adversarial_norm
+    torch.manual_seed(3)
+    seen = attacks.perturb(problem.model, x, y, norm, eps, steps, size, random_start=start)
+    wanted = F.cross_entropy(problem.model.train()(seen), y)
+    torch.manual_seed(3)
+    out = problem.step(0, x, y)
+    torch.testing.assert_close(out.loss, wanted.detach())
+    assert out.loss > plain
+    assert (seen - x).flatten(1).norm(norm, dim=1).max() <= eps * (1 + 1e-5)
+    assert seen.min() >= 0
+    assert seen.max() <= 1
+    assert problem.model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adversarial": "cw"}, "adversarial must be none, fgsm or pgd, got 'cw'"),
+        ({"adversarial": "pgd"}, "adversarial pgd needs an adversarial_eps that is finite and above 0, got None"),
+        ({"adversarial_eps": 0.1}, "adversarial_eps is for adversarial fgsm or pgd, got adversarial 'none'"),
+        ({"adversarial": "fgsm", "adversarial_eps": 0.1, "adversarial_steps": 3}, "adversarial_steps is for .* pgd"),
+        ({"adversarial": "pgd", "adversarial_eps": 0.1, "adversarial_norm": 1}, "must be 2 or inf, got 1"),
+        ({"regularizer": "nothing"}, "regularizer must be one of density, input_gradient"),
+        ({"regularizer": "cure", "regularizer_options": {"k": 1}}, "regularizer cure has no option 'k'; wanted h"),
+        ({"regularizer": "cure", "p": 1}, "regularizer cure has its own norm, got p=1"),
+        ({"regularizer": "cure", "path": "directional"}, "path directional is for the density penalty"),
+        ({"val_size": 0}, "val_size must lie in"),
+        ({"group_dro": -1.0}, "eta of group DRO must be finite and above 0"),
+    ],
+)
+def test_impossible_rivals(tmp_path, monkeypatch, options, message):
+    if "group_dro" in options:
+        digits = data.DATA_SETS["digits"]
+
+        def grouped(request):
+            loaded = digits(request)
+            with_groups = [data.replace(s, groups=torch.arange(len(s)) % 2) for s in (loaded.train, loaded.test)]
+            return data.replace(loaded, train=with_groups[0], test=with_groups[1], groups=("a", "b"))
+
+        monkeypatch.setitem(data.DATA_SETS, "digits", grouped)
+    with pytest.raises(ValueError, match=message):
+        fit(Config(str(tmp_path), **options))
+
+
+@pytest.mark.parametrize(
+    "regularizer", ["input_gradient", "loss_gradient", "score_matching", "ig_sum", "hessian", "cure"]
+)
+def test_each_rival_trains(tmp_path, regularizer):
+    """Its penalty on the held-out images is smaller than without it, and the accuracy stays."""
+    coeff = {"score_matching": 1e-3, "hessian": 3e-3, "ig_sum": 1.0, "cure": 1.0}.get(regularizer, 0.3)
+    rows = {}
+    for weight in (1e-12, coeff):  # with a coefficient of 0 nothing would be known of the penalty
+        options = {"regularizer": regularizer, "coeff": weight, "softplus": 5.0, "epochs": 4, "lr": 3e-3}
+        rows[weight] = fit(Config(str(tmp_path / str(weight)), val_size=200, **options), progress=False)[-1]
+    without, with_it = rows.values()
+    if regularizer == "score_matching":  # which may be negative
+        assert with_it["test_penalty"] < without["test_penalty"]
+    else:
+        assert with_it["test_penalty"] < 0.7 * without["test_penalty"]
+    assert with_it["test_accuracy"] > 0.8
+    assert json.loads((tmp_path / str(coeff) / "config.json").read_text())["regularizer"] == regularizer
