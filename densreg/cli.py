@@ -125,6 +125,8 @@ def _info() -> int:
 
     build = ops.build_info()
     extension = f"loaded, built with {build.get('compiler', 'an unknown compiler')}"
+    if "cuda" in build:
+        extension += f", CUDA kernels for {build['cuda']['targets']} with nvcc {build['cuda']['nvcc']}"
     if ops.MISSING is not None:
         extension = f"missing: {ops.MISSING}"
     nvcc = shutil.which("nvcc")
@@ -137,6 +139,8 @@ def _info() -> int:
         if ops.MISSING is not None
         else f"C++ ({ops.instruction_set()}), {torch.get_num_threads()} threads"
     )
+    cuda = {"cuda": "CUDA kernels", "triton": "Triton kernels", "torch": "plain torch"}[ops._preferred("cuda")]
+    reasons = "; ".join(f"{name}: {ops.missing(name)}" for name in ops.ORDER["cuda"] if ops.missing(name))
     for name, value in (
         ("densreg", __version__),
         ("python", platform.python_version()),
@@ -145,7 +149,7 @@ def _info() -> int:
         ("triton", version("triton")),
         ("extension", extension),
         ("CPU tensors", cpu),
-        ("CUDA tensors", "plain torch: there are no GPU kernels yet"),
+        ("CUDA tensors", f"{cuda} ({reasons})" if reasons else cuda),
         ("nvcc", nvcc or "not found"),
         ("GPU", ", ".join(gpus) or "none"),
     ):

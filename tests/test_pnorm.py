@@ -93,7 +93,9 @@ def test_extreme_long_rows_give_what_torch_gives(dtype, p, spans):
     norm, gradient = _norm_and_gradient(g, p)
     expected = _reference(g.double(), p)
     torch.testing.assert_close(norm.double(), expected[0], rtol=2e-6, atol=0, equal_nan=True)
-    torch.testing.assert_close(gradient.double(), expected[1], rtol=max(4e-6, 2 * HALF_ULP[dtype]), atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        gradient.double(), expected[1], rtol=max(4e-6, 2 * HALF_ULP[dtype]), atol=1e-6, equal_nan=True
+    )
     torch.testing.assert_close(ops.pnorm_dual(g, p), (norm, gradient), equal_nan=True)
 
 
