@@ -1,4 +1,4 @@
-"""Builds the C++ extension densreg/_C.so, CUDA kernels included where nvcc is there; the rest is in pyproject.toml.
+"""Builds the C++ extension densreg/_C.so, with CUDA kernels where there is nvcc; the rest is in pyproject.toml.
 
 One binary for torch 2.11 and later and for every Python: torch's stable ABI, and no Python API (wheel tag py3-none).
 With CUDA kernels it still loads on a torch without CUDA: the CUDA runtime is linked statically, and what only a CUDA
@@ -91,9 +91,8 @@ def cuda_toolkit() -> tuple[str, Path, str]:
     top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
     if top is None:
         raise RuntimeError(f"{nvcc} --dryrun does not name its toolkit")
-    version = re.search(
-        r"release \S+, V(\S+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release \S+, V(\S+)", said)
     return nvcc, Path(top[1].strip()).resolve(), version[1] if version else "unknown"
 
 
@@ -250,14 +249,8 @@ class BuildExtension(build_ext):
         link += [f"-L{torch / 'lib'}", "-Wl,--allow-shlib-undefined", "-Wl,--no-as-needed", "-ltorch_cpu"]
         if toolkit:
             # libtorch names libtorch_cuda, where the stream comes from; a torch without CUDA has a libtorch too.
-            link += [
-                "-ltorch",
-                f"-L{find_in(toolkit[1], 'libcudart_static.a')}",
-                "-lcudart_static",
-                "-lrt",
-                "-lpthread",
-            ]
-            link += ["-ldl"]
+            link += ["-ltorch", f"-L{find_in(toolkit[1], 'libcudart_static.a')}", "-lcudart_static"]
+            link += ["-lrt", "-lpthread", "-ldl"]
         run(link)
         said = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
         return {"built": True, "compiler": (said.splitlines() or ["unknown"])[0]}

@@ -199,12 +199,10 @@ def _info() -> int:
 
     build = ops.build_info()
     extension = f"loaded, built with {build.get('compiler', 'an unknown compiler')}"
+    if "cuda" in build:
+        extension += f", CUDA kernels for {build['cuda']['targets']} with nvcc {build['cuda']['nvcc']}"
     if ops.MISSING is not None:
         extension = f"missing: {ops.MISSING}"
-
-    def said_of(backend: str) -> str:
-        reason = ops.missing(backend)
-        return f"serve CUDA tensors{', first' if backend == 'cuda' else ''}" if reason is None else f"unused: {reason}"
 
     nvcc = shutil.which("nvcc")
     if nvcc:
@@ -216,6 +214,8 @@ def _info() -> int:
         if ops.MISSING is not None
         else f"C++ ({ops.instruction_set()}), {torch.get_num_threads()} threads"
     )
+    cuda = {"cuda": "CUDA kernels", "triton": "Triton kernels", "torch": "plain torch"}[ops._preferred("cuda")]
+    reasons = "; ".join(f"{name}: {ops.missing(name)}" for name in ops.ORDER["cuda"] if ops.missing(name))
     for name, value in (
         ("densreg", __version__),
         ("python", platform.python_version()),
@@ -224,8 +224,7 @@ def _info() -> int:
         ("triton", version("triton")),
         ("extension", extension),
         ("CPU tensors", cpu),
-        ("CUDA kernels", said_of("cuda")),
-        ("Triton kernels", said_of("triton")),
+        ("CUDA tensors", f"{cuda} ({reasons})" if reasons else cuda),
         ("nvcc", nvcc or "not found"),
         ("GPU", ", ".join(gpus) or "none"),
     ):

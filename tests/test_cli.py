@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import densreg
-from densreg import cli
+from densreg import cli, ops
 
 
 def test_run(tmp_path):
@@ -129,3 +129,4 @@ def test_info(capsys):
     assert lines["densreg"] == densreg.__version__
     assert lines["extension"].startswith("loaded, built with ")
     assert "C++" in lines["CPU"]
+    assert (ops.missing("cuda") or "CUDA kernels") in lines["CUDA"]

@@ -25,32 +25,34 @@ namespace densreg::cuda {
 
 struct Rung {
   int threads;  // of a team
-  int vectors;  // of 16 bytes that each of them holds in registers, or fewer: vectors_of
+  int numbers;  // that each of them holds in registers, or fewer: vectors_of
 };
 
 // The ladder of team sizes: a row is held by the first team that can. Reasoned, not measured: small teams keep all
 // lanes busy at C = 10 to 100, a warp needs no barrier, 256 threads leave room for several blocks on a multiprocessor,
-// and beyond 1024 threads there is no larger block.
+// and beyond 1024 threads, which have 64 registers each, there is no larger block.
 #ifdef DENSREG_CUDA_LADDER  // the tests' emulation, to reach every rung with small rows
 inline constexpr Rung kLadder[] = DENSREG_CUDA_LADDER;
 inline constexpr Rung kSplit = DENSREG_CUDA_SPLIT;
 inline constexpr int64_t kMaxChunks = DENSREG_CUDA_MAX_CHUNKS;
 #else
-inline constexpr Rung kLadder[] = {{4, 1}, {16, 1}, {32, 2}, {32, 8}, {256, 8}, {1024, 4}};
+inline constexpr Rung kLadder[] = {{4, 4}, {16, 4}, {32, 8}, {32, 32}, {256, 32}, {1024, 16}};
 // Longer rows: chunks of one block each, of the same size on every GPU, so that a row's sums are the same everywhere.
 // 8192 elements of float32 make 984 blocks of B = 8, C = 1,000,000: one wave of an H100, eight blocks a multiprocessor.
-inline constexpr Rung kSplit = {256, 8};
+inline constexpr Rung kSplit = {256, 32};
 // A row of more chunks has longer ones: each of its blocks reads what all of them found.
 inline constexpr int64_t kMaxChunks = 512;
 #endif
 static_assert(kSplit.threads > 32, "a chunk is the work of a block");
 
-// Vectors that a thread holds of each row, in a kernel that holds `rows` of them at once: 32 numbers in all, and half as
-// many in float64, which takes two registers for each (and whose functions take the most).
+// Vectors that a thread holds of each row, in a kernel that holds ROWS of them at once: as many numbers, of all rows
+// together, as the rung says; in float64, whose functions need the most registers, a quarter.
 template <class Raw, int ROWS>
 constexpr int vectors_of(Rung rung) {
-  constexpr bool wide = std::is_same_v<Raw, double>;
-  return std::clamp(wide ? rung.vectors / 2 : rung.vectors, 1, (wide ? 16 : 32) / kLanes<Raw> / ROWS);
+  constexpr int share = std::is_same_v<Raw, double> ? 4 : 1;
+  // What a rung of few numbers says is meant of each row.
+  const int numbers = rung.numbers <= 16 ? rung.numbers : rung.numbers / ROWS;
+  return std::max(1, numbers / share / kLanes<Raw>);
 }
 
 // Calls f(threads, vectors) with the rung (as compile-time numbers) that holds a row of n elements; false if none does.

@@ -27,6 +27,9 @@ inline constexpr int kLanes = 16 / static_cast<int>(sizeof(Raw));
 template <class A>
 inline constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
+// Kernels say __launch_bounds__(threads, 1): left to itself, the assembler gives some of them so few registers that
+// they spill.
+
 // A team is the T threads that share a row, or a chunk of one. Up to a warp several teams make a block; a larger team
 // is a block. No thread leaves early: the shuffles and barriers below need all of them.
 template <int T>
@@ -155,7 +158,8 @@ DENSREG_DEVICE double exponential(double x) { return exp(x); }
 DENSREG_DEVICE float logarithm(float x) { return logf(x); }
 DENSREG_DEVICE double logarithm(double x) { return log(x); }
 DENSREG_DEVICE float power(float x, float p) { return powf(x, p); }
-DENSREG_DEVICE double power(double x, double p) { return pow(x, p); }
+// As csrc/cpu has it: pow, exact for numbers beyond [0, 1] too, is a call that spills registers.
+DENSREG_DEVICE double power(double x, double p) { return exp(p * log(x)); }
 DENSREG_DEVICE float root(float x) { return sqrtf(x); }
 DENSREG_DEVICE double root(double x) { return sqrt(x); }
 DENSREG_DEVICE float magnitude(float x) { return fabsf(x); }
