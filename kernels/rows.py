@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import triton
@@ -80,6 +80,12 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+@overload
+def as_row(t: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def as_row(t: None, dtype: torch.dtype) -> None: ...
+@overload
+def as_row(t: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def as_row(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Contiguous, in a dtype."""
     return None if t is None else t.to(dtype).contiguous()
