@@ -84,7 +84,7 @@ def _norm(peak, total, inverse_p, ORDER: tl.constexpr, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _dual(g, peak, total, p, inverse_p, grad, ORDER: tl.constexpr, PRECISE: tl.constexpr):
+def _dual(g, peak, total, less_one, inverse_p, grad, ORDER: tl.constexpr, PRECISE: tl.constexpr):
     """grad sign(g) (|g| / norm)^(p-1); sign(0) and the sign of a NaN are 0, as in torch."""
     if ORDER == _TWO:
         share = 1 / tl.sqrt(total)
@@ -93,7 +93,7 @@ def _dual(g, peak, total, p, inverse_p, grad, ORDER: tl.constexpr, PRECISE: tl.c
     elif ORDER == _INF:
         share = 1 / total
     else:
-        share = _power_of_total(total, inverse_p - 1, PRECISE)
+        share = _power_of_total(total, -less_one * inverse_p, PRECISE)
     factor = (share * grad)[:, None]
     peak = peak[:, None]
     if ORDER == _TWO:
@@ -104,13 +104,14 @@ def _dual(g, peak, total, p, inverse_p, grad, ORDER: tl.constexpr, PRECISE: tl.c
     magnitude = tl.abs(g)
     if ORDER == _INF:
         return tl.where(magnitude == peak, sign, 0.0) * factor
-    y = _power(_ratio(magnitude, peak), p - 1, PRECISE)
+    y = _power(_ratio(magnitude, peak), less_one[:, None], PRECISE)
     return tl.where(g < 0, -y, y) * factor  # here a NaN stays
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def pnorm_rows(
-    g_ptr, norm_ptr, peak_ptr, total_ptr, out_ptr, rows, units, stride, p: tl.float64, inverse_p: tl.float64,
+    g_ptr, norm_ptr, peak_ptr, total_ptr, out_ptr, rows, units, stride,
+    p: tl.float64, inverse_p: tl.float64, less_one: tl.float64,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
     PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +130,8 @@ def pnorm_rows(
         tl.store(peak_ptr + row, peak, mask=live)
         tl.store(total_ptr + row, total, mask=live)
     else:
-        dual = _dual(g, peak, total, p, inverse_p, tl.full(peak.shape, 1.0, ACC), ORDER, PRECISE)
+        less_one, grad = tl.full((1,), less_one, ACC), tl.full(peak.shape, 1.0, ACC)
+        dual = _dual(g, peak, total, less_one, inverse_p, grad, ORDER, PRECISE)
         store(out_ptr + (row * units * ALIGN)[:, None] + columns, dual, mask)
 
 
@@ -180,7 +182,8 @@ def pnorm_whole(
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def pnorm_backward_tiles(
-    grad_ptr, g_ptr, peak_ptr, total_ptr, out_ptr, rows, units, stride, parts, p: tl.float64, inverse_p: tl.float64,
+    grad_ptr, g_ptr, peak_ptr, total_ptr, out_ptr, rows, units, stride, parts,
+    inverse_p: tl.float64, less_one: tl.float64,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
     PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -196,8 +199,8 @@ def pnorm_backward_tiles(
         grad = tl.load(grad_ptr + row, mask=live, other=0.0)
     peak = tl.load(peak_ptr + row, mask=live, other=1.0)
     total = tl.load(total_ptr + row, mask=live, other=1.0)
-    p, inverse_p = tl.full((1, 1), p, ACC), tl.full((1,), inverse_p, ACC)
-    dual = _dual(g, peak, total, p, inverse_p, grad, ORDER, PRECISE)
+    less_one, inverse_p = tl.full((1,), less_one, ACC), tl.full((1,), inverse_p, ACC)
+    dual = _dual(g, peak, total, less_one, inverse_p, grad, ORDER, PRECISE)
     store(out_ptr + (row * units * ALIGN)[:, None] + column, dual, mask)
 
 
@@ -208,9 +211,10 @@ def order_of(p: float) -> int:
     return ONE if p == 1 else TWO if p == 2 else INF if p == math.inf else GENERAL
 
 
-def _powers(p: float) -> tuple[float, float]:
-    """p, and 1 / p. In float32 a larger p would be infinite, and 0 * inf NaN."""
-    return min(p, 1e30), 1 / p
+def _powers(p: float) -> tuple[float, float, float]:
+    """p, 1 / p and p - 1, which float32 would round to 0. A larger p would be infinite there, and 0 * inf NaN."""
+    p = min(p, 1e30)
+    return p, 1 / p, p - 1
 
 
 def row_stride(g: Tensor) -> int | None:
@@ -260,7 +264,7 @@ def _norm_of(g: Tensor, stride: int, p: float, out: Tensor | None) -> tuple[Tens
         )
         del options["ALIGN"]
         pnorm_whole[(rows,)](
-            partial, norm, peak, total, rows, parts, *_powers(p),
+            partial, norm, peak, total, rows, parts, *_powers(p)[:2],
             PARTS=triton.next_power_of_2(parts), num_warps=4, **options,
         )  # fmt: skip
     return norm, peak, total
@@ -275,7 +279,7 @@ def _gradient_of(
     rung = _rung_of(g, p) or SPLIT[g.element_size()]
     parts = triton.cdiv(length, rung.block)
     pnorm_backward_tiles[(triton.cdiv(rows, rung.rows) * parts,)](
-        grad, g, peak, total, out, rows, length // align, stride // align, parts, *_powers(p),
+        grad, g, peak, total, out, rows, length // align, stride // align, parts, *_powers(p)[1:],
         BLOCK=rung.block, ROWS=rung.rows, num_warps=rung.warps, **_options(g, align, p),
     )  # fmt: skip
 

@@ -184,9 +184,13 @@ def test_lesser_instruction_sets(isa):
     assert shown.stdout.strip() in (isa, "scalar")  # scalar on a processor without AVX2
 
 
-# Left to the other backends, for the interpreter is slow: what runs the same kernels again hundreds of times (second
-# order of the penalty is tested below), and opcheck in half precision.
-_NOT_INTERPRETED = "third_order or gradcheck and False or opcheck and (dtype0 or dtype1)"
+# Left to the other backends, for the interpreter takes some 10 ms a launch: the orders 3 and 4, whose code is that of
+# 1.5; half precision where it takes long; what runs the same kernels hundreds of times for finite differences (second
+# order of the penalty is tested below).
+_NOT_INTERPRETED = (
+    "-3-dtype or -4-dtype or -3] or -4] or (opcheck or dual or shape3) and (dtype0 or dtype1) or extreme and dtype0"
+    " or third_order or gradcheck and False"
+)
 
 _SHORT_LADDER = """
 import sys
@@ -226,15 +230,15 @@ def test_triton_kernels_interpreted():
     ("block", "select"),
     [
         (2, "extreme"),  # of 4 entries: whole parts of -inf, of zeros, with the NaN
-        (16, "values or strides or memory_formats or any_shape"),
+        (16, "values or strides or memory_formats or any_shape and softmax"),
     ],
 )
 def test_triton_kernels_interpreted_on_split_rows(block, select):
     """With a short ladder: rows go over several programs, as a million classes do on a GPU."""
     pytest.importorskip("triton")
     # Without the longest rows, which would be thousands of programs here.
-    select = f"triton and ({select}) and not (1000 or 50000 or shape3)"
-    assert _interpreted(block, select, *KERNEL_TESTS) > 100
+    select = f"triton and ({select}) and not (1000 or 50000 or 1024 or shape3 or dtype0 or {_NOT_INTERPRETED})"
+    assert _interpreted(block, select, *KERNEL_TESTS) > 50
 
 
 @pytest.mark.slow
