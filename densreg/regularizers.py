@@ -13,8 +13,8 @@ With F a forward of the model, a plain training step costs 3F, and the step with
     input_gradient  ||grad f_y||_p                                                   6F          Srinivas, Fleuret 2021
     loss_gradient   ||grad ce||_p                                                    6F          Drucker, LeCun 1992
     score_matching  h + ||grad f_y||_2^2 / 2 + mu h^2, h ~ trace(Hess f_y)           12F         Srinivas, Fleuret 2021
-    ig_sum          ce(x') - ce(x) + beta ||IG(x, x')||_1, x' the worst near x       about 60F   Chen et al. 2019
-    hessian         ||Hess f_y v||_2^2, of mean ||Hess f_y||_F^2                     about 16F   Dombrowski et al. 2022
+    ig_sum          ce(x') - ce(x) + beta ||IG(x, x')||_1, x' the worst near x       66F         Chen et al. 2019
+    hessian         ||Hess f_y v||_2^2, of mean ||Hess f_y||_F^2                     15F         Dombrowski et al. 2022
     cure            ||grad ce(x + h z) - grad ce(x)||_2^2, z along sign(grad ce)     12F         Moosavi-Dezfooli 2019
 
 Gradients and Hessians are in x, f_y is the label's logit, ce the cross-entropy, and the cost that of the default
@@ -210,7 +210,7 @@ class IGSum:
     configuration has 50, and 5 times fewer in the attack); 5 steps of the attack of size 2.5 eps / steps (40 of 0.01
     there). The points of the path go through the model as one batch, which shows where samples see each other.
 
-    Costs about 6F + 6F segments + (2F + 3F attack_segments) steps. A compiled graph holds all steps: it is long.
+    Costs 6F + 6F segments + (2F + 4F attack_segments) steps: 66F. A compiled graph holds all steps: it is long.
 
     Args:
         eps: radius of the ball in the infinity norm, in pixels; x' is in [0, 1], as x must be.
