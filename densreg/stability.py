@@ -100,7 +100,7 @@ def run(
     configs = {
         name: [
             # Not compiled: too short, and a graph for each path.
-            training.Config(out, name, model or default, path, compile=False, **options).complete()
+            training.Config(out, name, model or default, path=path, compile=False, **options).complete()
             for path in dict.fromkeys(paths)
         ]
         for name in dict.fromkeys(data)
