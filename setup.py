@@ -125,8 +125,14 @@ def gencode(targets: str) -> list[str]:
 def compiler_command() -> list[str]:
     for named in (os.environ.get("CXX"), sysconfig.get_config_var("CXX")):
         if named and (named == os.environ.get("CXX") or shutil.which(shlex.split(named)[0])):
-            return shlex.split(named)
-    return ["c++"]
+            return _found(shlex.split(named))
+    return _found(["c++"])
+
+
+def _found(command: list[str]) -> list[str]:
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"the C++ compiler {command[0]} was not found")
+    return command
 
 
 def run(command: list[str]) -> None:
@@ -137,7 +143,8 @@ def run(command: list[str]) -> None:
     sys.stderr.write(done.stdout)
     if done.returncode:
         # The compiler's own words first: the last lines of a long output seldom say what was wrong.
-        errors = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines()[-1:]
+        lines = done.stdout.splitlines()
+        errors = [line for line in lines if re.search(r"\berror\b|not found|cannot ", line)] or lines[-1:]
         raise RuntimeError(f"{Path(command[0]).name} failed: " + "; ".join(errors[:3]))
 
 

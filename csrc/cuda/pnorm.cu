@@ -126,6 +126,7 @@ DENSREG_DEVICE void finish_row(const NormArgs<Raw>& a, int64_t row, Acc<Raw> pea
   if (a.total) a.total[row] = total;
 }
 
+// The 1: left to itself, the assembler gives float64 so few registers here that they spill.
 template <class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_rows(NormArgs<Raw> a) {
   using A = Acc<Raw>;
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_rows(NormArgs<Raw>
 
 // Peak and total of a chunk, in partial.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_partial(NormArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_partial(NormArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_partial(NormArgs<R
 
 // A row's peak and total from those of its chunks, and the dual direction of one chunk; without it one block a row.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_finish(NormArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_finish(NormArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t item = blockIdx.x;
@@ -254,7 +255,7 @@ struct BackwardArgs {
 
 // One team for each chunk: a row that a team can hold is a chunk.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_backward_chunks(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_backward_chunks(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t item = Team<T>::index(), row = item / a.split.chunks, chunk = item % a.split.chunks;

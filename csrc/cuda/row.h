@@ -27,9 +27,6 @@ inline constexpr int kLanes = 16 / static_cast<int>(sizeof(Raw));
 template <class A>
 inline constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
-// Kernels say __launch_bounds__(threads, 1): left to itself, the assembler gives some of them so few registers that
-// they spill.
-
 // A team is the T threads that share a row, or a chunk of one. Up to a warp several teams make a block; a larger team
 // is a block. No thread leaves early: the shuffles and barriers below need all of them.
 template <int T>

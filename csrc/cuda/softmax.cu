@@ -93,7 +93,7 @@ DENSREG_DEVICE Acc<Raw> shortfall_of(const Cut& cut, int k, const Acc<Raw> (&f)[
 }
 
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_rows(ForwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) softmax_rows(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t row = Team<T>::index();
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_rows(ForwardArgs
 
 // The sums of a chunk, in partial.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_partial(ForwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) softmax_partial(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_partial(ForwardA
 
 // A row's sums from those of its chunks, and the softmax of one chunk; without a softmax one block for each row.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_finish(ForwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) softmax_finish(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t item = blockIdx.x;
@@ -312,7 +312,7 @@ DENSREG_DEVICE void load_upstream(const Raw* u, const Cut& cut, int k, Acc<Raw> 
 }
 
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_rows(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_rows(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t row = Team<T>::index();
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_rows(Ba
 
 // <Q, U> of a chunk, in partial.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_partial(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_partial(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_partial
 }
 
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_finish(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_finish(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
