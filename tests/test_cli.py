@@ -36,7 +36,7 @@ def test_default_run_directory(tmp_path, monkeypatch):
         ("--data tiny-imagenet --data-dir .", "wnids.txt: [Errno 2] No such file or directory"),
         ("--data folder --data-dir .", ". has no folders train and val (or test)"),
         ("--data svhn --data-dir .", "no usable SVHN in train_32x32.mat (there is no such file)"),
-        ("--image-size 5", "--image-size is for --data synthetic and folder"),
+        ("--image-size 5", "--image-size is for --data synthetic, folder, waterbirds, celeba-hair"),
         ("--schedule linear", "schedule must be constant, step or cosine, got 'linear'"),
         ("--milestones 0.5", "milestones are for the schedule step"),
         ("--on-nonfinite skip", "on_nonfinite must be stop or record"),
