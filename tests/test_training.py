@@ -180,7 +180,7 @@ def test_a_gradient_that_is_not_finite_counts_as_much_as_a_loss():
         out = training.StepOutput(*(torch.tensor(loss) for _ in range(3)), torch.tensor(1), torch.tensor(9.5))
         w.grad = torch.tensor([0.0, -gradient, gradient])
         assert watch.see(step, out, [w, unused]) == (step in (2, 3))
-    assert watch.report("fused") == (
+    assert watch.report("path fused") == (
         "step 2 is the first whose loss or gradient is not finite "
         "(loss 1, largest gradient inf, largest logit 9.5, path fused)"
     )
