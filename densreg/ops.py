@@ -185,9 +185,9 @@ def _define(schema: str) -> None:
 
     def on_gpu(*args: Any) -> Any:  # a caller that names the operator itself
         served = _preferred("cuda")
-        return (
-            _FALLBACKS[name](*args) if served == "torch" else getattr(getattr(torch.ops.densreg, name), served)(*args)
-        )
+        if served == "torch":
+            return _FALLBACKS[name](*args)
+        return getattr(getattr(torch.ops.densreg, name), served)(*args)
 
     _library.impl(f"{name}.triton", torch.no_grad()(by_triton), "CompositeExplicitAutograd")
     _library.impl(name, on_gpu, "CUDA")
