@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import runs
 from densreg.objective import RegularizedObjective
-from densreg.regularizers import Hessian, Regularizer
+from densreg.regularizers import Regularizer
 from densreg.second_order import check_model
 
 SMALL_IMAGE = 64
@@ -266,7 +266,7 @@ def check_trainable(
                 model, 1.0, path=path or "fused", compile=False, interval=interval, regularizer=regularizer
             )
             with _Seen(F.softplus) as softplus:
-                penalty = objective(x, y).penalty
+                objective(x, y)
         except Exception as error:
             try:
                 findings = [] if path in (None, "directional") else check_model(model, x)
@@ -279,11 +279,6 @@ def check_trainable(
             ) from error
     if isinstance(model, SoftPlus) and not softplus.seen:
         raise ModelError(f"softplus: model {name!r} has no ReLU to be replaced")
-    if path and isinstance(regularizer, Hessian) and penalty == 0:
-        raise ModelError(
-            f"regularizer hessian: the Hessian of model {name!r} is 0, as it is piecewise linear; replace its ReLU: "
-            "--softplus BETA"
-        )
 
 
 def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:

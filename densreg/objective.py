@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from densreg import directional, functional, ops, paths, regularizers
 from densreg.paths import Inputs
 from densreg.penalty import density_loss, mean_over_targets
-from densreg.regularizers import Density, Regularizer
+from densreg.regularizers import Density, Hessian, Regularizer
 from densreg.second_order import fast_second_order, hardsigmoid_under_compile
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
@@ -309,7 +309,7 @@ class RegularizedObjective(nn.Module):
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self.mode, self.backend = mode, backend
         self._compiled_step = _compile(mode, backend) if self.compiled else None
-        self._followed = False
+        self._followed = self._nonzero = False
 
     def forward(self, x: Inputs, target: Any, loss_scale: float | Tensor | None = None) -> ObjectiveOutput:
         """The penalized loss of a batch.
@@ -325,7 +325,8 @@ class RegularizedObjective(nn.Module):
 
         Raises:
             TypeError, ValueError: what was given and what is wanted.
-            RuntimeError: the step cannot be compiled as one graph, or a layer cannot be differentiated twice.
+            RuntimeError: the step cannot be compiled as one graph, a layer cannot be differentiated twice, or the
+                Hessian to be penalized is 0 because the model is piecewise linear.
         """
         if torch.compiler.is_dynamo_compiling():  # not of another thread
             raise RuntimeError("RegularizedObjective compiles its own step: call it outside of torch.compile")
@@ -349,6 +350,13 @@ class RegularizedObjective(nn.Module):
             self.calls += 1
         factor, scale = self._scales(xs, loss_scale, coeff)
         *shown, gradients = self._run(xs, target, coeff, scale, penalized)
+        if penalized and isinstance(self.regularizer, Hessian) and not self._nonzero:
+            if shown[3] == 0:
+                raise RuntimeError(
+                    "regularizer hessian: the Hessian of the model is 0, as it is piecewise linear: replace its "
+                    "ReLU by SoftPlus (densreg train --softplus BETA)"
+                )
+            self._nonzero = True  # a look at the value waits for the device: once
         if self.compiled and self.mode in ("reduce-overhead", "max-autotune"):
             # CUDA graphs: the next replay would overwrite them.
             shown = [t.clone() for t in shown]

@@ -298,8 +298,8 @@ class Hessian:
 
     The product is exact, by differentiating twice, and so the parameters' gradient is of third order. It classifies
     anew, with BatchNorm as its formula, of which torch has no third derivative. In a piecewise linear network (ReLU)
-    the Hessian is 0 wherever it exists: it needs SoftPlus, as in the paper. densreg train refuses to go without;
-    RegularizedObjective does not look, and the penalty of a ReLU network is then 0.
+    the Hessian is 0 wherever it exists: it needs SoftPlus, as in the paper. RegularizedObjective refuses a penalty
+    that is exactly 0 at the first step; a call of the regularizer itself does not look.
 
     Args:
         samples: of v, for each image.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import ORDERS
 
 from densreg import ops
 
@@ -113,6 +114,15 @@ def test_emulated_kernels(emulation, request):
     assert counted is not None
     assert counted[2] is None, "a test was skipped"
     assert int(counted[3]) > 1000
+
+
+@pytest.mark.slow
+def test_second_order_by_emulated_kernels(emulation):
+    """The penalty alone against float64, at every order of the norm: eager, and compiled as one graph."""
+    select = "test_second_order_on_each_backend and cuda"
+    done = _run("-m", "pytest", "-q", "-x", "-k", select, "tests/test_backends.py", DENSREG_TEST_EMULATION=emulation)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(rf"\b{2 * len(ORDERS)} passed", done.stdout), done.stdout[-300:]
 
 
 _IN_ANY_ORDER = """

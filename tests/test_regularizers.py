@@ -275,6 +275,18 @@ def test_hessian_through_batch_statistics(fresh_dynamo):
     assert relative_error(gradients(model), list(wanted)) < 1e-9
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_hessian_of_a_piecewise_linear_model_is_an_error(compile, fresh_dynamo):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    objective = RegularizedObjective(model, 1.0, compile=compile, backend="aot_eager", regularizer="hessian")
+    x, y = torch.randn(4, 6), torch.arange(4) % 3
+    with pytest.raises(RuntimeError, match=r"the Hessian of the model is 0, .* replace its ReLU"):
+        objective(x, y)
+    model[2] = nn.Softplus()
+    objective = RegularizedObjective(model, 1.0, compile=compile, backend="aot_eager", regularizer="hessian")
+    assert objective(x, y).penalty > 0
+
+
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_fraction_takes_the_targets_of_its_part(batch_statistics):
     model, x = smooth()
