@@ -245,7 +245,7 @@ class IGSum:
         along = _gradient(_cross_entropy(classify(points), target.repeat(segments)), points)
         norm: Any = 0
         for g, step in zip(along, steps, strict=True):
-            mean = g.unflatten(0, (segments, len(step))).mean(0)
+            mean = g.view(segments, len(step), *g.shape[1:]).mean(0)
             norm = norm + (mean * step).flatten(1).abs().sum(1)
         return _cross_entropy(classify(ends), target) + self.beta * norm
 
