@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def run(options: Sequence[str], suites: Iterable[str] = SUITES) -> tuple[list[Ro
         command = [sys.executable, "-m", "pytest", *(str(HERE / suite) for suite in suites), "-q", "--no-header"]
         command += ["--benchmark-columns=median,iqr,rounds", "-p", "no:cacheprovider", "--import-mode=importlib"]
         command += [f"--benchmark-json={measured}", f"--junitxml={outcome}", *options]
-        status = subprocess.run(command).returncode
+        # In a process of pytest-xdist's, pytest-benchmark would measure nothing.
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        status = subprocess.run(command, env=alone).returncode
         if status not in (0, 1) or not outcome.exists():
             raise SystemExit(f"pytest ended with status {status}")
         cases = ElementTree.parse(outcome).iter("testcase")

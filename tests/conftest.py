@@ -6,6 +6,13 @@ import importlib.util
 import os
 import shutil
 
+# pytest -n: each process has its share of the cores, so that they do not wait for one another. Set before torch is
+# imported, and for the processes that tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_share))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(_share))
+
 import pytest
 import torch
 
@@ -40,8 +47,9 @@ def _seed():
 
 @pytest.fixture
 def fresh_dynamo():
-    """Dynamo without anything compiled, before and after."""
+    """Dynamo without anything compiled or counted, before and after."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 

@@ -517,7 +517,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
-    command = [sys.executable, "-m", "densreg.cli", "train", "--path", "stable", "--epochs", "20", "--test-size", "50"]
+    command = [sys.executable, "-m", "densreg.cli", "train", "--path", "stable", "--epochs", "8", "--test-size", "50"]
     command += ["--checkpoint-every", "3", "--log-every", "5", "--threads", "1"]
 
     def start(run, *options):
