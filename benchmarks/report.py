@@ -2,7 +2,7 @@
 
     python -m benchmarks.report [--profile quick] [--data-dir DIR] [--images N] [--threads N] [--out DIR]
 
-It runs test_class_counts.py, test_epoch.py and test_growth.py under pytest and writes report.json, report.md and four
+It runs test_class_counts.py, test_epoch.py and test_growth.py under pytest and writes report.json, report.md and five
 pictures to benchmarks/results/<machine>/. "quick" takes a minute and a half on 2 cores; "full" adds the ResNets. A
 benchmark that fails, because what it timed was wrong, is named in the report, and the exit status is 1.
 ``--from FILE`` draws tables and pictures anew from a report.json.

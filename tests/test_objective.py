@@ -40,15 +40,9 @@ def twins() -> tuple[nn.Module, nn.Module, Tensor]:
 # the penalty alone
 
 
-@pytest.mark.parametrize(
-    ("path", "compiler"),
-    [
-        *((path, compiler) for path in PATHS for compiler in (None, "aot_eager")),
-        *(pytest.param(path, "inductor", marks=pytest.mark.slow) for path in ("fused", "stable")),
-    ],
-)
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("path", PATHS)
 def test_penalty_alone(path, compiler, fresh_dynamo):
-    """What inductor makes of the other paths is in test_second_order.py."""
     model, x = problem(torch.float64)
     objective_of(model, compiler, 1.0, path=path, criterion=nothing)(x, Y).loss.backward()
     assert relative_error(gradients(model), reference(2)) < 1e-10
