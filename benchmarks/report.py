@@ -344,7 +344,8 @@ def draw(report: Row, folder: Path) -> list[Path]:
             labels = [f"{s:,.0f} s, {row['over_plain'][c]:.1f}x" for s, c in zip(seconds, columns, strict=True)]
             axes.bar_label(bars, labels, padding=3, fontsize=8)
             axes.set_xscale("log")
-            axes.set_xlim(min(seconds) / 2, max(seconds) * 5)
+            low, high = min(seconds) / 2, max(seconds)
+            axes.set_xlim(low, high * (high / low) ** 0.6)  # room for the longest bar's label
             axes.set_xlabel(f"seconds for {row['epoch_images']:,} images; {row['images']:,} timed")
             noise = "" if row["source"].startswith(("the published", "a subset")) else ", noise"
             axes.set_title(f"{row['model']}, {row['data']}{noise}", fontsize=11)

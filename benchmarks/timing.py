@@ -28,8 +28,9 @@ class WrongResult(RuntimeError):
 def interleave(candidates: Mapping[str, Callable[[], Any]], seconds: float = 3.0) -> dict[str, list[float]]:
     """Seconds per call of each candidate, one number a round; the rounds go through the candidates in turn.
 
-    A candidate is called often enough in a round for 2 ms, so that the clock and the loop do not count; rounds are
-    made until ``seconds`` have gone, at least five. GPU work is waited for before the clock is read.
+    A candidate is called often enough in a round for 2 ms, so that the clock and the loop do not count, after one call
+    more that is not timed: what the candidate before left in the caches and in the allocator is not this one's. Rounds
+    are made until ``seconds`` have gone, at least five. GPU work is waited for before the clock is read.
     """
     repeats = {}
     for name, call in candidates.items():
@@ -44,6 +45,9 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], seconds: float = 3.0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, call in candidates.items():
+            if repeats[name] > 1:
+                call()
+                synchronize()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

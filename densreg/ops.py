@@ -143,19 +143,21 @@ def _preferred(device: str) -> str:
     return next(name for name in ORDER.get(device, ("torch",)) if missing(name) is None and _serves(name, device))
 
 
-def _call(name: str, *args: Any) -> Any:
-    device = args[0].device.type
-    if _forced is None:
-        served = _preferred(device)
-    elif _serves(_forced, device):
-        served = _forced
-    else:
-        raise RuntimeError(f"the backend {_forced!r} is forced, and does not serve a tensor on {args[0].device}")
-    if served == "torch" and _forced is not None:
-        return _FALLBACKS[name](*args)
+@functools.cache
+def _route(name: str, device: str, forced: str | None) -> Callable[..., Any]:
+    """What runs an operator for tensors on a type of device."""
+    if forced is not None and not _serves(forced, device):
+        raise RuntimeError(f"the backend {forced!r} is forced, and does not serve a tensor on {device}")
+    if forced == "torch":
+        return _FALLBACKS[name]
+    served = forced or _preferred(device)
     operator = getattr(torch.ops.densreg, name)
+    return getattr(operator, served) if served in ("cuda", "triton") else operator.default
+
+
+def _call(name: str, *args: Any) -> Any:
     try:
-        return (getattr(operator, served) if served in ("cuda", "triton") else operator.default)(*args)
+        return _route(name, args[0].device.type, _forced)(*args)
     except RuntimeError as error:
         # The stable ABI knows no other error: what the kernels find wrong in a target or in k is a bad value.
         _, found, message = str(error).partition(f"densreg::{name}: ")
