@@ -26,24 +26,44 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import functional, ops, paths
 
-_RELU = (torch.relu, 0)
 _PIECEWISE: dict[Callable, tuple[Callable, int]] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _RELU),
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), (torch.relu, 0)),
+    **dict.fromkeys((torch.abs, torch.abs_, Tensor.abs, Tensor.abs_), (torch.abs, 0)),
+    **dict.fromkeys((torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_), (torch.clamp, 2)),
+    **dict.fromkeys((torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_), (torch.clamp_min, 1)),
+    **dict.fromkeys((torch.clamp_max, torch.clamp_max_, Tensor.clamp_max, Tensor.clamp_max_), (torch.clamp_max, 1)),
+    **dict.fromkeys((F.threshold, torch.threshold, torch.threshold_), (torch.threshold, 2)),
     F.relu6: (F.relu6, 0),
+    F.hardsigmoid: (F.hardsigmoid, 0),
     F.hardtanh: (F.hardtanh, 2),
     F.leaky_relu: (F.leaky_relu, 1),
+    F.softshrink: (F.softshrink, 1),
+    F.hardshrink: (F.hardshrink, 1),
 }
 """The function out of place, and how many arguments stand between its input and "inplace"."""
 
-_MAX_POOL = {
+_MAX_POOL: dict[Callable, tuple[Callable, int, bool]] = {
     F.max_pool1d: (F.max_pool1d_with_indices, 1, False),
     F.max_pool2d: (F.max_pool2d_with_indices, 2, False),
     F.max_pool3d: (F.max_pool3d_with_indices, 3, False),
     F.max_pool1d_with_indices: (F.max_pool1d_with_indices, 1, True),
     F.max_pool2d_with_indices: (F.max_pool2d_with_indices, 2, True),
     F.max_pool3d_with_indices: (F.max_pool3d_with_indices, 3, True),
+    F.adaptive_max_pool1d: (F.adaptive_max_pool1d_with_indices, 1, False),
+    F.adaptive_max_pool2d: (F.adaptive_max_pool2d_with_indices, 2, False),
+    F.adaptive_max_pool3d: (F.adaptive_max_pool3d_with_indices, 3, False),
+    F.adaptive_max_pool1d_with_indices: (F.adaptive_max_pool1d_with_indices, 1, True),
+    F.adaptive_max_pool2d_with_indices: (F.adaptive_max_pool2d_with_indices, 2, True),
+    F.adaptive_max_pool3d_with_indices: (F.adaptive_max_pool3d_with_indices, 3, True),
 }
 """The function that gives the maxima's places, the dimensions of an image, and whether the places are returned."""
+
+
+def _piecewise(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Callable, int] | None:
+    """The entry of a function of its first argument alone: bounds that are tensors have gradients of their own."""
+    found = _PIECEWISE.get(func)
+    bounds = (*args[1:], *kwargs.values())
+    return None if found is None or any(isinstance(bound, Tensor) for bound in bounds) else found
 
 
 class _Record(TorchFunctionMode):
@@ -63,9 +83,10 @@ class _Record(TorchFunctionMode):
         if func is torch.prelu:
             self.pieces.append((args[0] > 0,))
             return func(*args, **kwargs)
-        if func not in _PIECEWISE:
+        found = _piecewise(func, args, kwargs)
+        if found is None:
             return func(*args, **kwargs)
-        function, options = _PIECEWISE[func]
+        function, options = found
         leaf = args[0].detach().clone().requires_grad_()
         named = {name: value for name, value in kwargs.items() if name != "inplace"}
         with torch.enable_grad():
@@ -93,6 +114,7 @@ class _Reuse(TorchFunctionMode):
         return piece
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func in _MAX_POOL:
             (indices,) = self._next()
             _, dims, both = _MAX_POOL[func]
@@ -102,8 +124,8 @@ class _Reuse(TorchFunctionMode):
             x, weight = args
             (positive,) = self._next(x.shape)
             return torch.where(positive, x, x * weight.view(-1, *[1] * (x.ndim - 2)))
-        if func not in _PIECEWISE:
-            return func(*args, **(kwargs or {}))
+        if _piecewise(func, args, kwargs) is None:
+            return func(*args, **kwargs)
         slope, offset, inplace = self._next(args[0].shape)
         y = torch.addcmul(offset, slope, args[0])
         return args[0].copy_(y) if inplace else y
@@ -112,9 +134,10 @@ class _Reuse(TorchFunctionMode):
 class Pieces:
     """The linear pieces on which the units of a forward are, for other forwards of the same model.
 
-    Of ReLU, leaky ReLU, PReLU, ReLU6, hardtanh and max pooling where they are called as functions of torch or
-    torch.nn.functional, as torch's modules do. What a checkpoint computes again in the backward is on the pieces of
-    where it is.
+    Of ReLU, leaky ReLU, PReLU, ReLU6, hardtanh, hardsigmoid, threshold, clamp, abs, softshrink, hardshrink and max
+    pooling where they are called as functions of torch or torch.nn.functional, as torch's modules do; not of kinks in
+    anything else (hardswish, RReLU, maximum, amax). What a checkpoint computes again in the backward is on the pieces
+    of where it is.
     """
 
     def __init__(self) -> None:

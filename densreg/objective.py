@@ -63,7 +63,19 @@ class _HandOut(Function):
             present = [g for g in gradients if g is not None]
             scaled = iter(torch._foreach_mul(present, factor) if present else ())
             gradients = [None if g is None else next(scaled) for g in gradients]
-        return None, None, None, *gradients
+        return None, None, None, *_apart(gradients)
+
+
+def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, none in another's memory: w.grad is added to and clipped in place."""
+    seen, apart = set(), []
+    for g in gradients:
+        if g is not None and g.layout == torch.strided:
+            memory = g.untyped_storage()._cdata
+            g = g.clone() if memory in seen else g
+            seen.add(memory)
+        apart.append(g)
+    return apart
 
 
 _Outputs = list[tuple[float, Tensor]]
@@ -117,13 +129,13 @@ def _whole_step(
                 _, ce, penalty = density_loss(logits, target, xs, coeff, objective.p)
                 ce = ce + objective._loss_of(outputs[1:], target)
             else:
-                ce = objective._loss_of(outputs, target)
                 penalty = None
-                if penalized:
+                if penalized:  # before the criterion, which may change the logits in place
                     if amp and regularizer.precise and whole is None:
                         penalized_logits = classify(xs)
                     of_xs = objective.labels(target if part is None else part)
                     penalty = regularizer(classify, penalized_logits, xs, of_xs).mean()
+                ce = objective._loss_of(outputs, target)
             loss = ce if penalty is None else ce + coeff.to(penalty.dtype) * penalty
             # The backward for which checkpointed activations are computed again, of the two that are in the graph.
             with torch.fx.traceback.annotate({"phase": "backward"}):
@@ -227,7 +239,8 @@ class RegularizedObjective(nn.Module):
         fraction: s above, 0 < s <= 1, rounded to at least one sample.
         criterion: (logits, target) -> scalar loss; None is the mean cross-entropy of [B] int64 classes. If it is a
             module its parameters are trained too.
-        output: model output -> logits [B, C], for models that return something else than a tensor.
+        output: model output -> logits [B, C], for models that return something else than a tensor. A module's
+            parameters are trained too; those of one that a function merely calls are not the objective's.
         central: for path "directional": two perturbed forwards instead of one, 10F instead of 7F, with an error that
             is quadratic in the step instead of linear.
         mode, backend: of :func:`torch.compile`.
@@ -297,8 +310,6 @@ class RegularizedObjective(nn.Module):
         else:
             raise TypeError(f"regularizer must be a name or a Regularizer, got {type(regularizer).__name__}")
         self.labels = labels or _as_it_is
-        self.at_once = self.regularizer == Density(self.p) and criterion is None
-        """Whether one read of the logits gives cross-entropy and penalty."""
         self.interval = interval
         self.fraction = float(fraction)
         self.criterion = criterion
@@ -308,8 +319,13 @@ class RegularizedObjective(nn.Module):
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self.mode, self.backend = mode, backend
-        self._compiled_step = _compile(mode, backend) if self.compiled else None
+        self._compiled_step = _compile(mode, backend, interval is not None) if self.compiled else None
         self._followed = self._nonzero = False
+
+    @property
+    def at_once(self) -> bool:
+        """Whether one read of the logits gives cross-entropy and penalty."""
+        return self.regularizer == Density(self.p) and self.criterion is None
 
     def forward(self, x: Inputs, target: Any, loss_scale: float | Tensor | None = None) -> ObjectiveOutput:
         """The penalized loss of a batch.
@@ -518,7 +534,8 @@ class RegularizedObjective(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._compiled_step = _compile(self.mode, self.backend) if self.compiled else None
+        penalized = self.interval is not None
+        self._compiled_step = _compile(self.mode, self.backend, penalized) if self.compiled else None
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": self.calls}
@@ -538,8 +555,14 @@ class RegularizedObjective(nn.Module):
 
 
 # What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its
-# splitting into buckets would cut; and that new shapes, not an oversight, are what a step is compiled again for.
-_DYNAMO = {"trace_autograd_ops": True, "optimize_ddp": False, "recompile_limit": 64}
+# splitting into buckets would cut; that new shapes, not an oversight, are what a step is compiled again for; and that
+# a hook which comes after the first step counts.
+_DYNAMO = {
+    "trace_autograd_ops": True,
+    "optimize_ddp": False,
+    "recompile_limit": 64,
+    "skip_nnmodule_hook_guards": False,
+}
 
 
 _COMPILED = threading.RLock()
@@ -559,10 +582,38 @@ def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             w._backward_hooks = kept
 
 
-def _compile(mode: str | None, backend: str | Callable) -> Callable[..., _Results]:
+class _Refusing:
+    """A backend of torch.compile that raises where second order would be lost without a word: see functional.py."""
+
+    def __init__(self, mode: str | None, backend: str | Callable) -> None:
+        self.inner: Any
+        if backend == "inductor":
+            self.inner = torch._TorchCompileInductorWrapper(mode, None, False)
+        else:
+            self.inner = torch._TorchCompileWrapper(backend, mode, None, False)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        for module in graph.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                if "autograd_function_apply" in str(node.target):
+                    raise RuntimeError(
+                        "the model calls an autograd.Function, whose second order torch.compile loses without an "
+                        "error: mark its class with torch._dynamo.allow_in_graph"
+                    )
+        return self.inner(graph, inputs)
+
+    def __getattr__(self, name: str) -> Any:  # name, configuration, reset
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def _compile(mode: str | None, backend: str | Callable, penalized: bool) -> Callable[..., _Results]:
     # Dynamo keeps what it compiled by code object, with one limit for all: each objective gets its own.
     code = _whole_step.__code__.replace()
     step = types.FunctionType(code, _whole_step.__globals__, argdefs=_whole_step.__defaults__)
+    if penalized:
+        mode, backend = None, _Refusing(mode, backend)
     return torch.compile(step, fullgraph=True, dynamic=False, mode=mode, backend=backend)
 
 

@@ -62,6 +62,7 @@ class _Conv(_Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, ctx.bias, *ctx.spec = inputs  # whose value no derivative needs, so it may change
+        ctx.bias_version = None if ctx.bias is None else ctx.bias._version
         ctx.save_for_backward(x, weight)
 
     @staticmethod
@@ -69,7 +70,9 @@ class _Conv(_Function):
         x, weight = ctx.saved_tensors
         grad_x = _ConvGradInput.call(grad, weight, x, *ctx.spec) if _wanted(x) else None
         grad_weight = _ConvGradWeight.call(grad, x, weight, *ctx.spec) if _wanted(weight) else None
-        grad_bias = grad.sum([0, *range(2, grad.ndim)]) if _wanted(ctx.bias) else None
+        # Changed in place it is another tensor of the graph, about which there is nothing to ask any more.
+        changed = ctx.needs_input_grad[2] and ctx.bias._version != ctx.bias_version
+        grad_bias = grad.sum([0, *range(2, grad.ndim)]) if changed or _wanted(ctx.bias) else None
         return grad_x, grad_weight, grad_bias, *[None] * len(ctx.spec)
 
 
@@ -141,7 +144,9 @@ def _convolve(x, weight, bias, stride, padding, dilation, transposed, output_pad
 
 
 def _conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
-    if isinstance(padding, str):  # only of stride 1 if it is "same"
+    if isinstance(padding, str):
+        if padding not in ("same", "valid") or (padding == "same" and set(_each(stride, weight)) != {1}):
+            raise RuntimeError(f'padding must be numbers, "valid" or, of stride 1, "same"; got {padding!r}, {stride=}')
         total = [d * (k - 1) for d, k in zip(_each(dilation, weight), weight.shape[2:], strict=True)]
         padding = [t // 2 for t in total] if padding == "same" else 0
         if padding and any(t % 2 for t in total):  # one more at the end than at the beginning, as torch does

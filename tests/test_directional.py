@@ -250,6 +250,18 @@ class _Piecewise(nn.Module):
         _Piecewise(lambda x: x.relu()),
         _Piecewise(lambda x: F.relu_(x + 0)),
         _Piecewise(lambda x: F.max_pool2d(x, 2, return_indices=True)[0]),
+        nn.Threshold(0.0, 0.0, inplace=True),
+        nn.Hardsigmoid(),
+        nn.Softshrink(0.1),
+        nn.Hardshrink(0.1),
+        nn.AdaptiveMaxPool2d(5),
+        _Piecewise(lambda x: F.adaptive_max_pool2d(x, 5, return_indices=True)[0]),
+        _Piecewise(torch.abs),
+        _Piecewise(abs),
+        _Piecewise(lambda x: x.clamp(min=0.0)),
+        _Piecewise(lambda x: torch.clamp(x, -0.1, 0.1)),
+        _Piecewise(lambda x: (x + 0).clamp_min_(0.0)),
+        _Piecewise(lambda x: torch.clamp_max(x, 0.1)),
     ],
     ids=str,
 )
@@ -262,10 +274,27 @@ def test_kinks_do_not_count(layer, central):
     model = nn.Sequential(nn.Conv2d(3, 16, 3), layer, nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
     x, y = torch.randn(16, 3, 16, 16), torch.randint(5, (16,))
     model(x)
-    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), y, 1.0, criterion=nothing)
+    with densreg.fast_second_order():  # torch has none of hardsigmoid
+        _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), y, 1.0, criterion=nothing)
     objective = RegularizedObjective(model, 1.0, path="directional", central=central, criterion=nothing)
     objective(x, y).loss.backward()
     assert relative_error(gradients(model), expected) < 0.05
+
+
+def test_bounds_that_are_trained_keep_their_gradient():
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.low, self.head = nn.Linear(4, 6), nn.Parameter(torch.zeros(6)), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(torch.clamp(self.body(x), min=self.low))
+
+    model, x, y = Clamped().double(), torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    _, expected = by_autograd(copy.deepcopy(model), x, y, 1.0)
+    RegularizedObjective(model, 1.0, path="directional", central=True)(x, y).loss.backward()
+    assert model.low.grad.abs().max() > 0
+    assert relative_error(gradients(model), expected) < 1e-4
 
 
 def test_checkpoints_it_cannot_go_through():

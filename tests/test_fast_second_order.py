@@ -83,6 +83,15 @@ def test_padding_by_name(padding, kernel):
     assert_equal_derivatives(lambda x, w: F.conv2d(x, w, padding=padding, dilation=(1, 2)), x, w)
 
 
+@pytest.mark.parametrize(("padding", "stride"), [("same", 2), ("smae", 1)])
+def test_padding_that_torch_refuses(padding, stride):
+    x, w = torch.randn(1, 3, 9, 9), torch.randn(4, 3, 3, 3)
+    with pytest.raises(RuntimeError):
+        F.conv2d(x, w, padding=padding, stride=stride)
+    with fast_second_order(), pytest.raises(RuntimeError, match="padding must be"):
+        F.conv2d(x, w, padding=padding, stride=stride)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradgradcheck_and_third_order(transposed):
     native = F.conv_transpose2d if transposed else F.conv2d
@@ -209,6 +218,21 @@ def test_the_bias_may_change_before_the_backward():
         conv.bias.add_(1)
     loss.backward()
     torch.testing.assert_close(conv.bias.grad, torch.full((3,), 9.0))
+
+
+def test_a_bias_of_the_graph_may_change_in_place():
+    x, w = torch.randn(2, 4, 6, 6), torch.randn(3, 4, 3, 3, requires_grad=True)
+    p = torch.randn(3, requires_grad=True)
+
+    def gradient():
+        bias = p * 2
+        y = F.conv2d(x, w, bias)
+        bias += 1
+        return torch.autograd.grad(y.sin().sum(), p)[0]
+
+    expected = gradient()
+    with fast_second_order():
+        torch.testing.assert_close(gradient(), expected)
 
 
 def test_model_and_no_grad_are_left_alone():

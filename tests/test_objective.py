@@ -152,6 +152,27 @@ def test_gradients_are_nobody_elses_memory():
     assert relative_error(gradients(model), first) < 1e-12
 
 
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_gradients_do_not_share_memory(compiler, fresh_dynamo):
+    """torch.autograd.grad may hand out one tensor and a view of it; accumulating would then count both twice."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.d, self.head = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(36)), nn.Linear(6, 7)
+
+        def forward(self, x):
+            return self.head(torch.tanh(F.linear(x, self.w + self.d.view(6, 6))))
+
+    model, x = Sum().double(), torch.randn(5, 6, dtype=torch.float64)
+    objective = objective_of(model, compiler)
+    objective(x, Y).loss.backward()
+    once = [g.clone() for g in gradients(model)]
+    assert len({g.untyped_storage().data_ptr() for g in gradients(model)}) == len(once)
+    objective(x, Y).loss.backward()
+    assert relative_error(gradients(model), [2 * g for g in once]) < 1e-12
+
+
 def test_clipping_and_an_optimizer():
     model, twin, x = twins()
     for m, loss in ((model, lambda: objective_of(model)(x, Y).loss), (twin, None)):
@@ -723,6 +744,73 @@ def test_no_silent_eager(fresh_dynamo):
         RegularizedObjective(model, 0.5, backend="aot_eager")(torch.randn(5, 3, 8, 8), Y)
     assert int(model.norm.num_batches_tracked) == 0
     assert torch.equal(model.norm.running_mean, torch.zeros(3))
+
+
+class _Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_function_that_would_lose_second_order_is_refused(compiler, fresh_dynamo):
+    class Sine(nn.Module):
+        def forward(self, x):
+            return _Sine.apply(x)
+
+    def net():
+        torch.manual_seed(0)
+        return _Net(Sine()).double()
+
+    x = torch.randn(5, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"autograd\.Function.*allow_in_graph.*compile=False"):
+        RegularizedObjective(net(), 1.0, backend=compiler)(x, Y)
+    _, expected = by_autograd(net(), x, Y, 1.0, criterion=nothing)
+    eager = RegularizedObjective(net(), 1.0, compile=False, criterion=nothing)
+    eager(x, Y).loss.backward()
+    assert relative_error(gradients(eager.model), expected) < 1e-10
+    plain = RegularizedObjective(net(), 1.0, backend=compiler, interval=None)  # there is no second order to lose
+    plain(x, Y).loss.backward()
+    assert relative_error(gradients(plain.model), by_autograd(net(), x, Y, 0.0)[1]) < 1e-10
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_a_hook_that_comes_later_counts(compiler, fresh_dynamo):
+    model, twin = _Net(nn.Tanh()).double(), _Net(nn.Tanh()).double()
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    objective = objective_of(model, compiler, criterion=nothing)
+    objective(x, Y).loss.backward()
+    model.zero_grad()
+    for net in (model, twin):
+        net.first.register_forward_hook(lambda module, inputs, output: 3 * output)
+    objective(x, Y).loss.backward()
+    assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5, criterion=nothing)[1]) < 1e-10
+
+
+def test_a_criterion_that_comes_later_counts():
+    model, x = problem(torch.float64)
+    objective = objective_of(model)
+    objective.criterion = lambda logits, target: logits.square().sum()
+    out = objective(x, Y)
+    torch.testing.assert_close(out.ce, out.logits.square().sum())
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_a_criterion_does_not_change_what_is_penalized(compiler, fresh_dynamo):
+    """Not even one that changes the logits in place."""
+    model, twin, x = twins()
+    objective = objective_of(model, compiler, criterion=lambda f, y: F.cross_entropy(f.mul_(0.5), y))
+    out = objective(x, Y)
+    out.loss.backward()
+    loss, expected = by_autograd(twin, x, Y, 0.5, criterion=lambda f, y: F.cross_entropy(f * 0.5, y))
+    torch.testing.assert_close(out.loss.detach(), loss)
+    assert relative_error(gradients(model), expected) < 1e-10
 
 
 def test_inside_the_users_torch_compile(fresh_dynamo):
