@@ -62,8 +62,15 @@ _MAX_POOL: dict[Callable, tuple[Callable, int, bool]] = {
 def _piecewise(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Callable, int] | None:
     """The entry of a function of its first argument alone: bounds that are tensors have gradients of their own."""
     found = _PIECEWISE.get(func)
-    bounds = (*args[1:], *kwargs.values())
-    return None if found is None or any(isinstance(bound, Tensor) for bound in bounds) else found
+    if found is None or not args[0].is_floating_point():
+        return None
+    return None if any(isinstance(bound, Tensor) for bound in (*args[1:], *kwargs.values())) else found
+
+
+def _input_first(args: Sequence[Any], kwargs: dict[str, Any] | None) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The arguments, the input by position."""
+    kwargs = dict(kwargs or {})
+    return ((kwargs.pop("input"),), kwargs) if not args and "input" in kwargs else (args, kwargs)
 
 
 class _Record(TorchFunctionMode):
@@ -74,7 +81,7 @@ class _Record(TorchFunctionMode):
         self.pieces = pieces
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        args, kwargs = _input_first(args, kwargs)
         if func in _MAX_POOL:
             with_indices, _, both = _MAX_POOL[func]
             y, indices = with_indices(*args, **kwargs)
@@ -114,7 +121,7 @@ class _Reuse(TorchFunctionMode):
         return piece
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        args, kwargs = _input_first(args, kwargs)
         if func in _MAX_POOL:
             (indices,) = self._next()
             _, dims, both = _MAX_POOL[func]

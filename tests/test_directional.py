@@ -262,6 +262,8 @@ class _Piecewise(nn.Module):
         _Piecewise(lambda x: torch.clamp(x, -0.1, 0.1)),
         _Piecewise(lambda x: (x + 0).clamp_min_(0.0)),
         _Piecewise(lambda x: torch.clamp_max(x, 0.1)),
+        _Piecewise(lambda x: torch.relu(input=x)),
+        _Piecewise(lambda x: x.relu()[:, torch.arange(16).clamp(max=12)]),
     ],
     ids=str,
 )
