@@ -52,7 +52,7 @@ METHODS = {
     "loss_gradient": Method("InputGrad (loss)", {"regularizer": "loss_gradient"}),
     "score_matching": Method("score matching", {"regularizer": "score_matching"}),
     "ig_sum": Method("IG-SUM", {"regularizer": "ig_sum"}),
-    "hessian": Method("Hessian", {"regularizer": "hessian"}),
+    "hessian": Method("Hessian", {"regularizer": "hessian", "softplus": 10.0}),  # that of a ReLU network is 0
     "cure": Method("CURE", {"regularizer": "cure"}),
     "softplus": Method("SoftPlus activations", {"coeff": 0.0, "softplus": 10.0}),
     "fgsm_training": Method(

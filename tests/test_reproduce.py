@@ -150,6 +150,14 @@ def test_maps(command, tmp_path):
     assert (tmp_path / "runs" / "reproduce" / "fig4" / "fig4.png").stat().st_size > 10_000
 
 
+def test_every_method_of_a_table_can_be_trained(command, tmp_path):
+    """Without options of one's own; the Hessian of a ReLU network, for one, is 0 and refused."""
+    sizes = ("--train-size", "32", "--epochs", "1", "--test-size", "4", "--threads", "1")
+    status, said = command("table1", *sizes, "--set", "pgd.eps=0.5", "pgd.steps=1", "leakage.steps=2")
+    assert status == 0, said
+    assert {row["method"] for row in _table(tmp_path / "runs/reproduce/table1")} == set(EXPERIMENTS["table1"].methods)
+
+
 def test_unknown_figures_are_dashes(command, tmp_path):
     """The paper has no figure for this model, and none for this method."""
     arguments = ("table1", *SMALL, "--methods", "standard", "density_stable", "--set", "pgd.steps=1", "leakage.steps=2")
