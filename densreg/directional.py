@@ -27,12 +27,14 @@ from torch.overrides import TorchFunctionMode
 from densreg import functional, ops, paths
 
 _PIECEWISE: dict[Callable, tuple[Callable, int]] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), (torch.relu, 0)),
-    **dict.fromkeys((torch.abs, torch.abs_, Tensor.abs, Tensor.abs_), (torch.abs, 0)),
-    **dict.fromkeys((torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_), (torch.clamp, 2)),
-    **dict.fromkeys((torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_), (torch.clamp_min, 1)),
-    **dict.fromkeys((torch.clamp_max, torch.clamp_max_, Tensor.clamp_max, Tensor.clamp_max_), (torch.clamp_max, 1)),
+    **{
+        getattr(owner, f"{name}{inplace}"): (getattr(torch, name), options)
+        for name, options in (("relu", 0), ("abs", 0), ("clamp", 2), ("clip", 2), ("clamp_min", 1), ("clamp_max", 1))
+        for owner in (torch, Tensor)
+        for inplace in ("", "_")
+    },
     **dict.fromkeys((F.threshold, torch.threshold, torch.threshold_), (torch.threshold, 2)),
+    F.relu: (torch.relu, 0),
     F.relu6: (F.relu6, 0),
     F.hardsigmoid: (F.hardsigmoid, 0),
     F.hardtanh: (F.hardtanh, 2),
@@ -43,18 +45,10 @@ _PIECEWISE: dict[Callable, tuple[Callable, int]] = {
 """The function out of place, and how many arguments stand between its input and "inplace"."""
 
 _MAX_POOL: dict[Callable, tuple[Callable, int, bool]] = {
-    F.max_pool1d: (F.max_pool1d_with_indices, 1, False),
-    F.max_pool2d: (F.max_pool2d_with_indices, 2, False),
-    F.max_pool3d: (F.max_pool3d_with_indices, 3, False),
-    F.max_pool1d_with_indices: (F.max_pool1d_with_indices, 1, True),
-    F.max_pool2d_with_indices: (F.max_pool2d_with_indices, 2, True),
-    F.max_pool3d_with_indices: (F.max_pool3d_with_indices, 3, True),
-    F.adaptive_max_pool1d: (F.adaptive_max_pool1d_with_indices, 1, False),
-    F.adaptive_max_pool2d: (F.adaptive_max_pool2d_with_indices, 2, False),
-    F.adaptive_max_pool3d: (F.adaptive_max_pool3d_with_indices, 3, False),
-    F.adaptive_max_pool1d_with_indices: (F.adaptive_max_pool1d_with_indices, 1, True),
-    F.adaptive_max_pool2d_with_indices: (F.adaptive_max_pool2d_with_indices, 2, True),
-    F.adaptive_max_pool3d_with_indices: (F.adaptive_max_pool3d_with_indices, 3, True),
+    getattr(F, f"{kind}{dims}d{both}"): (getattr(F, f"{kind}{dims}d_with_indices"), dims, bool(both))
+    for kind in ("max_pool", "adaptive_max_pool")
+    for dims in (1, 2, 3)
+    for both in ("", "_with_indices")
 }
 """The function that gives the maxima's places, the dimensions of an image, and whether the places are returned."""
 

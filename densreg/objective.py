@@ -63,7 +63,9 @@ class _HandOut(Function):
             present = [g for g in gradients if g is not None]
             scaled = iter(torch._foreach_mul(present, factor) if present else ())
             gradients = [None if g is None else next(scaled) for g in gradients]
-        return None, None, None, *_apart(gradients)
+        else:
+            gradients = _apart(gradients)
+        return None, None, None, *gradients
 
 
 def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -319,7 +321,7 @@ class RegularizedObjective(nn.Module):
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self.mode, self.backend = mode, backend
-        self._compiled_step = _compile(mode, backend, interval is not None) if self.compiled else None
+        self._compiled_step = _compile(self)
         self._followed = self._nonzero = False
 
     @property
@@ -341,8 +343,9 @@ class RegularizedObjective(nn.Module):
 
         Raises:
             TypeError, ValueError: what was given and what is wanted.
-            RuntimeError: the step cannot be compiled as one graph, a layer cannot be differentiated twice, or the
-                Hessian to be penalized is 0 because the model is piecewise linear.
+            RuntimeError: the step cannot be compiled as one graph, or loses second order there (the model calls an
+                autograd.Function not marked ``torch._dynamo.allow_in_graph``), a layer cannot be differentiated twice,
+                or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
         if torch.compiler.is_dynamo_compiling():  # not of another thread
             raise RuntimeError("RegularizedObjective compiles its own step: call it outside of torch.compile")
@@ -534,8 +537,7 @@ class RegularizedObjective(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        penalized = self.interval is not None
-        self._compiled_step = _compile(self.mode, self.backend, penalized) if self.compiled else None
+        self._compiled_step = _compile(self)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": self.calls}
@@ -593,13 +595,12 @@ class _Refusing:
             self.inner = torch._TorchCompileWrapper(backend, mode, None, False)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        for module in graph.modules():
-            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-                if "autograd_function_apply" in str(node.target):
-                    raise RuntimeError(
-                        "the model calls an autograd.Function, whose second order torch.compile loses without an "
-                        "error: mark its class with torch._dynamo.allow_in_graph"
-                    )
+        graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        if any("autograd_function_apply" in str(node.target) for each in graphs for node in each.nodes):
+            raise RuntimeError(
+                "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
+                "its class with torch._dynamo.allow_in_graph"
+            )
         return self.inner(graph, inputs)
 
     def __getattr__(self, name: str) -> Any:  # name, configuration, reset
@@ -608,11 +609,15 @@ class _Refusing:
         return getattr(self.inner, name)
 
 
-def _compile(mode: str | None, backend: str | Callable, penalized: bool) -> Callable[..., _Results]:
+def _compile(objective: RegularizedObjective) -> Callable[..., _Results] | None:
+    """The step as one graph, or None where it runs in eager."""
+    if not objective.compiled:
+        return None
     # Dynamo keeps what it compiled by code object, with one limit for all: each objective gets its own.
     code = _whole_step.__code__.replace()
     step = types.FunctionType(code, _whole_step.__globals__, argdefs=_whole_step.__defaults__)
-    if penalized:
+    mode, backend = objective.mode, objective.backend
+    if objective.interval is not None:  # a plain step has no second order to lose
         mode, backend = None, _Refusing(mode, backend)
     return torch.compile(step, fullgraph=True, dynamic=False, mode=mode, backend=backend)
 
