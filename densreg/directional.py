@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,39 +26,159 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import functional, ops, paths
 
-_PIECEWISE: dict[Callable, tuple[Callable, int]] = {
+
+class _Affine(NamedTuple):
+    """Units that are slope * x + offset on each piece; bounds that are tensors have gradients of their own."""
+
+    function: Callable
+    """out of place"""
+    options: int
+    """how many arguments stand between the input and "inplace" """
+
+    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, tuple]:
+        leaf = args[0].detach().clone().requires_grad_()
+        named = {name: value for name, value in kwargs.items() if name != "inplace"}
+        with torch.enable_grad():
+            out = self.function(leaf, *args[1 : 1 + self.options], **named)
+            (slope,) = torch.autograd.grad(out.sum(), leaf)
+        return func(*args, **kwargs), (slope, (out - slope * leaf).detach())
+
+    def again(self, piece: tuple, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        slope, offset = piece
+        return torch.addcmul(offset, slope, x)
+
+
+class _Branches(NamedTuple):
+    """Units that are one of several smooth functions."""
+
+    which: Callable
+    value: Callable
+
+    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
+        which = self.which(*args, **kwargs)
+        return func(*args, **kwargs), which
+
+    def again(self, which: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.value(which, *args, **kwargs)
+
+
+class _MaxPool(NamedTuple):
+    with_indices: Callable
+    dims: int
+    both: bool
+    """whether the maxima's places are returned too"""
+
+    def note(self, _func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
+        y, indices = self.with_indices(*args, **kwargs)
+        return (y, indices) if self.both else y, indices
+
+    def again(self, indices: Tensor, x: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        y = x.flatten(-self.dims).gather(-1, indices.flatten(-self.dims)).view(indices.shape)
+        return (y, indices) if self.both else y
+
+
+class _Extremum(NamedTuple):
+    """max, min, amax or amin of a tensor, along dimensions or all."""
+
+    places: Callable
+    both: type | None
+    """what "values" and "indices" are returned in, where a dimension is given"""
+
+    def _flat(self, x: Tensor, dim: Any = None, keepdim: bool = False) -> tuple[Tensor, list[int]]:
+        """The reduced dimensions as the last one, and the shape of the result."""
+        dims = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
+        dims = [d % x.ndim for d in dims] or list(range(x.ndim))
+        kept = [d for d in range(x.ndim) if d not in dims]
+        flat = x.permute(*kept, *dims).flatten(len(kept))
+        return flat, [1 if d in dims else x.shape[d] for d in range(x.ndim) if keepdim or d in kept]
+
+    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
+        flat, _ = self._flat(*args, **kwargs)
+        return func(*args, **kwargs), self.places(flat.detach(), -1, keepdim=True)
+
+    def again(self, places: Tensor, *args: Any, **kwargs: Any) -> Any:
+        flat, shape = self._flat(*args, **kwargs)
+        values = flat.gather(-1, places).view(shape)
+        return values if self.both is None else self.both((values, places.view(shape)))
+
+
+_Rule = _Affine | _Branches | _MaxPool | _Extremum
+
+
+def _elu(positive: Tensor, x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return torch.where(positive, x, alpha * torch.where(positive, 0, x).expm1())
+
+
+def _selu(positive: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
+    return 1.0507009873554805 * _elu(positive, x, 1.6732632423543772)
+
+
+def _hardswish(piece: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
+    return torch.where(piece == 0, 0, torch.where(piece == 1, x * (x + 3) / 6, x))
+
+
+def _prelu(positive: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(positive, x, x * weight.view(-1, *[1] * (x.ndim - 2)))
+
+
+_positive = _Branches(lambda x, *_args, **_kwargs: x > 0, _elu)
+_RULES: dict[Callable, _Rule] = {
     **{
-        getattr(owner, f"{name}{inplace}"): (getattr(torch, name), options)
+        getattr(owner, f"{name}{inplace}"): _Affine(getattr(torch, name), options)
         for name, options in (("relu", 0), ("abs", 0), ("clamp", 2), ("clip", 2), ("clamp_min", 1), ("clamp_max", 1))
         for owner in (torch, Tensor)
         for inplace in ("", "_")
     },
-    **dict.fromkeys((F.threshold, torch.threshold, torch.threshold_), (torch.threshold, 2)),
-    F.relu: (torch.relu, 0),
-    F.relu6: (F.relu6, 0),
-    F.hardsigmoid: (F.hardsigmoid, 0),
-    F.hardtanh: (F.hardtanh, 2),
-    F.leaky_relu: (F.leaky_relu, 1),
-    F.softshrink: (F.softshrink, 1),
-    F.hardshrink: (F.hardshrink, 1),
+    **dict.fromkeys((F.threshold, torch.threshold, torch.threshold_), _Affine(torch.threshold, 2)),
+    F.relu: _Affine(torch.relu, 0),
+    F.relu6: _Affine(F.relu6, 0),
+    F.hardsigmoid: _Affine(F.hardsigmoid, 0),
+    F.hardtanh: _Affine(F.hardtanh, 2),
+    F.leaky_relu: _Affine(F.leaky_relu, 1),
+    F.softshrink: _Affine(F.softshrink, 1),
+    F.hardshrink: _Affine(F.hardshrink, 1),
+    **dict.fromkeys((F.elu, F.elu_), _positive),
+    **dict.fromkeys((F.selu, torch.selu, torch.selu_), _positive._replace(value=_selu)),
+    torch.prelu: _positive._replace(value=_prelu),
+    F.hardswish: _Branches(lambda x, **_kwargs: (x > -3).char() + (x >= 3).char(), _hardswish),
+    **{
+        getattr(owner, name): _Branches(compare, torch.where)
+        for names, compare in ((("maximum", "fmax"), torch.ge), (("minimum", "fmin"), torch.le))
+        for owner in (torch, Tensor)
+        for name in names
+    },
+    **{
+        getattr(owner, name): _Extremum(places, both)
+        for name, places, both in (
+            ("amax", torch.argmax, None),
+            ("amin", torch.argmin, None),
+            ("max", torch.argmax, torch.return_types.max),
+            ("min", torch.argmin, torch.return_types.min),
+        )
+        for owner in (torch, Tensor)
+    },
+    **{
+        getattr(F, f"{kind}{dims}d{both}"): _MaxPool(getattr(F, f"{kind}{dims}d_with_indices"), dims, bool(both))
+        for kind in ("max_pool", "adaptive_max_pool")
+        for dims in (1, 2, 3)
+        for both in ("", "_with_indices")
+    },
 }
-"""The function out of place, and how many arguments stand between its input and "inplace"."""
-
-_MAX_POOL: dict[Callable, tuple[Callable, int, bool]] = {
-    getattr(F, f"{kind}{dims}d{both}"): (getattr(F, f"{kind}{dims}d_with_indices"), dims, bool(both))
-    for kind in ("max_pool", "adaptive_max_pool")
-    for dims in (1, 2, 3)
-    for both in ("", "_with_indices")
-}
-"""The function that gives the maxima's places, the dimensions of an image, and whether the places are returned."""
+"""How the functions that have kinks are computed again on the pieces that were noted."""
 
 
-def _piecewise(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Callable, int] | None:
-    """The entry of a function of its first argument alone: bounds that are tensors have gradients of their own."""
-    found = _PIECEWISE.get(func)
-    if found is None or not args[0].is_floating_point():
+def _rule(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> _Rule | None:
+    rule = _RULES.get(func)
+    if rule is None or not args[0].is_floating_point():
         return None
-    return None if any(isinstance(bound, Tensor) for bound in (*args[1:], *kwargs.values())) else found
+    others = [*args[1:], *kwargs.values()]
+    if isinstance(rule, _Affine) and any(isinstance(bound, Tensor) for bound in others):
+        return None
+    if isinstance(rule, _Extremum) and rule.both is not None:
+        if any(isinstance(other, Tensor) for other in others):  # max(a, b) is maximum
+            return _RULES[torch.maximum if rule.places is torch.argmax else torch.minimum]
+        return rule if others else rule._replace(both=None)
+    return rule
 
 
 def _input_first(args: Sequence[Any], kwargs: dict[str, Any] | None) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -68,7 +188,7 @@ def _input_first(args: Sequence[Any], kwargs: dict[str, Any] | None) -> tuple[Se
 
 
 class _Record(TorchFunctionMode):
-    """Notes the linear piece on which each unit is."""
+    """Notes the piece on which each unit is."""
 
     def __init__(self, pieces: list[tuple]) -> None:
         super().__init__()
@@ -76,25 +196,11 @@ class _Record(TorchFunctionMode):
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         args, kwargs = _input_first(args, kwargs)
-        if func in _MAX_POOL:
-            with_indices, _, both = _MAX_POOL[func]
-            y, indices = with_indices(*args, **kwargs)
-            self.pieces.append((indices,))
-            return (y, indices) if both else y
-        if func is torch.prelu:
-            self.pieces.append((args[0] > 0,))
+        rule = _rule(func, args, kwargs)
+        if rule is None:
             return func(*args, **kwargs)
-        found = _piecewise(func, args, kwargs)
-        if found is None:
-            return func(*args, **kwargs)
-        function, options = found
-        leaf = args[0].detach().clone().requires_grad_()
-        named = {name: value for name, value in kwargs.items() if name != "inplace"}
-        with torch.enable_grad():
-            out = function(leaf, *args[1 : 1 + options], **named)
-            (slope,) = torch.autograd.grad(out.sum(), leaf)
-        y = func(*args, **kwargs)
-        self.pieces.append((slope, (out - slope * leaf).detach(), y is args[0]))
+        y, piece = rule.note(func, args, kwargs)
+        self.pieces.append((rule, args[0].shape, piece, y is args[0]))
         return y
 
 
@@ -105,40 +211,30 @@ class _Reuse(TorchFunctionMode):
         super().__init__()
         self.pieces = iter(pieces)
 
-    def _next(self, shape: torch.Size | None = None) -> tuple:
-        piece = next(self.pieces, None)
-        if piece is None or shape not in (None, piece[0].shape):
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        args, kwargs = _input_first(args, kwargs)
+        rule = _rule(func, args, kwargs)
+        if rule is None:
+            return func(*args, **kwargs)
+        noted, shape, piece, inplace = next(self.pieces, (None, None, None, False))
+        if (noted, shape) != (rule, args[0].shape):
             raise RuntimeError(
                 'path "directional": the perturbed forward calls other activations than the first, so that their '
                 "linear pieces do not fit"
             )
-        return piece
-
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        args, kwargs = _input_first(args, kwargs)
-        if func in _MAX_POOL:
-            (indices,) = self._next()
-            _, dims, both = _MAX_POOL[func]
-            y = args[0].flatten(-dims).gather(-1, indices.flatten(-dims)).view(indices.shape)
-            return (y, indices) if both else y
-        if func is torch.prelu:
-            x, weight = args
-            (positive,) = self._next(x.shape)
-            return torch.where(positive, x, x * weight.view(-1, *[1] * (x.ndim - 2)))
-        if _piecewise(func, args, kwargs) is None:
-            return func(*args, **kwargs)
-        slope, offset, inplace = self._next(args[0].shape)
-        y = torch.addcmul(offset, slope, args[0])
-        return args[0].copy_(y) if inplace else y
+        if not inplace:
+            return rule.again(piece, *args, **kwargs)
+        x, *others = args
+        return x.copy_(rule.again(piece, x.clone(), *others, **kwargs))  # the backward may need what x was
 
 
 class Pieces:
-    """The linear pieces on which the units of a forward are, for other forwards of the same model.
+    """The pieces on which the units of a forward are, for other forwards of the same model.
 
-    Of ReLU, leaky ReLU, PReLU, ReLU6, hardtanh, hardsigmoid, threshold, clamp, abs, softshrink, hardshrink and max
-    pooling where they are called as functions of torch or torch.nn.functional, as torch's modules do; not of kinks in
-    anything else (hardswish, RReLU, maximum, amax). What a checkpoint computes again in the backward is on the pieces
-    of where it is.
+    Of ReLU, leaky ReLU, PReLU, ReLU6, ELU, SELU, hardswish, hardtanh, hardsigmoid, threshold, clamp, abs, softshrink,
+    hardshrink, max pooling, maximum, max, amax and the like where they are called as functions of torch or
+    torch.nn.functional, as torch's modules do; not of kinks in anything else (where, sort, RReLU). What a checkpoint
+    computes again in the backward is on the pieces of where it is.
     """
 
     def __init__(self) -> None:
@@ -182,14 +278,16 @@ def difference(
     direction: Sequence[Tensor],
     central: bool,
     at_x: Tensor,
+    steps: int = 1,
 ) -> Tensor:
     """The sum over the batch of ``<v_b, g_b>`` as a finite difference, with its graph to the weights.
 
     Args:
         log_density: inputs -> [B], on the same pieces and by the same random numbers at every call.
         at_x: ``log_density(xs)``.
+        steps: how many times :func:`step_size` is taken.
     """
-    h = step_size(xs, direction, central)
+    h = steps * step_size(xs, direction, central)
 
     def at(sign: int) -> Tensor:
         # Inputs that require grad, as reentrant checkpoints need one; their gradient is not asked for.

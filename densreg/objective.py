@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -180,10 +181,18 @@ def _directional_step(
             at_x = log_density(xs, pieces.recorded()) if apart else functional.log_density(outputs[0][1])
             norm, direction = directional.dual_direction(_score(at_x, xs, leaves, retain_graph=True), objective.p)
             penalty = norm.mean()
-            along = directional.difference(
-                lambda inputs: log_density(inputs, pieces.reused()), xs, direction, objective.central, at_x
-            )
-            objective._check_followed(along, norm)
+
+            def difference(steps: int = 1) -> Tensor:
+                return directional.difference(
+                    lambda inputs: log_density(inputs, pieces.reused()), xs, direction, objective.central, at_x, steps
+                )
+
+            along = difference()
+            if not objective._followed:
+                objective._check_followed(along, norm)
+                pair = (directional.first_order_gradients(t, trained, leaves, True) for t in (along, difference(2)))
+                objective._check_smooth(*pair)
+                objective._followed = True
             weight = coeff.to(penalty.dtype)
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
@@ -517,9 +526,7 @@ class RegularizedObjective(nn.Module):
         return [w for w in self.parameters() if w.requires_grad]
 
     def _check_followed(self, along: Tensor, norm: Tensor) -> None:
-        """Once: the difference must be the norm's sum, which is known. Reading it synchronises."""
-        if self._followed:
-            return
+        """The difference must be the norm's sum, which is known. Reading it synchronises, so it is done once."""
         found, wanted = along.item(), norm.sum().item()
         if abs(found - wanted) > 0.1 * wanted:
             raise RuntimeError(
@@ -527,7 +534,20 @@ class RegularizedObjective(nn.Module):
                 "The perturbed forwards differ from the first by more than their input: random numbers that are not of "
                 "torch's, Python's or NumPy's own generators, a detached part, or too curved a network (try central)"
             )
-        self._followed = True
+
+    def _check_smooth(self, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
+        """The gradient must not depend on the step, as it does where an unknown kink lies inside of it."""
+        pairs = [(a, b) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
+        apart = sum((a - b).square().sum().item() for a, b in pairs) ** 0.5
+        length = sum(a.square().sum().item() for a, _ in pairs) ** 0.5
+        if apart > 0.2 * length:
+            warnings.warn(
+                f'path "directional": with twice the step the gradient differs by {apart / max(length, 1e-30):.2g} of '
+                "itself, so it is not to be relied on: there are kinks that are not of torch's own activations "
+                "(torch.where, sort), too curved a network (try central), or too coarse a dtype",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _step(self) -> Callable[..., _Results]:
         return _directional_step if self.path == "directional" else _whole_step

@@ -71,7 +71,7 @@ def test_orders_of_the_error():
             along = directional.difference(lambda xs: torch.logsumexp(model(*xs), 1), [x], direction, central, at_x)
         finally:
             directional.step_size = step
-        return abs(float(along - norm.sum()))
+        return abs((along - norm.sum()).item())
 
     assert error(1e-2, False) / error(5e-3, False) == pytest.approx(2, rel=0.1)
     assert error(1e-2, True) / error(5e-3, True) == pytest.approx(4, rel=0.1)
@@ -266,6 +266,18 @@ class _Piecewise(nn.Module):
         _Piecewise(lambda x: x.clip(-0.1, 0.1)),
         _Piecewise(lambda x: torch.relu(input=x)),
         _Piecewise(lambda x: x.relu()[:, torch.arange(16).clamp(max=12)]),
+        nn.ELU(2.0, inplace=True),
+        nn.SELU(),
+        nn.SELU(inplace=True),
+        _Piecewise(lambda x: F.hardswish(8 * x)),
+        _Piecewise(lambda x: F.hardswish(8 * x, inplace=True)),
+        _Piecewise(lambda x: torch.maximum(x, x.flip(1))),
+        _Piecewise(lambda x: torch.max(x, other=x.flip(1))),
+        _Piecewise(lambda x: x.minimum(torch.zeros(()))),
+        _Piecewise(lambda x: x.amax((2, 3), keepdim=True) + 0.1 * x),
+        _Piecewise(lambda x: x.max(-1, keepdim=True)[0] + 0.1 * x),
+        _Piecewise(lambda x: torch.min(x, dim=1).values[:, None] + 0.1 * x),
+        _Piecewise(lambda x: x.max() + 0.1 * x),
     ],
     ids=str,
 )
@@ -284,6 +296,19 @@ def test_kinks_do_not_count(layer, central):
     objective = RegularizedObjective(model, 1.0, path="directional", central=central, criterion=nothing)
     objective(x, y).loss.backward()
     assert relative_error(gradients(model), expected) < 0.05
+
+
+def test_kinks_of_other_functions_are_noticed():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), _Piecewise(lambda x: torch.where(x > 0, x, 0.1 * x)), nn.Conv2d(16, 16, 3), nn.ReLU()),
+        *(nn.Flatten(), nn.LazyLinear(5)),
+    )
+    x, y = torch.randn(16, 3, 16, 16), torch.randint(5, (16,))
+    model(x)
+    objective = RegularizedObjective(model, 1.0, path="directional", central=True)
+    with pytest.warns(RuntimeWarning, match="twice the step"):
+        objective(x, y)
+    objective(x, y)  # once is enough: pytest makes a warning here an error
 
 
 def test_bounds_that_are_trained_keep_their_gradient():
