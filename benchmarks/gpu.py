@@ -12,13 +12,16 @@ Stages, in order of value; each is a process of its own, so that a crash or an i
     epochs     epochs of `densreg train`: plain, taylor in eager, the objective
     sanitizer  compute-sanitizer over the operators' tests at their smallest, where the tool is there
 
-The JSON file is written after every row. A stage that is whole there, of the same commit and GPU, is not run again
-without --again; what does not fit into --minutes is left for the next call. Every kernel's result is checked against
-float64 before it is timed, and the call counter must say that the row's backend served it.
+The JSON file is written after every row. Rows that are there, of the same sources, GPU and versions, are not measured
+again without --again, those that failed neither; what does not fit into --minutes is left for the next call. A stage
+gets little more than it is expected to take until all have had their turn. Every kernel's result is checked against
+float64 before it is timed, and the call counter must say that the row's backend served it. float32 is float32: TF32 is
+off. What pytest and other programs say when they fail is in .log files beside the JSON.
 
 How it is timed. Large calls: a CUDA graph of as many calls as it takes to go through four times the L2, each on
 tensors of its own, all outputs kept; the candidates' graphs are replayed in turn, and the median over the rounds
-counts. Small calls: a loop of them and one synchronisation, Python included, which is what a user waits for.
+counts. The device is kept busy until a graph is launched, so that the launch is not in it. Small calls: a loop of them
+and one synchronisation, Python included, which is what a user waits for.
 --dry-run goes through every stage at tiny sizes on CPU tensors, Triton's kernels in its interpreter: no figure in it
 means anything.
 """
@@ -28,17 +31,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -48,7 +54,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-GPU_TESTS = [f"tests/test_{name}.py" for name in ("softmax", "pnorm", "log_softmax_difference", "second_order", "gpu")]
+GPU_TESTS = [f"tests/test_{name}.py" for name in ("gpu", "softmax", "pnorm", "log_softmax_difference", "second_order")]
 
 CLASSES = (1000, 4096, 21841, 32768, 65536, 131072, 262144, 1_000_000)
 LOGITS_BYTES = 64 << 20
@@ -59,6 +65,8 @@ STEPS = {"resnet18": 256, "vgg11_bn": 256, "mlp": 1024, "wrn28-10": 64}
 """Models of benchmarks.steps and the batch on a GPU."""
 
 Row = dict[str, Any]
+Work = Iterator[tuple[str, Callable[[], Row]]]
+"""The rows of a stage: the key of each, and what measures it. Where its "code" is not 0 the row has failed."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -118,6 +126,7 @@ def _time_graphs(graphs: Mapping[str, Callable[[], None]], calls: int, rounds: i
         for name, replay in graphs.items():
             if _cuda():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(200_000)  # 0.1 ms, by when the graph is there
                 start.record()
                 replay()
                 end.record()
@@ -132,21 +141,40 @@ def _time_graphs(graphs: Mapping[str, Callable[[], None]], calls: int, rounds: i
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _time_loops(candidates: Mapping[str, Callable[[], Any]], repeats: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a call of each candidate, launches and Python included."""
+def _time_loops(
+    candidates: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    rounds: int,
+    inside: Callable[[str], contextlib.AbstractContextManager] = lambda name: contextlib.nullcontext(),
+) -> dict[str, float]:
+    """Median seconds of a call of each candidate, launches and Python included; entering ``inside(name)`` is not."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        for _ in range(3):
-            call()
+    for name, call in candidates.items():
+        with inside(name):
+            for _ in range(3):
+                call()
     for _ in range(rounds):
         for name, call in candidates.items():
-            _synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            _synchronize()
-            times[name].append((time.perf_counter() - start) / repeats)
+            with inside(name):
+                _synchronize()
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    call()
+                _synchronize()
+                times[name].append((time.perf_counter() - start) / repeats)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def _kept_apart(row: Row, name: str) -> Iterator[None]:
+    """A failure is noted, and costs no other column; but after an illegal access nothing works, and that is raised."""
+    try:
+        yield
+    except Exception as error:
+        _synchronize()
+        traceback.print_exc()
+        row["code"] = 1
+        row.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:500]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -305,7 +333,7 @@ def kernel_row(name: str, rows: int, classes: int, dtype: torch.dtype, rounds: i
     row: Row = {"operator": name, "B": rows, "C": classes, "dtype": str(dtype).split(".")[1], "missing": reasons}
     graphs: dict[str, Callable[[], None]] = {}
     for backend in there:
-        with _served_by(backend, name):
+        with _kept_apart(row, backend), _served_by(backend, name):
             bound = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
             expected = functools.partial(operator.expected, inputs[0])
             _check(f"{name} by {backend}", operator.ours(inputs[0]), expected, bound)
@@ -339,16 +367,14 @@ def kernel_row(name: str, rows: int, classes: int, dtype: torch.dtype, rounds: i
     }
 
 
-def kernels(options: argparse.Namespace) -> Iterator[Row]:
-    if options.dry_run:
-        for operator in OPERATORS:
-            for dtype in DTYPES:
-                yield kernel_row(operator, 3, 40, dtype, 2)
-        return
-    for operator in OPERATORS:
+def kernels(options: argparse.Namespace) -> Work:
+    for name in OPERATORS:
         for dtype in DTYPES:
-            for classes in CLASSES:
-                yield kernel_row(operator, math.ceil(LOGITS_BYTES / (classes * dtype.itemsize)), classes, dtype, 20)
+            for classes in (40,) if options.dry_run else CLASSES:
+                rows = 3 if options.dry_run else math.ceil(LOGITS_BYTES / (classes * dtype.itemsize))
+                rounds = 2 if options.dry_run else 20
+                measure = functools.partial(kernel_row, name, rows, classes, dtype, rounds)
+                yield f"{name} {rows}x{classes} {dtype}", measure
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -366,14 +392,7 @@ def small_row(rows: int, classes: int, repeats: int, rounds: int) -> Row:
     f = torch.randn(rows, classes, device=device, requires_grad=True)
     u, k = torch.randn_like(f), torch.randint(classes, (rows, 1), device=device)
 
-    def by(backend: str) -> Callable[[], Any]:
-        def call() -> Any:
-            with densreg.backend(backend):
-                return class_counts.api(f, u)
-
-        return call
-
-    candidates: dict[str, Callable[[], Any]] = {backend: by(backend) for backend in there}
+    candidates: dict[str, Callable[[], Any]] = {backend: lambda: class_counts.api(f, u) for backend in there}
     candidates["taylor"] = lambda: class_counts.taylor(f, k, u)
 
     def eager() -> Any:
@@ -383,7 +402,11 @@ def small_row(rows: int, classes: int, repeats: int, rounds: int) -> Row:
     candidates["torch"] = eager
     candidates["floor"] = lambda: class_counts.floor(f, u)
     row: Row = {"kind": "eager", "B": rows, "C": classes, "missing": reasons}
-    return {**row, "seconds": _time_loops(candidates, repeats, rounds)}
+
+    def inside(name: str) -> contextlib.AbstractContextManager:
+        return densreg.backend(name) if name in there else contextlib.nullcontext()
+
+    return {**row, "seconds": _time_loops(candidates, repeats, rounds, inside)}
 
 
 def small_step_row(rows: int, classes: int, repeats: int, rounds: int) -> Row:
@@ -410,12 +433,11 @@ def small_step_row(rows: int, classes: int, repeats: int, rounds: int) -> Row:
     return {"kind": "step", "B": rows, "C": classes, "seconds": _time_loops(candidates, repeats, rounds)}
 
 
-def small(options: argparse.Namespace) -> Iterator[Row]:
+def small(options: argparse.Namespace) -> Work:
     sizes, repeats, rounds = (((4, 10),), 1, 1) if options.dry_run else (SMALL, 100, 15)
-    for rows, classes in sizes:
-        yield small_row(rows, classes, repeats, rounds)
-    for rows, classes in sizes:
-        yield small_step_row(rows, classes, repeats, rounds)
+    for kind, measure in (("eager", small_row), ("step", small_step_row)):
+        for rows, classes in sizes:
+            yield f"{kind} {rows}x{classes}", functools.partial(measure, rows, classes, repeats, rounds)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -432,7 +454,7 @@ def step_row(name: str, batch: int, amp: torch.dtype | None, columns: Sequence[s
     model, x, y = steps._problem(case)
     model, x, y = model.to(_device()), x.to(_device()), y.to(_device())
     row: Row = {"model": name, "batch": batch, "amp": None if amp is None else str(amp).split(".")[1]}
-    reference = steps._reference(model, x, y) if amp is None and batch <= 256 else None
+    apart = steps.references(model, x, y) if amp is None and batch <= 256 else None
     candidates, errors, memory, first = {}, {}, {}, {}
     for column in columns:
         step = steps.step_of(column, copy.deepcopy(model), x, y)
@@ -441,42 +463,40 @@ def step_row(name: str, batch: int, amp: torch.dtype | None, columns: Sequence[s
             with torch.autocast(_device().type, amp, enabled=amp is not None):
                 return step()
 
-        start = time.perf_counter()
-        grads = under_amp()
-        _synchronize()
-        first[column] = time.perf_counter() - start
-        if reference is not None and column != "plain":
-            errors[column] = steps._error(grads, reference)
-            if not errors[column] <= steps.ERRORS.get(column, 0.02):
-                continue  # a wrong step is not timed
-        del grads
-        if _cuda():
-            under_amp()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            under_amp()
-            memory[column] = torch.cuda.max_memory_allocated() - before
-        candidates[column] = under_amp
+        with _kept_apart(row, column):  # a wrong step is not timed
+            start = time.perf_counter()
+            grads = under_amp()
+            _synchronize()
+            first[column] = time.perf_counter() - start
+            if apart is not None:
+                errors[column] = steps.require(column, grads, apart)
+            del grads
+            if _cuda():
+                under_amp()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                under_amp()
+                memory[column] = torch.cuda.max_memory_allocated() - before
+            candidates[column] = under_amp
     seconds = _time_loops(candidates, 1, rounds)
     over = {column: t / seconds["plain"] for column, t in seconds.items()}
     row |= {"seconds": seconds, "over_plain": over, "memory": memory, "gradient_error": errors, "first_call": first}
     return {**row, "floors": steps.floors(case)}
 
 
-def steps(options: argparse.Namespace) -> Iterator[Row]:
+def steps(options: argparse.Namespace) -> Work:
     from benchmarks import steps as module
 
     columns = [c for c in module.COLUMNS if c != "directional"]
+    models, rounds = (STEPS, 15)
     if options.dry_run:
-        yield step_row("mlp", 8, None, ["plain", "taylor", "objective"], 1)
-        yield step_row("mlp", 8, torch.bfloat16, ["plain", "objective"], 1)
-        return
+        columns, models, rounds = ["plain", "taylor", "objective"], {"mlp": 8}, 1
     for amp in (torch.bfloat16, None):
-        for name, batch in STEPS.items():
-            yield step_row(name, batch, amp, columns, 15)
+        for name, batch in models.items():
+            yield f"{name} {batch} {amp}", functools.partial(step_row, name, batch, amp, columns, rounds)
 
 
-def epochs(options: argparse.Namespace) -> Iterator[Row]:
+def epoch_row(name: str, changes: Row, options: argparse.Namespace) -> Row:
     """The second of two epochs of `densreg train`, whose first one compiles; data loading by two workers included."""
     from densreg import training
 
@@ -486,105 +506,141 @@ def epochs(options: argparse.Namespace) -> Iterator[Row]:
     amp, model = ("none", "mlp") if options.dry_run else ("bf16", "resnet18")
     size = 64 if options.dry_run else 25_600
     batch = 32 if options.dry_run else 256
-    runs: dict[str, dict[str, Any]] = {
+    settings = {"compile": not options.dry_run, "amp": amp, "workers": 0 if options.dry_run else 2, **changes}
+    with tempfile.TemporaryDirectory() as out:
+        config = training.Config(
+            out=out,
+            model=model,
+            epochs=2,
+            train_size=size,
+            test_size=batch,
+            batch_size=batch,
+            channels_last=True,
+            device=_device().type,
+            **{**data, **settings},
+        )
+        rows = training.fit(config, progress=False)
+    return {"name": name, "data": data["data"], "model": model, "images": size, "seconds": rows[-1]["seconds"]}
+
+
+def epochs(options: argparse.Namespace) -> Work:
+    runs: dict[str, Row] = {
         "plain": {"coeff": 0.0},
         "taylor in eager": {"path": "taylor", "compile": False},
         "objective": {},
         "objective, interval 4": {"interval": 4},
     }
     for name, changes in runs.items():
-        with tempfile.TemporaryDirectory() as out:
-            settings = {"compile": not options.dry_run, "amp": amp, "workers": 0 if options.dry_run else 2, **changes}
-            config = training.Config(
-                out=out,
-                model=model,
-                epochs=2,
-                train_size=size,
-                test_size=batch,
-                batch_size=batch,
-                channels_last=True,
-                device=_device().type,
-                **{**data, **settings},
-            )
-            rows = training.fit(config, progress=False)
-        yield {"name": name, "data": data["data"], "model": model, "images": size, "seconds": rows[-1]["seconds"]}
+        yield name, functools.partial(epoch_row, name, changes, options)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # build, tests, sanitizer
 
 
-def _run(command: Sequence[str], **environment: str) -> tuple[int, str]:
+def _run(command: Sequence[str], log: Path, **environment: str) -> tuple[int, list[str]]:
+    """Exit code and lines of standard output; where it fails, all that was said is in the log."""
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=ROOT)
-    return done.returncode, (done.stdout + done.stderr)[-4000:]
+    if done.returncode:
+        log.write_text(f"{' '.join(command)}\n{done.stdout}\n--- standard error\n{done.stderr}")
+    return done.returncode, done.stdout.strip().splitlines()
 
 
-def build(options: argparse.Namespace) -> Iterator[Row]:
+def _log(options: argparse.Namespace, name: str) -> Path:
+    return options.json.with_name(f"{options.json.stem}-{name}.log")
+
+
+def install(options: argparse.Namespace) -> Row:
     start = time.perf_counter()
+    row: Row = {"what": "install"}
     if options.dry_run:
-        code, said = _run([sys.executable, "-m", "densreg.cli", "info"])
+        row["code"], _ = _run([sys.executable, "-m", "densreg.cli", "info"], _log(options, "info"))
     else:
-        install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-        code, said = _run(install, DENSREG_EXTENSION="require", DENSREG_CUDA="require")
-        if code:  # without the CUDA sources, so that Triton can still be measured
-            yield {"what": "with CUDA", "code": code, "said": said}
-            code, said = _run(install, DENSREG_EXTENSION="require", DENSREG_CUDA="skip")
-    yield {"what": "install", "code": code, "seconds": time.perf_counter() - start, "said": said}
+        command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+        for cuda in ("require", "skip"):  # without the CUDA sources Triton can still be measured
+            log = _log(options, f"install-{cuda}")
+            row[f"CUDA {cuda}"], _ = _run(command, log, DENSREG_EXTENSION="require", DENSREG_CUDA=cuda)
+            if not row[f"CUDA {cuda}"]:
+                break
+        row["code"] = row["CUDA require"]
+    return {**row, "seconds": time.perf_counter() - start}
 
 
-def tests(options: argparse.Namespace) -> Iterator[Row]:
-    quick = ["-k", "test_strides_and_empty or test_empty"] if options.dry_run else []
+def build(options: argparse.Namespace) -> Work:
+    yield "install", functools.partial(install, options)
+
+
+def test_row(path: str, options: argparse.Namespace) -> Row:
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path]
+    if options.dry_run:
+        command += ["-k", "test_strides_and_empty or test_empty"]
+    elif importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler's
+        command += ["-n", "4", "--dist", "worksteal"]
+    start = time.perf_counter()
+    code, said = _run(command, _log(options, Path(path).stem), DENSREG_TEST_DEVICE=_device().type)
+    return {
+        "file": path,
+        "code": 0 if options.dry_run and code == 5 else code,  # none chosen
+        "seconds": time.perf_counter() - start,
+        "summary": said[-1] if said else "",
+        "failing": [line for line in said if line.startswith(("FAILED", "ERROR"))],
+    }
+
+
+def tests(options: argparse.Namespace) -> Work:
     for path in GPU_TESTS:
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path, *quick]
-        code, said = _run(command, DENSREG_TEST_DEVICE=_device().type)
-        none_chosen = options.dry_run and code == 5
-        failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        lines = said.strip().splitlines()
-        yield {
-            "file": path,
-            "code": 0 if none_chosen else code,
-            "seconds": time.perf_counter() - start,
-            "summary": lines[-1] if lines else "",
-            "failed": failed,
-            "said": said if code and not none_chosen else "",
-        }
+        yield path, functools.partial(test_row, path, options)
 
 
-def sanitizer(options: argparse.Namespace) -> Iterator[Row]:
+def sanitizer_row(tool: str, check: str, options: argparse.Namespace) -> Row:
+    chosen = "test_strides_and_empty or test_extreme_rows or test_memory_formats or test_every_small_size"
+    command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x"]
+    command += ["-k", f"({chosen}) and not compile", *GPU_TESTS[1:4]]
+    start = time.perf_counter()
+    log = _log(options, check)
+    code, said = _run(command, log, DENSREG_TEST_DEVICE="cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return {"what": check, "code": code, "seconds": time.perf_counter() - start, "said": said[-3:]}
+
+
+def sanitizer(options: argparse.Namespace) -> Work:
     tool = shutil.which("compute-sanitizer")
     if tool is None or not _cuda():
-        yield {"what": "compute-sanitizer", "missing": "no GPU" if tool else "not on the PATH"}
+        yield "none", lambda: {"what": "compute-sanitizer", "missing": "no GPU" if tool else "not on the PATH"}
         return
     for check in ("memcheck", "racecheck"):
-        chosen = "test_strides_and_empty or test_extreme_rows or test_memory_formats or test_every_small_size"
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x"]
-        command += ["-k", f"({chosen}) and not compile", *GPU_TESTS[:3]]
-        start = time.perf_counter()
-        code, said = _run(command, DENSREG_TEST_DEVICE="cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        yield {"what": check, "code": code, "seconds": time.perf_counter() - start, "said": said}
+        yield check, functools.partial(sanitizer_row, tool, check, options)
 
 
-STAGES: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Row]], int]] = {
-    "build": (build, 90),
-    "tests": (tests, 150),
+STAGES: dict[str, tuple[Callable[[argparse.Namespace], Work], int]] = {
+    "build": (build, 120),
+    "tests": (tests, 180),
     "kernels": (kernels, 150),
-    "small": (small, 90),
-    "steps": (steps, 240),
+    "small": (small, 120),
+    "steps": (steps, 300),
     "epochs": (epochs, 150),
     "sanitizer": (sanitizer, 150),
 }
-"""Each stage and the seconds it is expected to take, an estimate: it is not begun where fewer are left."""
+"""Each stage and the seconds it is expected to take, an estimate."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # the command
 
 
+def _sources() -> str:
+    """A digest of what is measured: a commit would change with the committed results."""
+    digest = hashlib.sha256()
+    for pattern in ("csrc/**/*", "kernels/*.py", "densreg/**/*.py", "benchmarks/*.py", "tests/*.py", "setup.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            if path.is_file():
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _about() -> Row:
     from benchmarks.timing import environment
 
-    about = environment()
+    about = {**environment(), "sources": _sources()}
     if _cuda():
         properties = torch.cuda.get_device_properties(0)
         about |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}
@@ -597,6 +653,13 @@ def _about() -> Row:
     return about
 
 
+def _built(options: argparse.Namespace) -> bool:
+    """Whether what an earlier call has built is on this machine."""
+    from densreg import ops
+
+    return options.dry_run or (importlib.util.find_spec("densreg.kernels") is not None and not ops.missing("cuda"))
+
+
 def _write(path: Path, result: Row) -> None:
     from densreg.runs import write_atomically
 
@@ -604,35 +667,75 @@ def _write(path: Path, result: Row) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode() + b"\n"))
 
 
+def _work(stage: str, options: argparse.Namespace) -> None:
+    """The rows of a stage that are not in the file yet, one after the other."""
+    torch.backends.cudnn.allow_tf32 = False
+    have = {row["key"] for row in json.loads(options.json.read_text())["stages"][stage]["rows"]}
+    for key, measure in STAGES[stage][0](options):
+        if key in have:
+            continue
+        print(json.dumps({"begun": key}), flush=True)
+        row: Row = {"key": key, "code": 0}
+        with _kept_apart(row, key):
+            row |= measure()
+        print(json.dumps({"row": row}), flush=True)
+
+
 def _run_stage(name: str, options: argparse.Namespace, seconds: float, keep: Callable[[Row], None]) -> str:
     """Run a stage in a process of its own, keeping each row as it comes; how it ended."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", name]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", name, "--json", str(options.json)]
     command += ["--dry-run"] if options.dry_run else []
     command += ["--data-dir", options.data_dir] if options.data_dir else []
     environment = {**os.environ, **({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if options.dry_run else {})}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    # A session of its own, so that what the stage has started ends with it.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
+    )
     assert process.stdout is not None
-    watchdog = threading.Timer(seconds, process.kill)
+    late = threading.Event()
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def out_of_time() -> None:
+        late.set()
+        kill()
+
+    watchdog = threading.Timer(seconds, out_of_time)
     watchdog.start()
+    begun, rows = None, 0
     try:
         for line in process.stdout:
             if line.startswith('{"row": '):
                 keep(json.loads(line)["row"])
+                begun, rows = None, rows + 1
+            elif line.startswith('{"begun": '):
+                begun = json.loads(line)["begun"]
             else:
                 print(line, end="", flush=True)
         code = process.wait()
     finally:
         watchdog.cancel()
-    if code == -9:
-        return "out of time"
-    return "whole" if code == 0 else f"exit code {code}"
+        kill()
+    if code == 0:
+        return "whole"
+    ended = "out of time" if late.is_set() else f"exit code {code}"
+    if begun is not None and (not late.is_set() or (not rows and seconds >= STAGES[name][1])):
+        # What kills the stage, or hangs, is not tried again, so that the rows after it have their turn.
+        keep({"key": begun, "code": 1, "failed": {begun: ended}})
+    return ended
 
 
 def _table(result: Row) -> Iterator[str]:
     """What was measured, as Markdown."""
-    for row in result["stages"].get("tests", {}).get("rows", []):
+
+    def rows_of(stage: str, column: str = "seconds") -> list[Row]:
+        return [row for row in result["stages"].get(stage, {}).get("rows", []) if column in row]
+
+    for row in rows_of("tests", "summary"):
         yield f"{row['file']}: {row['summary']}"
-    kernel_rows = result["stages"].get("kernels", {}).get("rows", [])
+    kernel_rows = rows_of("kernels")
     if kernel_rows:
         names = list(dict.fromkeys(name for row in kernel_rows for name in row["seconds"]))
         yield "\nGB/s by the fewest bytes (share of the copy)\n"
@@ -647,7 +750,7 @@ def _table(result: Row) -> Iterator[str]:
             ]
             yield f"| {row['operator']} | {row['dtype']} | {row['B']} | {row['C']} | " + " | ".join(cells) + " |"
     for kind in ("eager", "step"):
-        rows = [row for row in result["stages"].get("small", {}).get("rows", []) if row["kind"] == kind]
+        rows = [row for row in rows_of("small") if row["kind"] == kind]
         if rows:
             names = list(rows[0]["seconds"])
             yield f"\nmicroseconds, small, {kind}\n"
@@ -656,18 +759,22 @@ def _table(result: Row) -> Iterator[str]:
             for row in rows:
                 times = [f"{row['seconds'][n] * 1e6:.1f}" for n in names]
                 yield f"| {row['B']} | {row['C']} | " + " | ".join(times) + " |"
-    for row in result["stages"].get("steps", {}).get("rows", []):
+    for row in rows_of("steps"):
         floor = f"matrix products alone: {row['floors']['operations']:.2f}, by their bytes {row['floors']['bytes']:.2f}"
         yield f"\n{row['model']}, batch {row['batch']}, {row['amp'] or 'float32'}; over plain, {floor}\n"
         yield "| step | ms | over plain | MiB | gradient's error |"
         yield "| --- | --- | --- | --- | --- |"
         for column, seconds in row["seconds"].items():
             memory = f"{row['memory'][column] / 2**20:.0f}" if column in row["memory"] else "-"
-            error = f"{row['gradient_error'][column]:.1e}" if column in row["gradient_error"] else "-"
+            error = row["gradient_error"].get(column)
+            error = "-" if error is None else f"{error:.1e}"
             yield f"| {column} | {seconds * 1e3:.2f} | {row['over_plain'][column]:.2f} | {memory} | {error} |"
-    for row in result["stages"].get("epochs", {}).get("rows", []):
+    for row in rows_of("epochs"):
         yield f"epoch, {row['model']}, {row['data']}, {row['images']} images, {row['name']}: {row['seconds']:.2f} s"
     for name, stage in result["stages"].items():
+        for row in stage["rows"]:
+            for column, why in row.get("failed", {}).items():
+                yield f"{name}, {row['key']}, {column}: {why}"
         yield f"{name}: {stage['ended']}"
 
 
@@ -676,51 +783,52 @@ def main() -> int:
     parser.add_argument("--stage", nargs="+", choices=STAGES, help="only these, in this order; by default all")
     parser.add_argument("--minutes", type=float, default=9.0, help="for this call")
     parser.add_argument("--json", type=Path, help="by default benchmarks/results/GPU/gpu.json")
-    parser.add_argument("--again", action="store_true", help="run stages that are whole in the file again")
+    parser.add_argument("--again", action="store_true", help="measure rows that are in the file again")
     parser.add_argument("--data-dir", help="folder of CIFAR-100 for the epochs; by default noise of its shape")
     parser.add_argument("--dry-run", action="store_true", help="every code path at tiny sizes, on the CPU")
     parser.add_argument("--worker", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        for row in STAGES[options.worker][0](options):
-            print(json.dumps({"row": row}), flush=True)
+        _work(options.worker, options)
         return 0
     if not options.dry_run and not _cuda():
         raise SystemExit("there is no GPU: --dry-run goes through the code on the CPU")
     end = time.monotonic() + 60 * options.minutes
     about = _about()
     name = "dry-run" if options.dry_run else "-".join(about["gpu"].lower().split())
-    path = options.json or ROOT / "benchmarks" / "results" / name / "gpu.json"
+    path = options.json = (options.json or ROOT / "benchmarks" / "results" / name / "gpu.json").absolute()
     result: Row = {"environment": about, "stages": {}}
-    if path.exists() and not options.again:
+    if path.exists():
         old = json.loads(path.read_text())
-        if all(old["environment"].get(key) == about.get(key) for key in ("commit", "gpu", "torch", "triton")):
+        if all(old["environment"].get(key) == about.get(key) for key in ("sources", "gpu", "torch", "triton")):
             result["stages"] = old["stages"]
-    for stage in options.stage or STAGES:
-        if result["stages"].get(stage, {}).get("ended") == "whole":
-            print(f"{stage}: there already", flush=True)
-            continue
-        left = end - time.monotonic()
-        if left < (1 if options.dry_run else STAGES[stage][1] / 2):
-            print(f"{stage}: left for the next call", flush=True)
-            continue
-        rows: list[Row] = []
-        result["stages"][stage] = {"ended": "begun", "rows": rows}
+    wanted = options.stage or list(STAGES)
+    for stage in wanted:
+        if options.again or stage not in result["stages"] or (stage == "build" and not _built(options)):
+            result["stages"][stage] = {"ended": "not begun", "rows": []}
+    _write(path, result)
+    for capped in (True, False):  # every stage has its turn before one takes what is left
+        for stage in wanted:
+            kept = result["stages"][stage]
+            if kept["ended"] in ("whole", "failed"):
+                continue
+            left, expected = end - time.monotonic(), STAGES[stage][1]
+            if left < (1 if options.dry_run else 30):
+                continue
+            print(f"{stage} ...", flush=True)
 
-        def keep(row: Row, rows: list[Row] = rows) -> None:
-            rows.append(row)
+            def keep(row: Row, rows: list[Row] = kept["rows"]) -> None:
+                rows.append(row)
+                _write(path, result)
+
+            kept["ended"] = _run_stage(stage, options, min(left, 1.5 * expected) if capped else left, keep)
+            if kept["ended"] == "whole" and any(row["code"] for row in kept["rows"]):
+                kept["ended"] = "failed"
             _write(path, result)
-
-        print(f"{stage} ...", flush=True)
-        ended = _run_stage(stage, options, left, keep)
-        if ended == "whole" and any(row.get("code") for row in rows):
-            ended = "failed"
-        result["stages"][stage]["ended"] = ended
-        _write(path, result)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for line in _table(result):
         print(line)
-    bad = [s for s, stage in result["stages"].items() if stage["ended"] not in ("whole", "out of time")]
+    bad = [s for s, stage in result["stages"].items() if stage["ended"] not in ("whole", "out of time", "not begun")]
     return 1 if bad else 0
 
 

@@ -492,7 +492,7 @@ def log_softmax_difference(logits: Tensor, k: int | Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: logits of another dtype or rank; k of another dtype, shape, device or range (on CUDA a
-        tensor with a class out of range is not detected: the result does not depend on k).
+        tensor with a class out of range is a device assert, or not detected: the result does not depend on k).
     """
     check_logits(logits)
     return _LogSoftmaxDifference.call(logits, class_index(logits, k), False)[0]

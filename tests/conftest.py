@@ -58,6 +58,7 @@ def fresh_dynamo():
 DEVICE = os.environ.get("DENSREG_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float64
 
 
 def pytest_generate_tests(metafunc):

@@ -6,12 +6,13 @@ import json
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import densreg
-from benchmarks import class_counts, compare, report, steps, test_epoch, test_growth, timing
+from benchmarks import class_counts, compare, gpu, report, steps, test_epoch, test_growth, timing
 
 
 def test_exponent():
@@ -247,3 +248,92 @@ def test_the_ratios_that_are_compared(monkeypatch):
         "taylor/objective, mlp",
     }
     assert all(value > 0 for value in ratios.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# benchmarks.gpu: what a call leaves for the next
+
+
+def fails() -> dict:
+    raise ValueError("no such kernel")
+
+
+def test_gpu_rows_that_are_there_are_not_measured_and_a_failure_costs_one(tmp_path, monkeypatch, capsys):
+    work = [("a", fails), ("b", fails), ("c", lambda: {"seconds": 3})]
+    monkeypatch.setattr(gpu, "STAGES", {"small": (lambda options: iter(work), 9)})
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"stages": {"small": {"rows": [{"key": "a", "code": 0}]}}}))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    gpu._work("small", types.SimpleNamespace(json=file))
+    assert not torch.backends.cudnn.allow_tf32
+    begun_b, b, begun_c, c = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (begun_b, begun_c) == ({"begun": "b"}, {"begun": "c"})
+    assert b["row"] == {"key": "b", "code": 1, "failed": {"b": "ValueError: no such kernel"}}
+    assert c["row"] == {"key": "c", "code": 0, "seconds": 3}
+
+
+def run_stage(tmp_path, monkeypatch, script: str, seconds: float) -> tuple[str, list[dict]]:
+    """A stage whose worker is this script."""
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!/bin/sh\n{script}\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    monkeypatch.setattr(gpu, "STAGES", {"small": (None, 1)})
+    rows: list[dict] = []
+    options = types.SimpleNamespace(json=tmp_path / "gpu.json", dry_run=False, data_dir=None)
+    return gpu._run_stage("small", options, seconds, rows.append), rows
+
+
+HANGS = {"key": "b", "code": 1, "failed": {"b": "out of time"}}
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "ended", "rows"),
+    [
+        ("""echo '{"row": {"key": "a"}}'""", 30, "whole", [{"key": "a"}]),
+        ("""echo '{"begun": "b"}'; exit 3""", 30, "exit code 3", [HANGS | {"failed": {"b": "exit code 3"}}]),
+        ("""echo '{"begun": "b"}'; kill -9 $$""", 30, "exit code -9", [HANGS | {"failed": {"b": "exit code -9"}}]),
+        ("""echo '{"begun": "b"}'; sleep 100""", 2, "out of time", [HANGS]),
+        ("""echo '{"begun": "b"}'; sleep 100""", 0.9, "out of time", []),  # less than the stage takes
+        ("""echo '{"row": {"key": "a"}}'; echo '{"begun": "b"}'; sleep 100""", 2, "out of time", [{"key": "a"}]),
+    ],
+)
+def test_gpu_stage_that_dies_or_hangs(script, seconds, ended, rows, tmp_path, monkeypatch):
+    assert run_stage(tmp_path, monkeypatch, script, seconds) == (ended, rows)
+
+
+def test_gpu_stage_takes_what_it_started_with_it(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    run_stage(tmp_path, monkeypatch, f"sleep 100 & echo $! > {child}; wait", 1.5)
+    time.sleep(0.2)
+    status = Path(f"/proc/{int(child.read_text())}/status")
+    assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_gpu_calls_go_on_where_the_last_one_stopped(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def run_stage(name, options, seconds, keep):
+        calls.append((name, seconds))
+        if name == "tests":
+            keep({"key": "a", "code": 1})
+            return "whole"
+        keep({"key": str(len(calls)), "code": 0})
+        return "whole" if len(calls) > 2 else "out of time"
+
+    monkeypatch.setattr(gpu, "_run_stage", run_stage)
+    monkeypatch.setattr(gpu, "_table", lambda result: ())
+    file = tmp_path / "gpu.json"
+    command = ["gpu", "--dry-run", "--json", str(file), "--stage", "tests", "small", "--minutes", "50"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu.main() == 1
+    # Every stage has its turn, 1.5 times what it is expected to take; then what is unfinished has the rest.
+    assert [name for name, _ in calls] == ["tests", "small", "small"]
+    assert [seconds for _, seconds in calls] == [270, 180, pytest.approx(3000, abs=60)]
+    stages = json.loads(file.read_text())["stages"]
+    assert {name: stage["ended"] for name, stage in stages.items()} == {"tests": "failed", "small": "whole"}
+    assert gpu.main() == 1
+    assert len(calls) == 3
+    monkeypatch.setattr(sys, "argv", [*command, "--again"])
+    gpu.main()
+    assert len(calls) == 5

