@@ -30,7 +30,7 @@ Penalty = Callable[[Tensor, Tensor], Tensor]
 """(logits, x) -> scalar."""
 
 
-def problem(dtype: torch.dtype, seed: int = 0) -> tuple[nn.Module, Tensor]:
+def problem(dtype: torch.dtype, seed: int = 0, classes: int = CLASSES) -> tuple[nn.Module, Tensor]:
     """The network, and a batch that requires grad: the same numbers in every dtype."""
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -40,7 +40,7 @@ def problem(dtype: torch.dtype, seed: int = 0) -> tuple[nn.Module, Tensor]:
         nn.Conv2d(6, 6, 3, stride=2),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(54, CLASSES),
+        nn.Linear(54, classes),
     )
     x = torch.randn(5, 3, 8, 8)
     return model.to(dtype), x.to(dtype).requires_grad_()
@@ -92,13 +92,14 @@ def relative_error(grads: Sequence[Tensor], reference: Sequence[Tensor]) -> floa
     )
 
 
-def reference(p: float) -> list[Tensor]:
-    return parameter_gradient(*problem(torch.float64), torch_penalty(p))
+def reference(p: float, classes: int = CLASSES) -> list[Tensor]:
+    return parameter_gradient(*problem(torch.float64, classes=classes), torch_penalty(p))
 
 
-def measure(path: str, p: float, dtype: torch.dtype, backend: str | None) -> float:
+def measure(path: str, p: float, dtype: torch.dtype, backend: str | None, classes: int = CLASSES) -> float:
     """Relative error of one path's gradient."""
-    return relative_error(parameter_gradient(*problem(dtype), densreg_penalty(p, path), backend), reference(p))
+    grads = parameter_gradient(*problem(dtype, classes=classes), densreg_penalty(p, path), backend)
+    return relative_error(grads, reference(p, classes))
 
 
 def main() -> None:
