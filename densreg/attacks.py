@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from densreg.ops import accumulation_dtype
 
 NORMS = (2.0, math.inf)
 
@@ -58,6 +59,17 @@ def uniform_in_ball(x: Tensor, norm: float, eps: float, generator: torch.Generat
     return eps * direction * _per_sample(radius / length, x)
 
 
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """``log((1 - P_y) / P_y)`` [B] of the classes y; the cross-entropy is its softplus, to all digits and gradients.
+
+    From the softmax it would be lost: 1 - P_y is 0 in float32 once y leads by 17.
+    """
+    if logits.shape[1] == 1:
+        return logits[:, 0] * 0  # nothing is against the only class
+    f, at = logits.to(accumulation_dtype(logits.dtype)), y.unsqueeze(1)
+    return f.scatter(1, at, -math.inf).logsumexp(1) - f.gather(1, at).squeeze(1)
+
+
 def perturb(
     model: nn.Module,
     x: Tensor,
@@ -72,6 +84,9 @@ def perturb(
     start: Tensor | None = None,
 ) -> Tensor:
     """Images near x on which the cross-entropy is higher (Madry et al., ICLR 2018); the last iterate.
+
+    What is ascended is :func:`log_odds`, whose gradient has the cross-entropy's direction: that one is 0 where the
+    classifier is sure in float32, which would make it look robust.
 
     Each step goes ``step_size`` along the sign (inf) or the direction (2) of the gradient, then back into the ball,
     then back into [0, 1]. FGSM (Goodfellow et al., ICLR 2015) is one step of size eps without a random start. The model
@@ -112,7 +127,6 @@ def perturb(
         with torch.enable_grad():
             delta.requires_grad_()
             # The sum, so that a sample's gradient does not depend on how many there are.
-            loss = F.cross_entropy(model(x + unit * delta), y, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, delta)
+            (gradient,) = torch.autograd.grad(log_odds(model(x + unit * delta), y).sum(), delta)
         delta = valid(delta.detach() + step_size * _direction(gradient, norm))
     return (x + unit * delta).clamp(0, 1)

@@ -295,11 +295,8 @@ def _reproduce(options: dict) -> int:
             print(f"{known:8}{experiment.what}\n        methods: {', '.join(experiment.methods)}")
         print(f"fig2a   {reproduce.FIG2A}")
         return 0
-    if name != "fig2a":
-        metrics = {measure.metric for measure in reproduce.experiment(name).measures}
-        options["options"] = evaluation.parse_options(options.pop("set"), metrics)
-    else:
-        options.pop("set")
+    metrics = set() if name == "fig2a" else {measure.metric for measure in reproduce.experiment(name).measures}
+    options["options"] = evaluation.parse_options(options.pop("set"), metrics)
     options["coeff"] = reproduce.parse_coeff(options["coeff"])
     options["config"] = reproduce.parse_config(options["config"])
     options["norms"] = options.pop("p")

@@ -376,6 +376,8 @@ class RegularizedObjective(nn.Module):
                 penalized = self.calls % self.interval == 0
                 coeff = coeff * self.interval
             self.calls += 1
+        if penalized and getattr(self.regularizer, "differences", False):
+            _check_no_dropout(self.model, self.regularizer.name)
         factor, scale = self._scales(xs, loss_scale, coeff)
         *shown, gradients = self._run(xs, target, coeff, scale, penalized)
         if penalized and isinstance(self.regularizer, Hessian) and not self._nonzero:
@@ -686,6 +688,18 @@ def _check_x(x: Inputs) -> tuple[Tensor, ...]:
         if t.ndim < 2 or len(t) != len(xs[0]):
             raise ValueError(f"x must have shape [B, ...], got {[list(t.shape) for t in xs]}")
     return xs
+
+
+def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
+    for name, module in model.named_modules():
+        rate = module.dropout if isinstance(module, nn.MultiheadAttention) else getattr(module, "p", 0)
+        drops = isinstance(module, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention))
+        if (drops or type(module).__name__ == "StochasticDepth") and module.training and rate > 0:
+            raise ValueError(
+                f"regularizer {regularizer}: {name} ({type(module).__name__}) drops other units in each of the two "
+                "forwards whose difference is penalized, which would be that of the masks: set its probability to 0, "
+                "or put it in eval mode"
+            )
 
 
 def _leaves(xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ With F a forward of the model, a plain training step costs 3F, and the step with
 Gradients and Hessians are in x, f_y is the label's logit, ce the cross-entropy, and the cost that of the default
 options. Each class says where it departs from its paper, and what is assumed. Where samples see each other (BatchNorm
 in training mode) a gradient is that of the batch's sum, and every call of ``classify`` takes the statistics of its own
-batch; dropout draws its masks anew.
+batch; dropout draws its masks anew, so those that take a difference of two forwards refuse it.
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ class ScoreMatching:
 
     name: ClassVar[str] = "score_matching"
     precise: ClassVar[bool] = True
+    differences: ClassVar[bool] = True
     sigma: float = 0.01
     samples: int = 1
     mu: float = 1e-4
@@ -340,6 +341,7 @@ class Cure:
 
     name: ClassVar[str] = "cure"
     precise: ClassVar[bool] = True
+    differences: ClassVar[bool] = True
     h: float = 1.5
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ ratios between methods are what can be compared, not values. A figure of the pap
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -36,10 +37,17 @@ DASH = "-"
 
 @dataclass(frozen=True)
 class Method:
-    """What a row of a table is: its name there, and options of :class:`densreg.training.Config`."""
+    """What a row of a table is.
+
+    Attributes:
+        label: its name there.
+        options: of :class:`densreg.training.Config`, that make the method what it is.
+        defaults: further ones, which a budget may change.
+    """
 
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 METHODS = {
@@ -52,13 +60,13 @@ METHODS = {
     "loss_gradient": Method("InputGrad (loss)", {"regularizer": "loss_gradient"}),
     "score_matching": Method("score matching", {"regularizer": "score_matching"}),
     "ig_sum": Method("IG-SUM", {"regularizer": "ig_sum"}),
-    "hessian": Method("Hessian", {"regularizer": "hessian", "softplus": 10.0}),  # that of a ReLU network is 0
+    "hessian": Method("Hessian", {"regularizer": "hessian"}, {"softplus": 10.0}),  # that of a ReLU network is 0
     "cure": Method("CURE", {"regularizer": "cure"}),
-    "softplus": Method("SoftPlus activations", {"coeff": 0.0, "softplus": 10.0}),
+    "softplus": Method("SoftPlus activations", {"coeff": 0.0}, {"softplus": 10.0}),
     "fgsm_training": Method(
-        "adversarial training, FGSM", {"coeff": 0.0, "adversarial": "fgsm", "adversarial_eps": 0.1}
+        "adversarial training, FGSM", {"coeff": 0.0, "adversarial": "fgsm"}, {"adversarial_eps": 0.1}
     ),
-    "pgd_training": Method("adversarial training, PGD", {"coeff": 0.0, "adversarial": "pgd", "adversarial_eps": 0.1}),
+    "pgd_training": Method("adversarial training, PGD", {"coeff": 0.0, "adversarial": "pgd"}, {"adversarial_eps": 0.1}),
 }
 """Beside a Config's defaults. Assumed: the paper's InputGrad is the gradient of the label logit, the beta of SoftPlus,
 adversarial training in Linf and its eps."""
@@ -392,10 +400,15 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
 
 
 def _row(budget: Budget, data: str, model: str, method: str, p: float, coeff: float | None, seed: int) -> Row:
+    defined = METHODS[method].options
+    asked = {**budget.config.get(method, {}), **({} if coeff is None else {"coeff": coeff})}
+    for key, value in asked.items():
+        if defined.get(key, value) != value:
+            raise ValueError(f"{key} of the method {method} is {defined[key]!r}, got {value!r}: that is another method")
     own = {**budget.config.get("", {}), **budget.config.get(method, {})}
-    values: dict[str, Any] = {"data": data, "model": model, "p": p, "seed": seed, **METHODS[method].options, **own}
-    if coeff is not None:
-        values["coeff"] = coeff
+    own = {key: value for key, value in own.items() if key not in defined}
+    values: dict[str, Any] = {"data": data, "model": model, "p": p, "seed": seed}
+    values |= {**METHODS[method].defaults, **own, **asked, **defined}
     for name in ("data_dir", "epochs", "train_size", "val_size", "device", "threads", "download"):
         if getattr(budget, name) is not None:
             values[name] = getattr(budget, name)
@@ -518,25 +531,27 @@ def _describe(row: Row) -> dict[str, Any]:
 
 
 def measured(row: Row, measures: Sequence[Measure], budget: Budget) -> dict[str, float]:
-    """The quantities of a trained run by column; what was measured before is read from its directory."""
+    """The quantities of a trained run by column; what was measured before is read from its directory.
+
+    It counts if the weights, the images' labels and this version of densreg are those of now.
+    """
     file = Path(row.config.out) / MEASURED
-    try:
-        known = json.loads(file.read_text()) if file.exists() else {}
-    except (OSError, ValueError):
-        known = {}
+    model, _ = models.load_checkpoint(row.config.out, row.config.device)
+    split = training.Problem(row.config).test.first(budget.test_size)
+    of = runs.digest(*model.state_dict().values(), split.labels) + f", densreg {__version__}"
+    known: dict[str, Any] = {"of": of}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(file.read_text())
+        known = found if found.get("of") == of else known
     result: dict[str, float] = {}
-    model = split = None
     for measure in measures:
         options = {**measure.options, **budget.options.get(measure.metric, {})}
         if measure.metric == "out_of_distribution":
             options |= {"data_dir": budget.data_dir}
         options = {**evaluation.options_of(measure.metric), **options}
         said = {key: value for key, value in options.items() if key != "data_dir"}
-        key = json.dumps([measure.metric, said, budget.test_size])
+        key = json.dumps([measure.metric, said, budget.test_size, budget.batch_size])
         if key not in known:
-            if model is None:
-                model, _ = models.load_checkpoint(row.config.out, row.config.device)
-                split = training.Problem(row.config).test.first(budget.test_size)
             with training.threads(row.config.threads):
                 values = evaluation.metric(measure.metric)(
                     model, split, device=torch.device(row.config.device), batch_size=budget.batch_size, **options
@@ -551,10 +566,21 @@ def measured(row: Row, measures: Sequence[Measure], budget: Budget) -> dict[str,
     return result
 
 
+_FIG2A = ("data_dir", "download", "seeds", "train_size", "device", "threads", "config")
+
+
 def _fig2a(budget: Budget, out: str) -> Iterator[str]:
     from densreg import stability
     from densreg.paths import PATHS
 
+    ignored = [
+        f.name for f in dataclasses.fields(budget) if f.name not in _FIG2A and getattr(budget, f.name) != f.default
+    ]
+    ignored = [name for name in ignored if getattr(budget, name)] + [m for m in budget.config if m]
+    if ignored or len(budget.seeds) != 1:
+        raise ValueError(
+            f"fig2a does not take {ignored[0] if ignored else 'several seeds'}; wanted some of {', '.join(_FIG2A)}"
+        )
     options: dict[str, Any] = {"seed": budget.seeds[0], "train_size": budget.train_size, "device": budget.device}
     options |= {"data_dir": budget.data_dir, "download": budget.download, "threads": budget.threads}
     options |= budget.config.get("", {})
@@ -688,7 +714,7 @@ def _label(row: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> str:
     name = METHODS[row["method"]].label
     for column, sign in (("coeff", "coefficient"), ("p", "p")):
         if len({other[column] for other in table if other["method"] == row["method"]}) > 1:
-            name += f", {sign} {row[column]:g}"
+            name += f", {sign} {_number(row[column], 'g')}"
     return name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import zipfile
@@ -23,6 +24,15 @@ class RunError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line for the user."""
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """Of the values, dtypes and shapes of tensors: equal for equal ones."""
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(f"{t.dtype}{list(t.shape)}".encode())
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def write_atomically(path: Path, write: Callable[[io.BufferedWriter], Any], previous: Path | None = None) -> None:

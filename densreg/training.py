@@ -628,7 +628,7 @@ class _Watch:
         """Whether this step (from 1) is not finite, on the device: called after the step, with its gradients."""
         gradient = _largest([w.grad for w in parameters if w.grad is not None])
         number = torch.full_like(self.first[0], step)
-        seen = torch.stack([number, *(value.to(number.dtype) for value in (out.loss, gradient, out.largest))])
+        seen = torch.stack([number, *(value.to(number) for value in (out.loss, gradient, out.largest))])
         bad = ~seen[1:3].isfinite().all()
         self.first = torch.where(bad & (self.first[0] == 0), seen, self.first)
         return bad
@@ -754,6 +754,10 @@ class _Run:
                 f"--resume: the run in {self.run} has {checkpoint['train_images']} training images, "
                 f"got {len(self.problem.train)} from {self.config.data_dir}"
             )
+        if checkpoint.get("train_labels") not in (None, runs.digest(self.problem.train.labels)):  # None: an older run's
+            raise RunError(
+                f"--resume: the run in {self.run} had other labels than the training images from {self.config.data_dir}"
+            )
 
     def _checkpoint(self) -> dict[str, Any]:
         problem = self.problem
@@ -774,6 +778,7 @@ class _Run:
             "step_rows": self.step_rows,
             "rng": self._random_states(),
             "train_images": len(problem.train),
+            "train_labels": runs.digest(problem.train.labels),
             "config": self._description(),
         }
 
@@ -849,7 +854,7 @@ class _Run:
         penalty = (f"regularizer {rival}" if rival else f"path {config.path}") if config.coeff > 0 else "no penalty"
         report = self.watch.report(penalty)
         if report and config.on_nonfinite == "stop":
-            other = "" if rival else ", or use --path fused"
+            other = "" if rival or config.path == "fused" or config.coeff == 0 else ", or use --path fused"
             raise TrainingError(f"{report}: lower --lr or --coeff{other}; {self._kept()}")
         if report and not self.told:
             self.say(f"{report}; going on", sys.stderr)

@@ -20,6 +20,13 @@ def test_accuracy_by_hand():
     assert accuracy(model, images, device="cpu", batch_size=7) == {"clean": sum(right) / 50}
 
 
+def test_nan_is_no_class():
+    model = linear()
+    model[1].bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="logits are NaN"):
+        accuracy(model, split(5), device="cpu", batch_size=7)
+
+
 def test_groups_by_hand():
     correct = torch.tensor([True, True, False, True, False, False])
     groups = torch.tensor([0, 0, 0, 2, 1, 2])

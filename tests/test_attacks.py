@@ -82,6 +82,42 @@ def test_confident_classifier():
     assert torch.equal(perturb(model, x, y, 2, 0.2, 3, 0.2, random_start=False), x)
 
 
+class Scaled(nn.Module):
+    def __init__(self, model, factor):
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x):
+        return self.factor * self.model(x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_confidence_is_no_robustness(norm):
+    """The same decisions with logits a thousand times as large: the cross-entropy's gradient is 0 in float32."""
+    model, x = curved(4, SHAPE), torch.rand(20, *SHAPE)
+    y = model(x).argmax(1)
+    sure = Scaled(model, 1e5)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(sure(leaf), y, reduction="sum"), leaf)
+    assert (gradient.flatten(1).norm(dim=1) == 0).any()
+    attacked = perturb(sure, x, y, norm, 0.3, 5, 0.1, random_start=False)
+    expected = perturb(Scaled(model.double(), 1e5), x.double(), y, norm, 0.3, 5, 0.1, random_start=False)
+    assert attacked == pytest.approx(expected.float(), abs=2e-4)
+
+
+def test_log_odds():
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    odds = attacks.log_odds(logits, y)
+    p = logits.softmax(1).gather(1, y[:, None])[:, 0]
+    torch.testing.assert_close(odds, ((1 - p) / p).log())
+    torch.testing.assert_close(F.softplus(odds), F.cross_entropy(logits, y, reduction="none"))
+    far = torch.tensor([[100.0, 0.0, -5.0]])
+    assert attacks.log_odds(far, torch.tensor([0])).item() == pytest.approx(math.log1p(math.exp(-5)) - 100, rel=1e-6)
+    assert attacks.log_odds(torch.ones(2, 1), torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
+    assert attacks.log_odds(far.half(), torch.tensor([0])).dtype == torch.float32
+
+
 def test_nothing_stays_behind():
     model = curved(4, SHAPE).train()
     buffers = {name: value.clone() for name, value in model.eval().named_buffers()}

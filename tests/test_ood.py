@@ -54,6 +54,18 @@ def test_scores_by_hand(monkeypatch):
     assert few["maximum_logit"] == pytest.approx(_pairs(f.max(1)[0], g[:3].max(1)[0]))
 
 
+def test_sure_classifier(monkeypatch):
+    """In float32 the largest softmax of most images is 1; the order of them is that of float64."""
+    model, inside, outside = linear(), split(9), split(11, seed=1)
+    model[1].weight.data.mul_(300)
+    monkeypatch.setattr(data, "load", lambda *args, **options: data.DataSet("other", outside, outside, 4))
+    result = out_of_distribution(model, inside, device="cpu", batch_size=4, data="other")
+    f, g = model(pixels(inside)), model(pixels(outside))
+    assert (f.softmax(1).amax(1) == 1).sum() > 4
+    odds = [t.double().topk(2, 1)[0].diff(dim=1).squeeze(1).neg() for t in (f, g)]  # all that counts here
+    assert result["maximum_softmax"] == pytest.approx(_pairs(*odds))
+
+
 def test_other_shape():
     images = split(4, (1, 8, 8))
     model = linear(shape=(1, 8, 8))

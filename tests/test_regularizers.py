@@ -369,6 +369,21 @@ def test_samples_without_a_target():
         )
 
 
+@pytest.mark.parametrize("name", ["score_matching", "cure"])
+def test_differences_refuse_dropout(name):
+    """Two masks differ by more than x and x + h v."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Dropout(0.1), nn.Linear(8, 5))
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    objective = RegularizedObjective(model, 0.1, regularizer=name, compile=False)
+    with pytest.raises(ValueError, match=rf"{name}: 2 \(Dropout\) drops other units"):
+        objective(x, y)
+    model[2].eval()
+    objective(x, y).loss.backward()
+    model[2].train().p = 0.0
+    objective(x, y).loss.backward()
+    RegularizedObjective(model.train(), 0.1, compile=False)(x, y).loss.backward()
+
+
 def test_several_inputs():
     class Two(nn.Module):
         def __init__(self):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import math
+import shutil
 import struct
 
 import pytest
 import torch
 
-from densreg import cli, evaluation, models, reproduce, training
+from densreg import cli, evaluation, reproduce, training
 from densreg.reproduce import EXPERIMENTS, METHODS, Budget, rows_of
 
 SMALL = ("--epochs", "1", "--train-size", "256", "--test-size", "20", "--threads", "1")
@@ -114,13 +116,62 @@ def test_going_on(command, tmp_path, monkeypatch):
     weights = (run / "checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_step", None)
-        patch.setattr(models, "load_checkpoint", None)
+        metric = evaluation.metric
+        patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
         assert command(*arguments)[0] == 0
     assert (run / "checkpoint.pt").read_bytes() == weights
     assert _table(tmp_path / "runs" / "reproduce" / "table1") == first
     status, said = command(*arguments[:-1], "pgd.steps=3")
     assert status == 0
-    assert len(json.loads((run / "measured.json").read_text())) == 4  # one more than leakage, pgd and accuracy
+    assert len(json.loads((run / "measured.json").read_text())) == 5  # one more than of, leakage, pgd and accuracy
+
+
+def test_figures_of_other_weights_do_not_count(command, tmp_path):
+    arguments = ("table1", *SMALL, "--methods", "standard", "--set", "pgd.steps=1", "leakage.steps=2")
+    assert command(*arguments)[0] == 0
+    (first,) = _table(tmp_path / "runs" / "reproduce" / "table1")
+    (run,) = (path for path in (tmp_path / "runs" / "reproduce").iterdir() if path.name.startswith("blockmnist"))
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    for tensor in saved["model"].values():
+        tensor.mul_(0.5)
+    torch.save(saved, run / "checkpoint.pt")
+    status, said = command(*arguments)
+    assert status == 0, said
+    (again,) = _table(tmp_path / "runs" / "reproduce" / "table1")
+    assert 0 < float(again["leakage l2"]) < 0.5 * float(first["leakage l2"])
+
+
+def test_other_labels_are_no_resumption(command, mnist, tmp_path):
+    arguments = ("table1", *SMALL, "--methods", "standard", "--set", "pgd.steps=1", "leakage.steps=2")
+    assert command(*arguments)[0] == 0
+    other = shutil.copytree(mnist, tmp_path / "other")
+    file = other / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    data = file.read_bytes()
+    file.write_bytes(data[:8] + bytes(9 - label for label in data[8:]))
+    assert cli.main(["reproduce", *arguments, "--data-dir", str(other)]) == 2
+
+
+def test_a_method_stays_what_it_is():
+    budget = Budget(config={"": {"coeff": 0.3, "lr": 0.01, "softplus": 5.0}, "fgsm_training": {"adversarial_eps": 0.2}})
+    configs = {row.method: row.config for row in rows_of("table1", budget)}
+    assert {method: configs[method].coeff for method in ("standard", "density")} == {"standard": 0, "density": 0.3}
+    assert {config.lr for config in configs.values()} == {0.01}
+    assert configs["fgsm_training"].adversarial_eps == 0.2
+    assert configs["softplus"].softplus == configs["hessian"].softplus == 5
+    assert configs["hessian"].regularizer == "hessian"
+    for wrong in (Budget(coeff={"standard": (0.1,)}), Budget(config={"standard": {"coeff": 0.1}})):
+        with pytest.raises(ValueError, match=r"coeff of the method standard is 0\.0, got 0\.1: that is another"):
+            rows_of("table1", wrong)
+
+
+def test_a_coefficient_of_zero_has_a_label(command, tmp_path):
+    sizes = ("--set", "pgd.steps=1", "leakage.steps=2", "pgd.eps=1,2")
+    assert command("table1", *SMALL, "--methods", "density", "--coeff", "density=0,0.1", *sizes)[0] == 0
+    assert (tmp_path / "runs" / "reproduce" / "table1" / "table1.png").exists()
+
+
+def _never(*args, **options):
+    raise AssertionError("measured again")
 
 
 def _every_step(rows):
@@ -205,6 +256,11 @@ def test_every_experiment_can_be_asked_for(name):
         ("table7", "no usable CIFAR10 in"),
         ("table6", "wnids.txt"),
         ("fig2a", "no usable CIFAR100 in"),
+        ("fig2a --methods standard", "fig2a does not take methods; wanted some of data_dir, download, seeds"),
+        ("fig2a --seeds 0 1", "fig2a does not take several seeds"),
+        ("fig2a --epochs 3", "fig2a does not take epochs"),
+        ("fig2a --config density.lr=1", "fig2a does not take density"),
+        ("fig2a --set pgd.eps=1", "--set pgd.eps=1: wanted an option of the metrics"),
         ("table1 --methods magic", "unknown method 'magic'; wanted some of standard, density"),
         ("table1 --coeff magic=1", "unknown method 'magic'"),
         ("table1 --coeff density", "--coeff density: wanted METHOD=NUMBER"),

@@ -285,6 +285,8 @@ def evaluate(
     chosen = {name: {**options_of(name), **(options or {}).get(name, {})} for name in metrics}
     if any(METRICS[name].draw for name in metrics):
         samples.require("matplotlib.figure", "evaluate")
+    if not folders:
+        raise ValueError("no run is given; wanted a folder that densreg train has written")
     if out is None:
         if len(folders) != 1:
             raise ValueError("--out is needed for several runs: the folder for their comparison")
@@ -306,6 +308,8 @@ def evaluate(
     common: dict[str, Any] = {"device": on, "batch_size": batch_size or config["batch_size"], "seed": seed}
     split = dataset.test.first(test_size)
     folder = runs.open_run(out, overwrite, [RESULTS])
+    for name in METRICS:  # of results that are overwritten
+        (folder / f"{name}.png").unlink(missing_ok=True)
     results: Results = {run: {} for run in loaded}
     about = {
         "data": dataset.name,

@@ -13,8 +13,16 @@ from densreg.evaluation.samples import batches
 
 def correct(model: nn.Module, split: data.Split, device: torch.device | str, batch_size: int, what: str) -> Tensor:
     """[N] bool on the CPU: whether each image's largest logit is that of its label."""
+    return torch.cat([is_right(model, x, y).cpu() for _, x, y in batches(split, batch_size, device, what)])
+
+
+def is_right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """[B] bool; raises ValueError where a logit is NaN, of which the largest would be the first."""
     with torch.no_grad():
-        return torch.cat([(model(x).argmax(1) == y).cpu() for _, x, y in batches(split, batch_size, device, what)])
+        logits = model(x)
+    if logits.isnan().any():
+        raise ValueError("the model's logits are NaN: it has no accuracy")
+    return logits.argmax(1) == y
 
 
 def accuracy(

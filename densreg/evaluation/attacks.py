@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from densreg import attacks, data
+from densreg.evaluation.accuracy import is_right
 from densreg.evaluation.samples import batches, check_one_of, check_range
 from densreg.models import Normalize
 
@@ -66,7 +67,7 @@ def pgd(
     unit, budgets, order = _unit(model, space), sorted(set(eps)), float(norm)
     right = torch.zeros(1 + len(budgets), dtype=torch.int64)
     for index, x, y in batches(split, batch_size, device, "pgd"):
-        robust = _is_right(model, x, y)
+        robust = is_right(model, x, y)
         right[0] += robust.sum().item()
         for i, budget in enumerate(budgets):
             for restart in range(restarts):
@@ -79,7 +80,7 @@ def pgd(
                 size = 2.5 * budget / steps if step_size is None else step_size
                 attacked = attacks.perturb(model, clean, labels, order, budget, steps, size, unit=unit, start=start)
                 _check(attacked, clean, order, budget, unit)
-                robust[left] = _is_right(model, attacked, labels)
+                robust[left] = is_right(model, attacked, labels)
             right[1 + i] += robust.sum().item()
     parts = (right.double() / len(split)).tolist()
     return {"clean": parts[0], **{f"l{norm}_{e:g}": part for e, part in zip(budgets, parts[1:], strict=True)}}
@@ -93,11 +94,6 @@ def _unit(model: nn.Module, space: str) -> Tensor | float:
     if not isinstance(layer, Normalize):
         raise ValueError("space normalised needs a model whose first layer is densreg.models.Normalize; wanted pixel")
     return layer.std
-
-
-def _is_right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x).argmax(1) == y
 
 
 def _starts(x: Tensor, norm: float, eps: float, numbers: Sequence[tuple[int, ...]]) -> Tensor:

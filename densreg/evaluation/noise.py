@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from densreg import data
+from densreg.attacks import log_odds
 from densreg.evaluation.samples import Noise, batches, check_one_of, check_range, input_gradient, of_class
 from densreg.functional import log_density
 
@@ -60,7 +61,7 @@ def noise_robustness(
 
         def differentiated(logits: torch.Tensor, y: torch.Tensor = y) -> torch.Tensor:
             if of == "loss":
-                return F.cross_entropy(logits, y, reduction="none")
+                return F.softplus(log_odds(logits, y))  # the cross-entropy, whose own gradient is rounding here
             return of_class(logits, y) if of == "logit" else log_density(logits)
 
         logits, gradient = input_gradient(model, x, differentiated)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densreg import data as datasets
+from densreg.attacks import log_odds
 from densreg.evaluation.samples import batches, check_range, require
 from densreg.functional import log_density
 
@@ -81,7 +82,9 @@ def scores(
     with torch.no_grad():
         for _, x, _ in batches(split, batch_size, device, "out_of_distribution"):
             logits = model(_fit(x, shape))
-            rows.append(torch.stack([log_density(logits), logits.amax(1), logits.softmax(1).amax(1)]).double().cpu())
+            # The softmax in order, where in float32 many would be 1.
+            sure = -log_odds(logits, logits.argmax(1))
+            rows.append(torch.stack([log_density(logits), logits.amax(1), sure]).double().cpu())
     return dict(zip(SCORES, torch.cat(rows, 1), strict=True))
 
 
