@@ -49,16 +49,16 @@ class _Affine(NamedTuple):
 
 
 class _Branches(NamedTuple):
-    """Units that are one of several smooth functions."""
+    """Units that are one of several smooth functions; ``which`` notes tensors that tell ``value`` which one."""
 
     which: Callable
     value: Callable
 
-    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
+    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         which = self.which(*args, **kwargs)
         return func(*args, **kwargs), which
 
-    def again(self, which: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def again(self, which: Any, *args: Any, **kwargs: Any) -> Tensor:
         return self.value(which, *args, **kwargs)
 
 
@@ -82,24 +82,28 @@ class _Extremum(NamedTuple):
 
     places: Callable
     both: type | None
-    """what "values" and "indices" are returned in, where a dimension is given"""
+    """what "values" and "indices" are returned in, where a dimension is given; the gradient is then that of one place,
+    else it is spread over all that tie"""
 
-    def _flat(self, x: Tensor, dim: Any = None, keepdim: bool = False) -> tuple[Tensor, list[int]]:
+    def _flat(self, x: Tensor, dim: Any = None, keepdim: bool = False, **as_numpy: Any) -> tuple[Tensor, list[int]]:
         """The reduced dimensions as the last one, and the shape of the result."""
+        dim, keepdim = as_numpy.get("axis", dim), as_numpy.get("keepdims", keepdim)
         dims = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
         dims = [d % x.ndim for d in dims] or list(range(x.ndim))
         kept = [d for d in range(x.ndim) if d not in dims]
-        flat = x.permute(*kept, *dims).flatten(len(kept))
+        flat = x.permute((*kept, *dims)).flatten(len(kept))
         return flat, [1 if d in dims else x.shape[d] for d in range(x.ndim) if keepdim or d in kept]
 
     def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
-        flat, _ = self._flat(*args, **kwargs)
-        return func(*args, **kwargs), self.places(flat.detach(), -1, keepdim=True)
+        flat = self._flat(*args, **kwargs)[0].detach()
+        places = self.places(flat, -1, keepdim=True)
+        return func(*args, **kwargs), flat == flat.gather(-1, places) if self.both is None else places
 
-    def again(self, places: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def again(self, noted: Tensor, *args: Any, **kwargs: Any) -> Any:
         flat, shape = self._flat(*args, **kwargs)
-        values = flat.gather(-1, places).view(shape)
-        return values if self.both is None else self.both((values, places.view(shape)))
+        if self.both is None:
+            return (torch.where(noted, flat, 0).sum(-1) / noted.sum(-1)).view(shape)
+        return self.both((flat.gather(-1, noted).view(shape), noted.view(shape)))
 
 
 _Rule = _Affine | _Branches | _MaxPool | _Extremum
@@ -115,6 +119,12 @@ def _selu(positive: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
 
 def _hardswish(piece: Tensor, x: Tensor, inplace: bool = False) -> Tensor:
     return torch.where(piece == 0, 0, torch.where(piece == 1, x * (x + 3) / 6, x))
+
+
+def _greater(piece: tuple[Tensor, Tensor], a: Tensor, other: Tensor) -> Tensor:
+    """maximum and minimum, whose gradient is halved where both are equal."""
+    first, equal = piece
+    return torch.where(equal, (a + other) / 2, torch.where(first, a, other))
 
 
 def _prelu(positive: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -142,10 +152,12 @@ _RULES: dict[Callable, _Rule] = {
     torch.prelu: _positive._replace(value=_prelu),
     F.hardswish: _Branches(lambda x, **_kwargs: (x > -3).char() + (x >= 3).char(), _hardswish),
     **{
-        getattr(owner, name): _Branches(compare, torch.where)
-        for names, compare in ((("maximum", "fmax"), torch.ge), (("minimum", "fmin"), torch.le))
+        getattr(owner, name): rule
+        for name, rule in (
+            ("maximum", _Branches(lambda a, other: (a >= other, a == other), _greater)),
+            ("minimum", _Branches(lambda a, other: (a <= other, a == other), _greater)),
+        )
         for owner in (torch, Tensor)
-        for name in names
     },
     **{
         getattr(owner, name): _Extremum(places, both)
@@ -173,6 +185,8 @@ def _rule(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> _Rule 
         return None
     others = [*args[1:], *kwargs.values()]
     if isinstance(rule, _Affine) and any(isinstance(bound, Tensor) for bound in others):
+        return None
+    if isinstance(rule, _Extremum) and args[0].ndim == 0:
         return None
     if isinstance(rule, _Extremum) and rule.both is not None:
         if any(isinstance(other, Tensor) for other in others):  # max(a, b) is maximum

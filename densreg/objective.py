@@ -188,11 +188,12 @@ def _directional_step(
                 )
 
             along = difference()
-            if not objective._followed:
+            objective._differences += 1
+            if objective._differences & (objective._differences - 1) == 0:  # the first, second, fourth, eighth ...
                 objective._check_followed(along, norm)
-                pair = (directional.first_order_gradients(t, trained, leaves, True) for t in (along, difference(2)))
-                objective._check_smooth(*pair)
-                objective._followed = True
+                if not objective._told:
+                    pair = (directional.first_order_gradients(t, trained, leaves, True) for t in (along, difference(2)))
+                    objective._check_smooth(*pair)
             weight = coeff.to(penalty.dtype)
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
@@ -331,7 +332,8 @@ class RegularizedObjective(nn.Module):
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self.mode, self.backend = mode, backend
         self._compiled_step = _compile(self)
-        self._followed = self._nonzero = False
+        self._told = self._nonzero = False
+        self._differences = 0
 
     @property
     def at_once(self) -> bool:
@@ -528,7 +530,7 @@ class RegularizedObjective(nn.Module):
         return [w for w in self.parameters() if w.requires_grad]
 
     def _check_followed(self, along: Tensor, norm: Tensor) -> None:
-        """The difference must be the norm's sum, which is known. Reading it synchronises, so it is done once."""
+        """The difference must be the norm's sum, which is known. Reading it synchronises, so it is done seldom."""
         found, wanted = along.item(), norm.sum().item()
         if abs(found - wanted) > 0.1 * wanted:
             raise RuntimeError(
@@ -543,6 +545,7 @@ class RegularizedObjective(nn.Module):
         apart = sum((a - b).square().sum().item() for a, b in pairs) ** 0.5
         length = sum(a.square().sum().item() for a, _ in pairs) ** 0.5
         if apart > 0.2 * length:
+            self._told = True
             warnings.warn(
                 f'path "directional": with twice the step the gradient differs by {apart / max(length, 1e-30):.2g} of '
                 "itself, so it is not to be relied on: there are kinks that are not of torch's own activations "
@@ -692,8 +695,9 @@ def _check_x(x: Inputs) -> tuple[Tensor, ...]:
 
 def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
     for name, module in model.named_modules():
-        rate = module.dropout if isinstance(module, nn.MultiheadAttention) else getattr(module, "p", 0)
-        drops = isinstance(module, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention))
+        inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
+        rate = module.dropout if inside else getattr(module, "p", 0)
+        drops = inside or isinstance(module, nn.modules.dropout._DropoutNd)
         if (drops or type(module).__name__ == "StochasticDepth") and module.training and rate > 0:
             raise ValueError(
                 f"regularizer {regularizer}: {name} ({type(module).__name__}) drops other units in each of the two "

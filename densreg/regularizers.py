@@ -20,7 +20,8 @@ With F a forward of the model, a plain training step costs 3F, and the step with
 Gradients and Hessians are in x, f_y is the label's logit, ce the cross-entropy, and the cost that of the default
 options. Each class says where it departs from its paper, and what is assumed. Where samples see each other (BatchNorm
 in training mode) a gradient is that of the batch's sum, and every call of ``classify`` takes the statistics of its own
-batch; dropout draws its masks anew, so those that take a difference of two forwards refuse it.
+batch; dropout draws its masks anew, so those that take a difference of two forwards refuse modules that
+drop (a call of F.dropout they cannot see).
 """
 
 from __future__ import annotations

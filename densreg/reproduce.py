@@ -50,23 +50,29 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+_DENSITY: dict[str, Any] = {"regularizer": "density", "adversarial": "none"}
+_PLAIN: dict[str, Any] = {**_DENSITY, "coeff": 0.0}
+
+
+def _rival(label: str, name: str, **defaults: Any) -> Method:
+    return Method(label, {"regularizer": name, "adversarial": "none"}, defaults)
+
+
 METHODS = {
-    "standard": Method("standard", {"coeff": 0.0}),
-    "density": Method("density", {}),
-    "density_efficient": Method("density, stable & efficient", {"path": "taylor"}),
-    "density_stable": Method("density, stable", {"path": "stable"}),
-    "density_naive": Method("density, as first written", {"path": "naive"}),
-    "input_gradient": Method("InputGrad (label logit)", {"regularizer": "input_gradient"}),
-    "loss_gradient": Method("InputGrad (loss)", {"regularizer": "loss_gradient"}),
-    "score_matching": Method("score matching", {"regularizer": "score_matching"}),
-    "ig_sum": Method("IG-SUM", {"regularizer": "ig_sum"}),
-    "hessian": Method("Hessian", {"regularizer": "hessian"}, {"softplus": 10.0}),  # that of a ReLU network is 0
-    "cure": Method("CURE", {"regularizer": "cure"}),
-    "softplus": Method("SoftPlus activations", {"coeff": 0.0}, {"softplus": 10.0}),
-    "fgsm_training": Method(
-        "adversarial training, FGSM", {"coeff": 0.0, "adversarial": "fgsm"}, {"adversarial_eps": 0.1}
-    ),
-    "pgd_training": Method("adversarial training, PGD", {"coeff": 0.0, "adversarial": "pgd"}, {"adversarial_eps": 0.1}),
+    "standard": Method("standard", _PLAIN),
+    "density": Method("density", _DENSITY),
+    "density_efficient": Method("density, stable & efficient", {**_DENSITY, "path": "taylor"}),
+    "density_stable": Method("density, stable", {**_DENSITY, "path": "stable"}),
+    "density_naive": Method("density, as first written", {**_DENSITY, "path": "naive"}),
+    "input_gradient": _rival("InputGrad (label logit)", "input_gradient"),
+    "loss_gradient": _rival("InputGrad (loss)", "loss_gradient"),
+    "score_matching": _rival("score matching", "score_matching"),
+    "ig_sum": _rival("IG-SUM", "ig_sum"),
+    "hessian": _rival("Hessian", "hessian", softplus=10.0),  # that of a ReLU network is 0
+    "cure": _rival("CURE", "cure"),
+    "softplus": Method("SoftPlus activations", _PLAIN, {"softplus": 10.0}),
+    "fgsm_training": Method("adversarial training, FGSM", {**_PLAIN, "adversarial": "fgsm"}, {"adversarial_eps": 0.1}),
+    "pgd_training": Method("adversarial training, PGD", {**_PLAIN, "adversarial": "pgd"}, {"adversarial_eps": 0.1}),
 }
 """Beside a Config's defaults. Assumed: the paper's InputGrad is the gradient of the label logit, the beta of SoftPlus,
 adversarial training in Linf and its eps."""
@@ -406,7 +412,8 @@ def _row(budget: Budget, data: str, model: str, method: str, p: float, coeff: fl
         if defined.get(key, value) != value:
             raise ValueError(f"{key} of the method {method} is {defined[key]!r}, got {value!r}: that is another method")
     own = {**budget.config.get("", {}), **budget.config.get(method, {})}
-    own = {key: value for key, value in own.items() if key not in defined}
+    others = ("path",) if defined.get("regularizer", "density") != "density" else ()  # that is the density's alone
+    own = {key: value for key, value in own.items() if key not in (*defined, *others)}
     values: dict[str, Any] = {"data": data, "model": model, "p": p, "seed": seed}
     values |= {**METHODS[method].defaults, **own, **asked, **defined}
     for name in ("data_dir", "epochs", "train_size", "val_size", "device", "threads", "download"):

@@ -311,6 +311,54 @@ def test_kinks_of_other_functions_are_noticed():
     objective(x, y)  # once is enough: pytest makes a warning here an error
 
 
+def test_kinks_of_other_functions_are_noticed_later(monkeypatch):
+    """A small batch may have none within the first step."""
+    seen = []
+    monkeypatch.setattr(RegularizedObjective, "_check_smooth", lambda *args: seen.append(args[0]._differences))
+    objective = RegularizedObjective(
+        nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)), 1.0, path="directional"
+    )
+    for _ in range(9):
+        objective(torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1]))
+    assert seen == [1, 2, 4, 8]
+
+
+class Ties(nn.Module):
+    """Two convolutions that are equal over a black background, and a function of them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(1, 6, 3, bias=False) for _ in range(2))
+        self.head, self.function = nn.LazyLinear(4), function
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.function(self.a(x), self.b(x))).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.maximum,
+        torch.min,
+        lambda a, b: torch.maximum(a, a.roll(1, 3)) + b,
+        lambda a, b: (a.square() + b).amin((2, 3)),
+        lambda a, b: torch.amax(a * b, axis=(2, 3), keepdims=True),
+        lambda a, b: (a * b).max(axis=-1).values,
+        lambda a, b: a * (b.square().sum(dim=(1, 2, 3))[0].max() + b.min()),
+    ],
+)
+@pytest.mark.parametrize("central", [False, True])
+def test_ties(function, central):
+    """Autograd halves the gradient, or spreads it over all places, and so does the difference."""
+    model, y = Ties(function).double(), torch.tensor([0, 1, 2])
+    x = torch.zeros(3, 1, 10, 10, dtype=torch.float64)
+    x[:, :, 3:6, 3:6] = torch.rand(3, 1, 3, 3, dtype=torch.float64)
+    model(x)
+    _, expected = by_autograd(copy.deepcopy(model), x, y, 1.0, criterion=nothing)
+    RegularizedObjective(model, 1.0, path="directional", central=central, criterion=nothing)(x, y).loss.backward()
+    assert relative_error(gradients(model), expected) < (1e-7 if central else 1e-5)
+
+
 def test_bounds_that_are_trained_keep_their_gradient():
     class Clamped(nn.Module):
         def __init__(self):

@@ -382,6 +382,9 @@ def test_differences_refuse_dropout(name):
     model[2].train().p = 0.0
     objective(x, y).loss.backward()
     RegularizedObjective(model.train(), 0.1, compile=False)(x, y).loss.backward()
+    recurrent = RegularizedObjective(nn.LSTM(8, 5, 2, dropout=0.5), 0.1, regularizer=name, compile=False)
+    with pytest.raises(ValueError, match=r"\(LSTM\) drops other units"):
+        recurrent(x[:, 0], y)
 
 
 def test_several_inputs():

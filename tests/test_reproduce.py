@@ -159,6 +159,10 @@ def test_a_method_stays_what_it_is():
     assert configs["fgsm_training"].adversarial_eps == 0.2
     assert configs["softplus"].softplus == configs["hessian"].softplus == 5
     assert configs["hessian"].regularizer == "hessian"
+    budget = Budget(config={"": {"path": "stable", "regularizer": "cure", "adversarial": "fgsm"}})
+    configs = {row.method: row.config for row in rows_of("table1", budget)}
+    assert (configs["density"].path, configs["density"].regularizer) == ("stable", "density")
+    assert (configs["hessian"].path, configs["standard"].adversarial) == ("fused", "none")
     for wrong in (Budget(coeff={"standard": (0.1,)}), Budget(config={"standard": {"coeff": 0.1}})):
         with pytest.raises(ValueError, match=r"coeff of the method standard is 0\.0, got 0\.1: that is another"):
             rows_of("table1", wrong)
