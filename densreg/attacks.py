@@ -85,8 +85,8 @@ def perturb(
 ) -> Tensor:
     """Images near x on which the cross-entropy is higher (Madry et al., ICLR 2018); the last iterate.
 
-    What is ascended is :func:`log_odds`. For a sample by itself its gradient has the direction of the cross-entropy's; but
-    that one is 0 in float32 where the classifier is sure, which would make it look robust.
+    What is ascended is :func:`log_odds`. For a sample by itself its gradient has the direction of the cross-entropy's,
+    but that one is 0 in float32 where the classifier is sure, which would make it look robust.
 
     Each step goes ``step_size`` along the sign (inf) or the direction (2) of the gradient, then back into the ball,
     then back into [0, 1]. FGSM (Goodfellow et al., ICLR 2015) is one step of size eps without a random start. The model
