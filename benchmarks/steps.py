@@ -215,10 +215,6 @@ def _of(apart: tuple[list[Tensor], list[Tensor]], column: str) -> list[Tensor]:
     return [a + weight * b for a, b in zip(*apart, strict=True)]
 
 
-def _reference(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    return _of(references(model, x, y), "fused")
-
-
 def _error(grads: list[Tensor], reference: list[Tensor]) -> float:
     off = sum(float((g.double() - r).square().sum()) for g, r in zip(grads, reference, strict=True))
     return (off / sum(float(r.square().sum()) for r in reference)) ** 0.5

@@ -63,6 +63,13 @@ def log_odds(logits: Tensor, y: Tensor) -> Tensor:
     """``log((1 - P_y) / P_y)`` [B] of the classes y; the cross-entropy is its softplus, to all digits and gradients.
 
     From the softmax it would be lost: 1 - P_y is 0 in float32 once y leads by 17.
+
+    Args:
+        logits: [B, C], any floating dtype.
+        y: [B] int64.
+
+    Returns:
+        [B], float32 (float64 for float64 logits); 0 where there is only one class.
     """
     if logits.shape[1] == 1:
         return logits[:, 0] * 0  # nothing is against the only class

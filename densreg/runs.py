@@ -27,7 +27,7 @@ class TrainingError(RuntimeError):
 
 
 def digest(*tensors: torch.Tensor) -> str:
-    """Of the values, dtypes and shapes of tensors: equal for equal ones."""
+    """16 hexadecimal digits, of the values, dtypes and shapes of tensors on any device: to tell other ones."""
     found = hashlib.sha256()
     for t in tensors:
         found.update(f"{t.dtype}{list(t.shape)}".encode())

@@ -93,7 +93,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_confidence_is_no_robustness(norm):
-    """The same decisions with logits a thousand times as large: the cross-entropy's gradient is 0 in float32."""
+    """The same decisions with logits 100,000 times as large: the cross-entropy's gradient is 0 in float32."""
     model, x = curved(4, SHAPE), torch.rand(20, *SHAPE)
     y = model(x).argmax(1)
     sure = Scaled(model, 1e5)

@@ -304,7 +304,7 @@ def test_gpu_stage_that_dies_or_hangs(script, seconds, ended, rows, tmp_path, mo
 
 def test_gpu_stage_takes_what_it_started_with_it(tmp_path, monkeypatch):
     child = tmp_path / "child"
-    run_stage(tmp_path, monkeypatch, f"sleep 100 & echo $! > {child}; wait", 1.5)
+    run_stage(tmp_path, monkeypatch, f"sleep 100 & echo $! > {child}; wait", 4)
     time.sleep(0.2)
     status = Path(f"/proc/{int(child.read_text())}/status")
     assert not status.exists() or "zombie" in status.read_text()
