@@ -575,7 +575,7 @@ def test_row(path: str, options: argparse.Namespace) -> Row:
     if options.dry_run:
         command += ["-k", "test_strides_and_empty or test_empty"]
     elif importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler's
-        command += ["-n", "4", "--dist", "worksteal"]
+        command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     start = time.perf_counter()
     code, said = _run(command, _log(options, Path(path).stem), DENSREG_TEST_DEVICE=_device().type)
     return {
