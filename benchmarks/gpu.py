@@ -63,7 +63,7 @@ LOGITS_BYTES = 64 << 20
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL = tuple((rows, classes) for rows in (128, 256) for classes in (10, 100, 200, 1000))
 SMALL_STEPS = ((128, 10), (256, 1000))
-STEPS = {"resnet18": 256, "vgg11_bn": 256, "mlp": 1024, "wrn28-10": 64}
+STEPS = {"resnet18": 256, "mlp": 1024, "vgg11_bn": 256, "wrn28-10": 64}
 """Models of benchmarks.steps and the batch on a GPU."""
 
 Row = dict[str, Any]

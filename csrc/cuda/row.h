@@ -71,6 +71,16 @@ DENSREG_DEVICE X team_reduce(X x, Op op) {
   return x;
 }
 
+// A barrier for the blocks of a cluster: what they wrote to global memory before it all of them see after it. GPUs before
+// Hopper have no clusters; no kernel that has this is launched there.
+DENSREG_DEVICE void cluster_barrier() {
+#if defined(DENSREG_CLUSTER_BARRIER)
+  DENSREG_CLUSTER_BARRIER();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 // A row, or a chunk of one, cut where memory is aligned to 16 bytes. Vector k holds the elements from k N - shift on:
 // the first and the last may reach past the ends, and go element by element. Other rows of the same cut (the gradient
 // of a softmax, an output) are vectors where their memory is aligned alike.
@@ -136,7 +146,9 @@ struct Cut {
   }
 };
 
-// A row that one team cannot hold is split into chunks, each the work of one block of kSplit.threads.
+// A row that one team cannot hold is split into chunks, each the work of one block of kSplit.threads. The blocks of up to
+// kMaxCluster chunks that one tile holds run together, as a cluster, where the GPU has those: each keeps its chunk while
+// all of them put together what they found, and the row is read once.
 struct Split {
   int64_t chunks;  // of a row
   int64_t size;    // elements of a chunk, the last one of a row excepted; below 2^31

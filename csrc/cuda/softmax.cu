@@ -1,7 +1,8 @@
 // softmax, softmax_backward and log_softmax_difference on CUDA. The mathematics is in densreg/ops.py.
 //
-// A row that a team can hold is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: one
-// kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk again.
+// A row that a team, or a cluster of blocks, can hold is read once (softmax_rows, softmax_backward_rows). A longer one is
+// split into chunks: one kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk
+// again.
 #include "softmax.h"
 
 #include "launch.h"
@@ -92,45 +93,92 @@ DENSREG_DEVICE Acc<Raw> shortfall_of(const Cut& cut, int k, const Acc<Raw> (&f)[
   return total;
 }
 
-template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) softmax_rows(ForwardArgs<Raw> a) {
+template <class A>
+struct Sums {
+  A m, s, shortfall;
+};
+
+// What a chunk adds to its row, by one thread of its block.
+template <class Raw>
+DENSREG_DEVICE void leave(const ForwardArgs<Raw>& a, int64_t item, Sums<Acc<Raw>> of_chunk) {
+  const int64_t items = a.rows * a.split.chunks;
+  a.partial[item] = of_chunk.m;
+  a.partial[items + item] = of_chunk.s;
+  a.partial[2 * items + item] = of_chunk.shortfall;
+}
+
+// A row's sums from those of its chunks.
+template <class Raw, int T>
+DENSREG_DEVICE Sums<Acc<Raw>> gather(const ForwardArgs<Raw>& a, int64_t row, int lane) {
   using A = Acc<Raw>;
-  constexpr int N = kLanes<Raw>;
-  const int64_t row = Team<T>::index();
-  const bool there = row < a.rows;
-  const int lane = Team<T>::lane();
-  const Raw* f = a.logits + (there ? row * a.stride : 0);
-  const Cut cut{there ? static_cast<int>(a.classes) : 0, Cut::shift_of(f)};
-  A x[V][N];
-  A m = -kInfinity<A>;
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-    cut.load(f, lane + j * T, -kInfinity<A>, x[j]);
-#pragma unroll
-    for (int e = 0; e < N; ++e) m = Max{}(m, x[j][e]);
-  }
+  const int64_t items = a.rows * a.split.chunks;
+  const A* partial = a.partial + row * a.split.chunks;
+  A m = -kInfinity<A>, s = 0, shortfall = 0;
+  for (int64_t c = lane; c < a.split.chunks; c += T) m = Max{}(m, partial[c]);
   m = team_reduce<T>(m, Max{});
   const A b = base(m);
-  A s = 0, shortfall = 0;
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-    if (a.label_smoothing > 0) shortfall += shortfall_of<Raw>(cut, lane + j * T, x[j], b);
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      x[j][e] = exp_difference<Raw>(x[j][e], b);
-      s += x[j][e];
+  for (int64_t c = lane; c < a.split.chunks; c += T) {
+    s += partial[items + c] * rescale(partial[c], m);
+    if (a.label_smoothing > 0) {
+      const A length = static_cast<A>(a.split.length(c, a.classes));
+      shortfall += partial[2 * items + c] + length * (b - base(partial[c]));
     }
   }
   s = team_reduce<T>(s, Sum{});
   if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
-  if (there && lane == 0) finish_row(a, row, m, s, shortfall);
+  return {m, s, shortfall};
+}
+
+// Rows that a team holds; with CLUSTER rows of several chunks, each held by a block of a cluster.
+template <class Raw, int T, int V, bool CLUSTER = false>
+__global__ void __launch_bounds__(Team<T>::kThreads) softmax_rows(ForwardArgs<Raw> a) {
+  using A = Acc<Raw>;
+  constexpr int N = kLanes<Raw>;
+  const int64_t item = Team<T>::index();
+  const int64_t row = CLUSTER ? item / a.split.chunks : item, chunk = CLUSTER ? item % a.split.chunks : 0;
+  const int64_t begin = CLUSTER ? a.split.begin(chunk) : 0;
+  const bool there = row < a.rows;
+  const int lane = Team<T>::lane();
+  const Raw* f = a.logits + (there ? row * a.stride + begin : 0);
+  const int length = CLUSTER ? a.split.length(chunk, a.classes) : static_cast<int>(a.classes);
+  const Cut cut{there ? length : 0, Cut::shift_of(f)};
+  A x[V][N];
+  Sums<A> sums{-kInfinity<A>, 0, 0};
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    cut.load(f, lane + j * T, -kInfinity<A>, x[j]);
+#pragma unroll
+    for (int e = 0; e < N; ++e) sums.m = Max{}(sums.m, x[j][e]);
+  }
+  sums.m = team_reduce<T>(sums.m, Max{});
+  const A b = base(sums.m);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    if (a.label_smoothing > 0) sums.shortfall += shortfall_of<Raw>(cut, lane + j * T, x[j], b);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      x[j][e] = exp_difference<Raw>(x[j][e], b);
+      sums.s += x[j][e];
+    }
+  }
+  sums.s = team_reduce<T>(sums.s, Sum{});
+  if (a.label_smoothing > 0) sums.shortfall = team_reduce<T>(sums.shortfall, Sum{});
+  A factor = a.scale;
+  if constexpr (CLUSTER) {
+    const A of_chunk = sums.m;
+    if (lane == 0) leave(a, item, sums);
+    cluster_barrier();
+    sums = gather<Raw, T>(a, row, lane);
+    factor *= exp_difference<Raw>(of_chunk, base(sums.m));
+  }
+  if (there && lane == 0 && chunk == 0) finish_row(a, row, sums.m, sums.s, sums.shortfall);
   if (!there || !a.softmax) return;
-  const A inverse = magnitude(m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : a.scale / s;
-  Raw* y = a.softmax + row * a.classes;
+  factor = magnitude(sums.m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : factor / sums.s;
+  Raw* y = a.softmax + row * a.classes + begin;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
 #pragma unroll
-    for (int e = 0; e < N; ++e) x[j][e] *= inverse;
+    for (int e = 0; e < N; ++e) x[j][e] *= factor;
     cut.store(y, lane + j * T, x[j]);
   }
 }
@@ -173,12 +221,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_partial(ForwardArgs
   }
   s = team_reduce<T>(s, Sum{});
   if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
-  if (lane == 0) {
-    const int64_t items = a.rows * a.split.chunks;
-    a.partial[item] = m;
-    a.partial[items + item] = s;
-    a.partial[2 * items + item] = shortfall;
-  }
+  if (lane == 0) leave<Raw>(a, item, {m, s, shortfall});
 }
 
 // A row's sums from those of its chunks, and the softmax of one chunk; without a softmax one block for each row.
@@ -186,24 +229,11 @@ template <class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) softmax_finish(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = blockIdx.x;
+  const int64_t item = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
   const int64_t row = a.softmax ? item / a.split.chunks : item, chunk = a.softmax ? item % a.split.chunks : 0;
   const int lane = Team<T>::lane();
-  const int64_t items = a.rows * a.split.chunks;
-  const A* partial = a.partial + row * a.split.chunks;
-  A m = -kInfinity<A>, s = 0, shortfall = 0;
-  for (int64_t c = lane; c < a.split.chunks; c += T) m = Max{}(m, partial[c]);
-  m = team_reduce<T>(m, Max{});
+  const auto [m, s, shortfall] = gather<Raw, T>(a, row, lane);
   const A b = base(m);
-  for (int64_t c = lane; c < a.split.chunks; c += T) {
-    s += partial[items + c] * rescale(partial[c], m);
-    if (a.label_smoothing > 0) {
-      const A length = static_cast<A>(a.split.length(c, a.classes));
-      shortfall += partial[2 * items + c] + length * (b - base(partial[c]));
-    }
-  }
-  s = team_reduce<T>(s, Sum{});
-  if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
   if (lane == 0 && chunk == 0) finish_row(a, row, m, s, shortfall);
   if (!a.softmax) return;
   const A inverse = magnitude(m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : a.scale / s;
@@ -311,16 +341,30 @@ DENSREG_DEVICE void load_upstream(const Raw* u, const Cut& cut, int k, Acc<Raw> 
   }
 }
 
-template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_rows(BackwardArgs<Raw> a) {
+// <Q, U> of a row from those of its chunks.
+template <class Raw, int T>
+DENSREG_DEVICE Acc<Raw> gather(const BackwardArgs<Raw>& a, int64_t row, int lane) {
+  const Acc<Raw>* partial = a.partial + row * a.split.chunks;
+  Acc<Raw> dot = 0;
+  for (int64_t c = lane; c < a.split.chunks; c += T) dot += partial[c];
+  return team_reduce<T>(dot, Sum{});
+}
+
+// As softmax_rows. A cluster is for an upstream gradient of the softmax only: without one nothing is summed.
+// The 1: left to itself, the assembler gives the cluster's kernel so few registers in half precision that one spills.
+template <class Raw, int T, int V, bool CLUSTER = false>
+__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_rows(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t row = Team<T>::index();
+  const int64_t item = Team<T>::index();
+  const int64_t row = CLUSTER ? item / a.split.chunks : item, chunk = CLUSTER ? item % a.split.chunks : 0;
+  const int64_t begin = CLUSTER ? a.split.begin(chunk) : 0;
   const bool there = row < a.rows;
   const int lane = Team<T>::lane();
-  const Raw* f = a.source + (there ? row * a.source_stride : 0);
-  const Raw* upstream = a.upstream ? a.upstream + (there ? row * a.upstream_stride : 0) : nullptr;
-  const Cut cut{there ? static_cast<int>(a.classes) : 0, Cut::shift_of(f)};
+  const Raw* f = a.source + (there ? row * a.source_stride + begin : 0);
+  const Raw* upstream = a.upstream ? a.upstream + (there ? row * a.upstream_stride + begin : 0) : nullptr;
+  const int length = CLUSTER ? a.split.length(chunk, a.classes) : static_cast<int>(a.classes);
+  const Cut cut{there ? length : 0, Cut::shift_of(f)};
   const Source<Raw> source(a, row, there);
   A q[V][N], u[V][N];
   A dot = 0;
@@ -332,12 +376,17 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_rows(Backw
     for (int e = 0; e < N; ++e) dot += q[j][e] * u[j][e];
   }
   if (upstream) dot = team_reduce<T>(dot, Sum{});
+  if constexpr (CLUSTER) {
+    if (lane == 0) a.partial[item] = dot;
+    cluster_barrier();
+    dot = gather<Raw, T>(a, row, lane);
+  }
   if (!there) return;
   const Gradient<Raw> gradient(a, row, upstream ? dot : A(0));
-  Raw* g = a.grad + row * a.classes;
+  Raw* g = a.grad + row * a.classes + begin;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    gradient.apply(cut, lane + j * T, 0, q[j], u[j]);
+    gradient.apply(cut, lane + j * T, begin, q[j], u[j]);
     cut.store(g, lane + j * T, q[j]);
   }
 }
@@ -374,14 +423,9 @@ template <class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_finish(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
+  const int64_t item = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x), row = item / a.split.chunks, chunk = item % a.split.chunks;
   const int lane = Team<T>::lane();
-  A dot = 0;
-  if (a.partial) {
-    const A* partial = a.partial + row * a.split.chunks;
-    for (int64_t c = lane; c < a.split.chunks; c += T) dot += partial[c];
-    dot = team_reduce<T>(dot, Sum{});
-  }
+  const A dot = a.partial ? gather<Raw, T>(a, row, lane) : A(0);
   const int64_t begin = a.split.begin(chunk);
   const Raw* f = a.source + row * a.source_stride + begin;
   const Raw* upstream = a.upstream ? a.upstream + row * a.upstream_stride + begin : nullptr;
@@ -449,10 +493,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, Tensor logits
     });
     if (held) return;
     constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
-    args.split = split_of<Raw>(n);
+    args.split = split_of<Raw, 1>(n);
     const int64_t items = rows * args.split.chunks;
     const Tensor partial = empty<2>(logits, {3, items}, row);
     args.partial = data<A>(partial);
+    if (device.has_clusters<Raw, 1>(args.split)) {
+      device.launch<T>(softmax_rows<Raw, T, V, true>, items, args, args.split.chunks);
+      return;
+    }
     device.launch<T>(softmax_partial<Raw, T, V>, items, args);
     device.launch<T>(softmax_finish<Raw, T, vectors_of<Raw, 2>(kSplit)>, need_softmax ? items : rows, args);
   });
@@ -529,12 +577,16 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
     });
     if (held) return;
     constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit);
-    args.split = split_of<Raw>(n);
+    args.split = split_of<Raw, 2>(n);
     const int64_t items = rows * args.split.chunks;
     std::optional<Tensor> partial;
     if (u) {
       partial = empty<1>(source, {items}, row);
       args.partial = data<A>(*partial);
+      if (device.has_clusters<Raw, 2>(args.split)) {
+        device.launch<T>(softmax_backward_rows<Raw, T, V, true>, items, args, args.split.chunks);
+        return;
+      }
       device.launch<T>(softmax_backward_partial<Raw, T, V>, items, args);
     }
     device.launch<T>(softmax_backward_finish<Raw, T, V>, items, args);
