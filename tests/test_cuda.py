@@ -71,11 +71,12 @@ def test_every_operator_is_registered():
         assert ops.missing("cuda") == "there is no GPU"
 
 
-# No row of more than one float32 fits on chip: chunks of 64 threads, at most three a row, of several tiles.
-SPLIT = ["-DDENSREG_CUDA_LADDER={{1,4}}", "-DDENSREG_CUDA_SPLIT={64,4}", "-DDENSREG_CUDA_MAX_CHUNKS=3"]
-# Each with its own ladder of team sizes, so that rows of a few classes take every way through the kernels; and the
-# compute capability that it runs as, where 9 has clusters.
-LADDERS = {"as built": ([], "9"), "split": (SPLIT, "9"), "split, no clusters": (SPLIT, "8")}
+# Each with its own ladder of team sizes, so that rows of a few classes take every way through the kernels.
+LADDERS = {
+    "as built": [],
+    # No row of more than one float32 fits on chip: chunks of 64 threads, at most three a row, of several tiles.
+    "split": ["-DDENSREG_CUDA_LADDER={{1,4}}", "-DDENSREG_CUDA_SPLIT={64,4}", "-DDENSREG_CUDA_MAX_CHUNKS=3"],
+}
 
 
 def _emulation(folder: Path, *options: str) -> str:
@@ -94,10 +95,7 @@ def _emulation(folder: Path, *options: str) -> str:
 
 @pytest.fixture(scope="module", params=LADDERS.values(), ids=LADDERS)
 def emulation(request, tmp_path_factory):
-    options, capability = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DENSREG_EMULATION_CAPABILITY", capability)
-        yield _emulation(tmp_path_factory.mktemp("emulation"), *options)
+    return _emulation(tmp_path_factory.mktemp("emulation"), *request.param)
 
 
 def _run(*arguments, **environment):

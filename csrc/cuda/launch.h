@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -29,16 +28,17 @@ struct Rung {
   int numbers;  // that each of them holds in registers, or fewer: vectors_of
 };
 
-// The ladder of team sizes: a row is held by the first team that can. Small teams keep all lanes busy at C = 10 to 100, a
-// warp needs no barrier, 256 threads leave room for several blocks on a multiprocessor, and beyond 1024 threads, which
-// have 64 registers each, there is no larger block. Without the 64 and 128, which matter to the kernel that holds two
-// rows, 256 threads had a row of 1000 to share in softmax_backward: 0.33 of an H200's copy speed in bfloat16.
+// The ladder of team sizes: a row is held by the first team that can. Small teams keep all lanes busy at C = 10 to 100 and
+// need no barrier. Beyond, a rung for every doubling, so that at most half of a team idles, of 8 to 16 numbers a thread:
+// as Triton's ladder has it, which reached 0.9 to 1.0 of an H200's copy speed at C = 4096 where rungs of four times the
+// size reached 0.2 to 0.4.
 #ifdef DENSREG_CUDA_LADDER  // the tests' emulation, to reach every rung with small rows
 inline constexpr Rung kLadder[] = DENSREG_CUDA_LADDER;
 inline constexpr Rung kSplit = DENSREG_CUDA_SPLIT;
 inline constexpr int64_t kMaxChunks = DENSREG_CUDA_MAX_CHUNKS;
 #else
-inline constexpr Rung kLadder[] = {{4, 4}, {16, 4}, {32, 8}, {32, 32}, {64, 16}, {128, 16}, {256, 32}, {1024, 16}};
+inline constexpr Rung kLadder[] = {{4, 4},   {16, 4},   {32, 8},   {32, 16},  {128, 8},
+                                  {128, 16}, {256, 16}, {512, 16}, {1024, 16}};
 // Longer rows: chunks of one block each, of the same size on every GPU, so that a row's sums are the same everywhere.
 // 8192 elements of float32 make 984 blocks of B = 8, C = 1,000,000: one wave of an H100, eight blocks a multiprocessor.
 inline constexpr Rung kSplit = {256, 32};
@@ -46,7 +46,6 @@ inline constexpr Rung kSplit = {256, 32};
 inline constexpr int64_t kMaxChunks = 512;
 #endif
 static_assert(kSplit.threads > 32, "a chunk is the work of a block");
-inline constexpr int64_t kMaxCluster = 8;  // what every GPU that has clusters takes
 
 // Vectors that a thread holds of each row, in a kernel that holds ROWS of them at once: as many numbers, of all rows
 // together, as the rung says; in float64, whose functions need the most registers, a quarter.
@@ -59,32 +58,35 @@ constexpr int vectors_of(Rung rung) {
 }
 
 // Calls f(threads, vectors) with the rung (as compile-time numbers) that holds a row of n elements; false if none does.
-template <class Raw, int ROWS, size_t I = 0, class F>
-bool on_ladder(int64_t n, F f) {
-  if constexpr (I == std::size(kLadder)) {
+// Rows that are not `aligned` begin anywhere: up to N - 1 elements of their first vector are before them.
+template <class Raw, int ROWS, size_t RUNGS = std::size(kLadder), size_t I = 0, class F>
+bool on_ladder(int64_t n, bool aligned, F f) {
+  if constexpr (I == RUNGS) {
     return false;
   } else {
     constexpr int threads = kLadder[I].threads, vectors = vectors_of<Raw, ROWS>(kLadder[I]);
-    // Wherever the row begins: with up to N - 1 elements of the first vector before it.
-    if (n + kLanes<Raw> - 1 <= static_cast<int64_t>(threads) * vectors * kLanes<Raw>) {
+    if (n + (aligned ? 0 : kLanes<Raw> - 1) <= static_cast<int64_t>(threads) * vectors * kLanes<Raw>) {
       f(std::integral_constant<int, threads>{}, std::integral_constant<int, vectors>{});
       return true;
     }
-    return on_ladder<Raw, ROWS, I + 1>(n, f);
+    return on_ladder<Raw, ROWS, RUNGS, I + 1>(n, aligned, f);
   }
 }
 
-// Elements of a chunk that one tile holds, in a kernel that holds ROWS rows, wherever the row begins: with the elements
-// before it a chunk of a whole tile would be two of them, the second all but empty.
-template <class Raw, int ROWS>
-inline constexpr int64_t kTile = (static_cast<int64_t>(kSplit.threads) * vectors_of<Raw, ROWS>(kSplit) - 1) * kLanes<Raw>;
+// Whether every row begins where a vector does.
+template <class Raw>
+bool is_aligned(const Raw* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % kLanes<Raw> == 0;
+}
 
-// Chunks of the same size, each of one tile unless the row has more than kMaxChunks.
-template <class Raw, int ROWS>
+// Chunks of the same size. Each is one tile of a kernel that holds it (unless there are more than kMaxChunks), wherever
+// the row begins: with the elements before it a chunk of a whole tile would be two of them, the second all but empty.
+template <class Raw>
 Split split_of(int64_t n) {
-  constexpr int64_t N = kLanes<Raw>, most = kTile<Raw, ROWS>;
-  const int64_t chunks = std::clamp<int64_t>((n + most - 1) / most, 1, kMaxChunks);
-  const int64_t size = std::max<int64_t>(1, ((n + chunks - 1) / chunks + N - 1) / N) * N;  // as the row is aligned
+  constexpr int64_t N = kLanes<Raw>;
+  constexpr int64_t most = (static_cast<int64_t>(kSplit.threads) * vectors_of<Raw, 1>(kSplit) - 1) * N;
+  const int64_t least = std::clamp<int64_t>((n + most - 1) / most, 1, kMaxChunks);
+  const int64_t size = std::max<int64_t>(1, ((n + least - 1) / least + N - 1) / N) * N;  // each begins as the row does
   STD_TORCH_CHECK(size <= 0x40000000, "densreg: a row of ", n, " elements is longer than the kernels go");
   return {std::max<int64_t>(1, (n + size - 1) / size), size};
 }
@@ -92,55 +94,29 @@ Split split_of(int64_t n) {
 // The device of a tensor made current, and its current stream: what an operator does happens there.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()), index_(t.get_device_index()) {
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "densreg: CUDA tensors in a torch without CUDA");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  // Whether the chunks of a row can be a cluster.
-  template <class Raw, int ROWS>
-  bool has_clusters(const Split& split) const {
-    return split.size <= kTile<Raw, ROWS> && split.chunks <= kMaxCluster && capability_major() >= 9;
-  }
-
-  // One block for every kTeams of `teams` teams of T threads, the blocks in clusters of `cluster`. Nothing waits for it.
+  // One team of T threads for every row, or for every chunk of every row. Nothing waits for it.
   template <int T, class Args>
-  void launch(void (*kernel)(Args), int64_t teams, const Args& args, int64_t cluster = 1) const {
-    const int64_t blocks = (teams + Team<T>::kTeams - 1) / Team<T>::kTeams;
+  void launch(void (*kernel)(Args), int64_t rows, const Args& args, int64_t chunks = 1) const {
+    const int64_t blocks = (rows + Team<T>::kTeams - 1) / Team<T>::kTeams;
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= 0x7fffffff, "densreg: ", blocks, " blocks are more than CUDA has");
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks));
     config.blockDim = dim3(Team<T>::kThreads);
     config.stream = stream_;
-    cudaLaunchAttribute attribute = {};
-    if (cluster > 1) {
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-    }
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
     STD_TORCH_CHECK(error == cudaSuccess, "densreg: the kernel was not launched: ", cudaGetErrorString(error));
   }
 
  private:
-  // Asked once of each device.
-  int capability_major() const {
-    static std::array<std::atomic<int>, 64> known{};
-    int major = index_ < 64 ? known[index_].load(std::memory_order_relaxed) : 0;
-    if (major == 0) {
-      const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_);
-      STD_TORCH_CHECK(error == cudaSuccess, "densreg: the device was not asked: ", cudaGetErrorString(error));
-      if (index_ < 64) known[index_].store(major, std::memory_order_relaxed);
-    }
-    return major;
-  }
-
   torch::stable::accelerator::DeviceGuard guard_;
-  int32_t index_;
   cudaStream_t stream_;
 };
 

@@ -1,8 +1,7 @@
 // pnorm, pnorm_dual and pnorm_backward on CUDA. The mathematics is in densreg/ops.py.
 //
-// A row that a team, or a cluster of blocks, can hold is read once, for the norm and the dual direction too (pnorm_rows).
-// A longer one is split into chunks: one kernel leaves the peak and the total of every chunk, the next puts those of its
-// row together.
+// A row that a team can hold is read once, for the norm and the dual direction too (pnorm_rows). A longer one is split
+// into chunks: one kernel leaves the peak and the total of every chunk, the next puts those of its row together.
 #include "pnorm.h"
 
 #include "launch.h"
@@ -29,7 +28,8 @@ DENSREG_DEVICE double power_of_two_for(double peak) {
   return from_bits((2046 - (exponent < 1 ? uint64_t{1} : exponent > 2045 ? uint64_t{2045} : exponent)) << 52);
 }
 
-// A row's peak, and how its elements are measured against it.
+// A row's peak, and how its elements are measured against it. The order of the norm is a template's parameter: asked for
+// each element it cost as much as the arithmetic.
 template <class A>
 struct Peak {
   A value;
@@ -42,18 +42,21 @@ struct Peak {
   }
 
   // What an element adds to the total; then to be multiplied by unit().
-  DENSREG_DEVICE A term(A x, Order order, A p) const {
+  template <Order order>
+  DENSREG_DEVICE A term(A x, A p) const {
     const A y = x * scale;
     return order == Order::two   ? y * y
            : order == Order::one ? magnitude(y)
            : order == Order::inf ? A(magnitude(x) == value)
                                  : power(magnitude(x) / divisor, p);
   }
-  DENSREG_DEVICE A unit(Order order) const {
+  template <Order order>
+  DENSREG_DEVICE A unit() const {
     return order == Order::two ? inverse * inverse : order == Order::one ? inverse : A(1);
   }
   // What the total of a part with another peak counts in this one.
-  DENSREG_DEVICE A weight(A other, Order order, A p) const {
+  template <Order order>
+  DENSREG_DEVICE A weight(A other, A p) const {
     if (order == Order::inf) return A(other == value);
     const A r = other * scale * inverse;
     return order == Order::two ? r * r : order == Order::one ? r : power(other / divisor, p);
@@ -61,14 +64,14 @@ struct Peak {
 };
 
 // The total of a row of n elements: as it was summed, but where that means nothing.
-template <class A>
-DENSREG_DEVICE A total_of(A peak, A sum, Order order, int64_t n) {
+template <Order order, class A>
+DENSREG_DEVICE A total_of(A peak, A sum, int64_t n) {
   if (order == Order::inf) return peak == 0 ? static_cast<A>(n > 1 ? n : 1) : sum > 1 ? sum : A(1);
   return peak == 0 || peak == kInfinity<A> ? A(1) : peak != peak ? peak : sum;
 }
 
-template <class A>
-DENSREG_DEVICE A norm_of(A peak, A total, Order order, A p) {
+template <Order order, class A>
+DENSREG_DEVICE A norm_of(A peak, A total, A p) {
   return order == Order::inf ? peak
                              : peak * (order == Order::one   ? total
                                        : order == Order::two ? root(total)
@@ -76,16 +79,14 @@ DENSREG_DEVICE A norm_of(A peak, A total, Order order, A p) {
 }
 
 // The gradient of a row's norm: sign(g) (|g| / peak)^(p-1) total^(1/p - 1), times the gradient that arrives.
-template <class A>
+template <Order order, class A>
 struct Dual {
   Peak<A> peak;
   A factor;
   A p_less_one;
-  Order order;
 
   // p - 1 and 1/p - 1 come from the host, where p is a double: near p = 1 float32 would round them away.
-  DENSREG_DEVICE Dual(Peak<A> of, A total, A grad, Order order, A p_less_one, A exponent)
-      : peak(of), p_less_one(p_less_one), order(order) {
+  DENSREG_DEVICE Dual(Peak<A> of, A total, A grad, A p_less_one, A exponent) : peak(of), p_less_one(p_less_one) {
     factor = grad * (order == Order::one   ? A(1)
                      : order == Order::two ? 1 / root(total)
                      : order == Order::inf ? 1 / total
@@ -111,7 +112,6 @@ struct NormArgs {
   int64_t rows;
   int64_t n;
   A p, p_less_one, exponent;  // p, p - 1 and 1/p - 1
-  Order order;
   A* norm;
   A* peak;    // null in pnorm_dual
   A* total;   // null in pnorm_dual
@@ -120,47 +120,23 @@ struct NormArgs {
   A* partial;  // [2, rows * chunks]: of each chunk peak and total
 };
 
-template <class Raw>
+template <Order order, class Raw>
 DENSREG_DEVICE void finish_row(const NormArgs<Raw>& a, int64_t row, Acc<Raw> peak, Acc<Raw> total) {
-  a.norm[row] = norm_of(peak, total, a.order, a.p);
+  a.norm[row] = norm_of<order>(peak, total, a.p);
   if (a.peak) a.peak[row] = peak;
   if (a.total) a.total[row] = total;
 }
 
-// A row's peak and total from those of its chunks.
-template <class A>
-struct Sums {
-  A peak, total;
-};
-
-template <class Raw, int T>
-DENSREG_DEVICE Sums<Acc<Raw>> gather(const NormArgs<Raw>& a, int64_t row, int lane) {
-  using A = Acc<Raw>;
-  const A* partial = a.partial + row * a.split.chunks;
-  auto bits = bits_of(A(0));
-  for (int64_t c = lane; c < a.split.chunks; c += T) bits = Max{}(bits, bits_of(partial[c]));
-  const Peak<A> peak(from_bits(team_reduce<T>(bits, Max{})));
-  A total = 0;
-  for (int64_t c = lane; c < a.split.chunks; c += T) {
-    total += partial[a.rows * a.split.chunks + c] * peak.weight(partial[c], a.order, a.p);
-  }
-  return {peak.value, total_of(peak.value, team_reduce<T>(total, Sum{}), a.order, a.n)};
-}
-
-// Rows that a team holds; with CLUSTER rows of several chunks, each held by a block of a cluster, for the dual direction.
 // The 1: left to itself, the assembler gives float64 so few registers here that they spill.
-template <class Raw, int T, int V, bool CLUSTER = false>
+template <Order order, class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_rows(NormArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = Team<T>::index();
-  const int64_t row = CLUSTER ? item / a.split.chunks : item, chunk = CLUSTER ? item % a.split.chunks : 0;
-  const int64_t begin = CLUSTER ? a.split.begin(chunk) : 0;
+  const int64_t row = Team<T>::row();
   const bool there = row < a.rows;
   const int lane = Team<T>::lane();
-  const Raw* g = a.g + (there ? row * a.n + begin : 0);
-  const int length = CLUSTER ? a.split.length(chunk, a.n) : static_cast<int>(a.n);
-  const Cut cut{there ? length : 0, Cut::shift_of(g)};
+  const Raw* g = a.g + (there ? row * a.n : 0);
+  const Cut cut{there ? static_cast<int>(a.n) : 0, Cut::shift_of(g)};
   A x[V][N];
   auto bits = bits_of(A(0));
 #pragma unroll
@@ -174,22 +150,13 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_rows(NormArgs<Raw>
 #pragma unroll
   for (int j = 0; j < V; ++j) {
 #pragma unroll
-    for (int e = 0; e < N; ++e) total += peak.term(x[j][e], a.order, a.p);
+    for (int e = 0; e < N; ++e) total += peak.template term<order>(x[j][e], a.p);
   }
-  total = team_reduce<T>(total, Sum{}) * peak.unit(a.order);
-  Sums<A> sums{peak.value, total_of(peak.value, total, a.order, a.n)};
-  if constexpr (CLUSTER) {
-    if (lane == 0) {
-      a.partial[item] = peak.value;
-      a.partial[a.rows * a.split.chunks + item] = total;
-    }
-    cluster_barrier();
-    sums = gather<Raw, T>(a, row, lane);
-  }
-  if (there && lane == 0 && chunk == 0) finish_row(a, row, sums.peak, sums.total);
+  total = total_of<order>(peak.value, team_reduce<T>(total, Sum{}) * peak.template unit<order>(), a.n);
+  if (there && lane == 0) finish_row<order>(a, row, peak.value, total);
   if (!there || !a.dual) return;
-  const Dual<A> dual(Peak<A>(sums.peak), sums.total, A(1), a.order, a.p_less_one, a.exponent);
-  Raw* out = a.dual + row * a.n + begin;
+  const Dual<order, A> dual(peak, total, A(1), a.p_less_one, a.exponent);
+  Raw* out = a.dual + row * a.n;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
 #pragma unroll
@@ -199,11 +166,11 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_rows(NormArgs<Raw>
 }
 
 // Peak and total of a chunk, in partial.
-template <class Raw, int T, int V>
+template <Order order, class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) pnorm_partial(NormArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
+  const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
   const int lane = Team<T>::lane();
   const Raw* g = a.g + row * a.n + a.split.begin(chunk);
   const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
@@ -220,15 +187,15 @@ __global__ void __launch_bounds__(Team<T>::kThreads) pnorm_partial(NormArgs<Raw>
     }
     larger = team_reduce<T>(larger, Max{});
     const Peak<A> peak(from_bits(larger));
-    if (total != 0) total *= peak.weight(from_bits(bits), a.order, a.p);
+    if (total != 0) total *= peak.template weight<order>(from_bits(bits), a.p);
     bits = larger;
     A of_tile = 0;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
 #pragma unroll
-      for (int e = 0; e < N; ++e) of_tile += peak.term(x[j][e], a.order, a.p);
+      for (int e = 0; e < N; ++e) of_tile += peak.template term<order>(x[j][e], a.p);
     }
-    total += of_tile * peak.unit(a.order);
+    total += of_tile * peak.template unit<order>();
   }
   total = team_reduce<T>(total, Sum{});
   if (lane == 0) {
@@ -237,18 +204,25 @@ __global__ void __launch_bounds__(Team<T>::kThreads) pnorm_partial(NormArgs<Raw>
   }
 }
 
-// A row's peak and total from those of its chunks, and the dual direction of one chunk; without it one block a row.
-template <class Raw, int T, int V>
+// A row's peak and total from those of its chunks, and the dual direction of one chunk; without it a row has one block.
+template <Order order, class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) pnorm_finish(NormArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
-  const int64_t row = a.dual ? item / a.split.chunks : item, chunk = a.dual ? item % a.split.chunks : 0;
+  const auto [row, chunk] = backwards();
   const int lane = Team<T>::lane();
-  const auto [peak, total] = gather<Raw, T>(a, row, lane);
-  if (lane == 0 && chunk == 0) finish_row(a, row, peak, total);
+  const A* partial = a.partial + row * a.split.chunks;
+  auto bits = bits_of(A(0));
+  for (int64_t c = lane; c < a.split.chunks; c += T) bits = Max{}(bits, bits_of(partial[c]));
+  const Peak<A> peak(from_bits(team_reduce<T>(bits, Max{})));
+  A total = 0;
+  for (int64_t c = lane; c < a.split.chunks; c += T) {
+    total += partial[a.rows * a.split.chunks + c] * peak.template weight<order>(partial[c], a.p);
+  }
+  total = total_of<order>(peak.value, team_reduce<T>(total, Sum{}), a.n);
+  if (lane == 0 && chunk == 0) finish_row<order>(a, row, peak.value, total);
   if (!a.dual) return;
-  const Dual<A> dual(Peak<A>(peak), total, A(1), a.order, a.p_less_one, a.exponent);
+  const Dual<order, A> dual(peak, total, A(1), a.p_less_one, a.exponent);
   const Raw* g = a.g + row * a.n + a.split.begin(chunk);
   Raw* out = a.dual + row * a.n + a.split.begin(chunk);
   const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
@@ -271,7 +245,6 @@ struct BackwardArgs {
   int64_t rows;
   int64_t n;
   A p_less_one, exponent;
-  Order order;
   const A* grad;
   const A* peak;
   const A* total;
@@ -280,14 +253,14 @@ struct BackwardArgs {
 };
 
 // One team for each chunk: a row that a team can hold is a chunk.
-template <class Raw, int T, int V>
+template <Order order, class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) pnorm_backward_chunks(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = Team<T>::index(), row = item / a.split.chunks, chunk = item % a.split.chunks;
+  const int64_t row = Team<T>::row(), chunk = blockIdx.y;
   if (row >= a.rows) return;  // nothing is shared here
   const int lane = Team<T>::lane();
-  const Dual<A> dual(Peak<A>(a.peak[row]), a.total[row], a.grad[row], a.order, a.p_less_one, a.exponent);
+  const Dual<order, A> dual(Peak<A>(a.peak[row]), a.total[row], a.grad[row], a.p_less_one, a.exponent);
   const Raw* g = a.g + row * a.n + a.split.begin(chunk);
   Raw* out = a.out + row * a.n + a.split.begin(chunk);
   const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
@@ -301,6 +274,17 @@ __global__ void __launch_bounds__(Team<T>::kThreads) pnorm_backward_chunks(Backw
       for (int e = 0; e < N; ++e) x[j][e] = dual(x[j][e]);
       cut.store(out, tile + lane + j * T, x[j]);
     }
+  }
+}
+
+// Calls f with the order of a norm, as a compile-time constant.
+template <class F>
+void for_order(double p, F f) {
+  switch (order_of(p)) {
+    case Order::one: return f(std::integral_constant<Order, Order::one>{});
+    case Order::two: return f(std::integral_constant<Order, Order::two>{});
+    case Order::inf: return f(std::integral_constant<Order, Order::inf>{});
+    default: return f(std::integral_constant<Order, Order::general>{});
   }
 }
 
@@ -322,28 +306,27 @@ void forward(const char* op, const Tensor& g, double p, const Tensor& norm, cons
                        static_cast<A>(p),
                        static_cast<A>(p - 1),
                        static_cast<A>(1 / p - 1),
-                       order_of(p),
                        data<A>(norm),
                        peak ? data<A>(*peak) : nullptr,
                        total ? data<A>(*total) : nullptr,
                        dual ? data<Raw>(*dual) : nullptr,
                        {},
                        nullptr};
-    const bool held = on_ladder<Raw, 1>(n, [&](auto threads, auto vectors) {
-      device.launch<threads>(pnorm_rows<Raw, threads, vectors>, rows, args);
+    for_order(p, [&](auto order) {
+      // Powers take registers: 1024 threads have too few for 16 of them, on sm_100.
+      constexpr size_t rungs = std::size(kLadder) - (order == Order::general);
+      const bool held = on_ladder<Raw, 1, rungs>(n, is_aligned(args.g, n), [&](auto threads, auto vectors) {
+        device.launch<threads>(pnorm_rows<order, Raw, threads, vectors>, rows, args);
+      });
+      if (held) return;
+      constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
+      args.split = split_of<Raw>(n);
+      const int64_t chunks = args.split.chunks;
+      const Tensor partial = empty<2>(g, {2, rows * chunks}, row_dtype(g.scalar_type()));
+      args.partial = data<A>(partial);
+      device.launch<T>(pnorm_partial<order, Raw, T, V>, rows, args, chunks);
+      device.launch<T>(pnorm_finish<order, Raw, T, V>, rows, args, dual ? chunks : 1);
     });
-    if (held) return;
-    constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
-    args.split = split_of<Raw, 1>(n);
-    const int64_t items = rows * args.split.chunks;
-    const Tensor partial = empty<2>(g, {2, items}, row_dtype(g.scalar_type()));
-    args.partial = data<A>(partial);
-    if (dual && device.has_clusters<Raw, 1>(args.split)) {
-      device.launch<T>(pnorm_rows<Raw, T, V, true>, items, args, args.split.chunks);
-      return;
-    }
-    device.launch<T>(pnorm_partial<Raw, T, V>, items, args);
-    device.launch<T>(pnorm_finish<Raw, T, V>, dual ? items : rows, args);
   });
 }
 
@@ -398,23 +381,20 @@ Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p
                            n,
                            static_cast<A>(p - 1),
                            static_cast<A>(1 / p - 1),
-                           order_of(p),
                            data_or_null<A>(grads),
                            data_or_null<A>(peaks),
                            data_or_null<A>(totals),
                            data<Raw>(dense),
                            {1, n}};
-    // Nothing is held, and a warp goes through several tiles as well: blocks of 256 threads for rows of 1000 took 2.7
-    // times as long on an H200.
-    constexpr int V = vectors_of<Raw, 2>(kSplit);
-    if (n <= 3 * kLanes<Raw>) {
-      device.launch<4>(pnorm_backward_chunks<Raw, 4, 1>, rows, args);
-    } else if (n <= 4 * 32 * V * kLanes<Raw>) {
-      device.launch<32>(pnorm_backward_chunks<Raw, 32, V>, rows, args);
-    } else {
-      args.split = split_of<Raw, 2>(n);
-      device.launch<kSplit.threads>(pnorm_backward_chunks<Raw, kSplit.threads, V>, rows * args.split.chunks, args);
-    }
+    for_order(p, [&](auto order) {
+      const bool held = on_ladder<Raw, 1>(n, is_aligned(args.g, n), [&](auto threads, auto vectors) {
+        device.launch<threads>(pnorm_backward_chunks<order, Raw, threads, vectors>, rows, args);
+      });
+      if (held) return;
+      constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit);
+      args.split = split_of<Raw>(n);
+      device.launch<T>(pnorm_backward_chunks<order, Raw, T, V>, rows, args, args.split.chunks);
+    });
   });
   if (!direct) torch::stable::copy_(out, dense);
   return out;

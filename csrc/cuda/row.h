@@ -34,7 +34,7 @@ struct Team {
   static constexpr int kThreads = T <= 32 ? 128 : T;  // of a block
   static constexpr int kTeams = kThreads / T;         // in a block
 
-  static DENSREG_DEVICE int64_t index() { return static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / T; }
+  static DENSREG_DEVICE int64_t row() { return static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / T; }
   static DENSREG_DEVICE int lane() { return static_cast<int>(threadIdx.x) % T; }
 };
 
@@ -69,16 +69,6 @@ DENSREG_DEVICE X team_reduce(X x, Op op) {
     __syncthreads();  // before the next reduction writes there
   }
   return x;
-}
-
-// A barrier for the blocks of a cluster: what they wrote to global memory before it all of them see after it. GPUs before
-// Hopper have no clusters; no kernel that has this is launched there.
-DENSREG_DEVICE void cluster_barrier() {
-#if defined(DENSREG_CLUSTER_BARRIER)
-  DENSREG_CLUSTER_BARRIER();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
 }
 
 // A row, or a chunk of one, cut where memory is aligned to 16 bytes. Vector k holds the elements from k N - shift on:
@@ -146,9 +136,8 @@ struct Cut {
   }
 };
 
-// A row that one team cannot hold is split into chunks, each the work of one block of kSplit.threads. The blocks of up to
-// kMaxCluster chunks that one tile holds run together, as a cluster, where the GPU has those: each keeps its chunk while
-// all of them put together what they found, and the row is read once.
+// A row that one team cannot hold is split into chunks, each the work of one block of kSplit.threads: blockIdx.y. What
+// the chunks of a row leave is at row * chunks + chunk.
 struct Split {
   int64_t chunks;  // of a row
   int64_t size;    // elements of a chunk, the last one of a row excepted; below 2^31
@@ -159,6 +148,14 @@ struct Split {
     return static_cast<int>(left < size ? left : size);
   }
 };
+
+// A kernel that goes over the chunks again takes them backwards: what was read last is still in the L2.
+struct Place {
+  int64_t row, chunk;
+};
+DENSREG_DEVICE Place backwards() {
+  return {static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x, static_cast<int64_t>(gridDim.y) - 1 - blockIdx.y};
+}
 
 // --- the functions of one number that CUDA has under two names
 

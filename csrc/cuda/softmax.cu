@@ -1,8 +1,7 @@
 // softmax, softmax_backward and log_softmax_difference on CUDA. The mathematics is in densreg/ops.py.
 //
-// A row that a team, or a cluster of blocks, can hold is read once (softmax_rows, softmax_backward_rows). A longer one is
-// split into chunks: one kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk
-// again.
+// A row that a team can hold is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: one
+// kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk again.
 #include "softmax.h"
 
 #include "launch.h"
@@ -93,92 +92,45 @@ DENSREG_DEVICE Acc<Raw> shortfall_of(const Cut& cut, int k, const Acc<Raw> (&f)[
   return total;
 }
 
-template <class A>
-struct Sums {
-  A m, s, shortfall;
-};
-
-// What a chunk adds to its row, by one thread of its block.
-template <class Raw>
-DENSREG_DEVICE void leave(const ForwardArgs<Raw>& a, int64_t item, Sums<Acc<Raw>> of_chunk) {
-  const int64_t items = a.rows * a.split.chunks;
-  a.partial[item] = of_chunk.m;
-  a.partial[items + item] = of_chunk.s;
-  a.partial[2 * items + item] = of_chunk.shortfall;
-}
-
-// A row's sums from those of its chunks.
-template <class Raw, int T>
-DENSREG_DEVICE Sums<Acc<Raw>> gather(const ForwardArgs<Raw>& a, int64_t row, int lane) {
-  using A = Acc<Raw>;
-  const int64_t items = a.rows * a.split.chunks;
-  const A* partial = a.partial + row * a.split.chunks;
-  A m = -kInfinity<A>, s = 0, shortfall = 0;
-  for (int64_t c = lane; c < a.split.chunks; c += T) m = Max{}(m, partial[c]);
-  m = team_reduce<T>(m, Max{});
-  const A b = base(m);
-  for (int64_t c = lane; c < a.split.chunks; c += T) {
-    s += partial[items + c] * rescale(partial[c], m);
-    if (a.label_smoothing > 0) {
-      const A length = static_cast<A>(a.split.length(c, a.classes));
-      shortfall += partial[2 * items + c] + length * (b - base(partial[c]));
-    }
-  }
-  s = team_reduce<T>(s, Sum{});
-  if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
-  return {m, s, shortfall};
-}
-
-// Rows that a team holds; with CLUSTER rows of several chunks, each held by a block of a cluster.
-template <class Raw, int T, int V, bool CLUSTER = false>
+template <class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) softmax_rows(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = Team<T>::index();
-  const int64_t row = CLUSTER ? item / a.split.chunks : item, chunk = CLUSTER ? item % a.split.chunks : 0;
-  const int64_t begin = CLUSTER ? a.split.begin(chunk) : 0;
+  const int64_t row = Team<T>::row();
   const bool there = row < a.rows;
   const int lane = Team<T>::lane();
-  const Raw* f = a.logits + (there ? row * a.stride + begin : 0);
-  const int length = CLUSTER ? a.split.length(chunk, a.classes) : static_cast<int>(a.classes);
-  const Cut cut{there ? length : 0, Cut::shift_of(f)};
+  const Raw* f = a.logits + (there ? row * a.stride : 0);
+  const Cut cut{there ? static_cast<int>(a.classes) : 0, Cut::shift_of(f)};
   A x[V][N];
-  Sums<A> sums{-kInfinity<A>, 0, 0};
+  A m = -kInfinity<A>;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     cut.load(f, lane + j * T, -kInfinity<A>, x[j]);
 #pragma unroll
-    for (int e = 0; e < N; ++e) sums.m = Max{}(sums.m, x[j][e]);
+    for (int e = 0; e < N; ++e) m = Max{}(m, x[j][e]);
   }
-  sums.m = team_reduce<T>(sums.m, Max{});
-  const A b = base(sums.m);
+  m = team_reduce<T>(m, Max{});
+  const A b = base(m);
+  A s = 0, shortfall = 0;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    if (a.label_smoothing > 0) sums.shortfall += shortfall_of<Raw>(cut, lane + j * T, x[j], b);
+    if (a.label_smoothing > 0) shortfall += shortfall_of<Raw>(cut, lane + j * T, x[j], b);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       x[j][e] = exp_difference<Raw>(x[j][e], b);
-      sums.s += x[j][e];
+      s += x[j][e];
     }
   }
-  sums.s = team_reduce<T>(sums.s, Sum{});
-  if (a.label_smoothing > 0) sums.shortfall = team_reduce<T>(sums.shortfall, Sum{});
-  A factor = a.scale;
-  if constexpr (CLUSTER) {
-    const A of_chunk = sums.m;
-    if (lane == 0) leave(a, item, sums);
-    cluster_barrier();
-    sums = gather<Raw, T>(a, row, lane);
-    factor *= exp_difference<Raw>(of_chunk, base(sums.m));
-  }
-  if (there && lane == 0 && chunk == 0) finish_row(a, row, sums.m, sums.s, sums.shortfall);
+  s = team_reduce<T>(s, Sum{});
+  if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
+  if (there && lane == 0) finish_row(a, row, m, s, shortfall);
   if (!there || !a.softmax) return;
-  factor = magnitude(sums.m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : factor / sums.s;
-  Raw* y = a.softmax + row * a.classes + begin;
+  const A inverse = magnitude(m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : a.scale / s;
+  Raw* y = a.softmax + row * a.classes;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
 #pragma unroll
-    for (int e = 0; e < N; ++e) x[j][e] *= factor;
+    for (int e = 0; e < N; ++e) x[j][e] *= inverse;
     cut.store(y, lane + j * T, x[j]);
   }
 }
@@ -188,7 +140,7 @@ template <class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) softmax_partial(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
+  const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
   const int lane = Team<T>::lane();
   const Raw* f = a.logits + row * a.stride + a.split.begin(chunk);
   const Cut cut{a.split.length(chunk, a.classes), Cut::shift_of(f)};
@@ -221,19 +173,36 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_partial(ForwardArgs
   }
   s = team_reduce<T>(s, Sum{});
   if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
-  if (lane == 0) leave<Raw>(a, item, {m, s, shortfall});
+  if (lane == 0) {
+    const int64_t items = a.rows * a.split.chunks;
+    a.partial[item] = m;
+    a.partial[items + item] = s;
+    a.partial[2 * items + item] = shortfall;
+  }
 }
 
-// A row's sums from those of its chunks, and the softmax of one chunk; without a softmax one block for each row.
+// A row's sums from those of its chunks, and the softmax of one chunk; without a softmax a row has one block.
 template <class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) softmax_finish(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
-  const int64_t row = a.softmax ? item / a.split.chunks : item, chunk = a.softmax ? item % a.split.chunks : 0;
+  const auto [row, chunk] = backwards();
   const int lane = Team<T>::lane();
-  const auto [m, s, shortfall] = gather<Raw, T>(a, row, lane);
+  const int64_t items = a.rows * a.split.chunks;
+  const A* partial = a.partial + row * a.split.chunks;
+  A m = -kInfinity<A>, s = 0, shortfall = 0;
+  for (int64_t c = lane; c < a.split.chunks; c += T) m = Max{}(m, partial[c]);
+  m = team_reduce<T>(m, Max{});
   const A b = base(m);
+  for (int64_t c = lane; c < a.split.chunks; c += T) {
+    s += partial[items + c] * rescale(partial[c], m);
+    if (a.label_smoothing > 0) {
+      const A length = static_cast<A>(a.split.length(c, a.classes));
+      shortfall += partial[2 * items + c] + length * (b - base(partial[c]));
+    }
+  }
+  s = team_reduce<T>(s, Sum{});
+  if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
   if (lane == 0 && chunk == 0) finish_row(a, row, m, s, shortfall);
   if (!a.softmax) return;
   const A inverse = magnitude(m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : a.scale / s;
@@ -341,30 +310,17 @@ DENSREG_DEVICE void load_upstream(const Raw* u, const Cut& cut, int k, Acc<Raw> 
   }
 }
 
-// <Q, U> of a row from those of its chunks.
-template <class Raw, int T>
-DENSREG_DEVICE Acc<Raw> gather(const BackwardArgs<Raw>& a, int64_t row, int lane) {
-  const Acc<Raw>* partial = a.partial + row * a.split.chunks;
-  Acc<Raw> dot = 0;
-  for (int64_t c = lane; c < a.split.chunks; c += T) dot += partial[c];
-  return team_reduce<T>(dot, Sum{});
-}
-
-// As softmax_rows. A cluster is for an upstream gradient of the softmax only: without one nothing is summed.
-// The 1: left to itself, the assembler gives the cluster's kernel so few registers in half precision that one spills.
-template <class Raw, int T, int V, bool CLUSTER = false>
+// The 1 here and below: left to itself, the assembler aims at so few registers for sm_100 that some spill.
+template <class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_rows(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = Team<T>::index();
-  const int64_t row = CLUSTER ? item / a.split.chunks : item, chunk = CLUSTER ? item % a.split.chunks : 0;
-  const int64_t begin = CLUSTER ? a.split.begin(chunk) : 0;
+  const int64_t row = Team<T>::row();
   const bool there = row < a.rows;
   const int lane = Team<T>::lane();
-  const Raw* f = a.source + (there ? row * a.source_stride + begin : 0);
-  const Raw* upstream = a.upstream ? a.upstream + (there ? row * a.upstream_stride + begin : 0) : nullptr;
-  const int length = CLUSTER ? a.split.length(chunk, a.classes) : static_cast<int>(a.classes);
-  const Cut cut{there ? length : 0, Cut::shift_of(f)};
+  const Raw* f = a.source + (there ? row * a.source_stride : 0);
+  const Raw* upstream = a.upstream ? a.upstream + (there ? row * a.upstream_stride : 0) : nullptr;
+  const Cut cut{there ? static_cast<int>(a.classes) : 0, Cut::shift_of(f)};
   const Source<Raw> source(a, row, there);
   A q[V][N], u[V][N];
   A dot = 0;
@@ -376,17 +332,12 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_rows(Ba
     for (int e = 0; e < N; ++e) dot += q[j][e] * u[j][e];
   }
   if (upstream) dot = team_reduce<T>(dot, Sum{});
-  if constexpr (CLUSTER) {
-    if (lane == 0) a.partial[item] = dot;
-    cluster_barrier();
-    dot = gather<Raw, T>(a, row, lane);
-  }
   if (!there) return;
   const Gradient<Raw> gradient(a, row, upstream ? dot : A(0));
-  Raw* g = a.grad + row * a.classes + begin;
+  Raw* g = a.grad + row * a.classes;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    gradient.apply(cut, lane + j * T, begin, q[j], u[j]);
+    gradient.apply(cut, lane + j * T, 0, q[j], u[j]);
     cut.store(g, lane + j * T, q[j]);
   }
 }
@@ -396,7 +347,7 @@ template <class Raw, int T, int V>
 __global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_partial(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = blockIdx.x, row = item / a.split.chunks, chunk = item % a.split.chunks;
+  const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
   const int lane = Team<T>::lane();
   const Raw* f = a.source + row * a.source_stride + a.split.begin(chunk);
   const Raw* upstream = a.upstream + row * a.upstream_stride + a.split.begin(chunk);
@@ -420,12 +371,17 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_partial(Ba
 }
 
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_finish(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_finish(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t item = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x), row = item / a.split.chunks, chunk = item % a.split.chunks;
+  const auto [row, chunk] = backwards();
   const int lane = Team<T>::lane();
-  const A dot = a.partial ? gather<Raw, T>(a, row, lane) : A(0);
+  A dot = 0;
+  if (a.partial) {
+    const A* partial = a.partial + row * a.split.chunks;
+    for (int64_t c = lane; c < a.split.chunks; c += T) dot += partial[c];
+    dot = team_reduce<T>(dot, Sum{});
+  }
   const int64_t begin = a.split.begin(chunk);
   const Raw* f = a.source + row * a.source_stride + begin;
   const Raw* upstream = a.upstream ? a.upstream + row * a.upstream_stride + begin : nullptr;
@@ -488,21 +444,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, Tensor logits
                           data<A>(statistics),
                           {},
                           nullptr};
-    const bool held = on_ladder<Raw, 1>(n, [&](auto threads, auto vectors) {
+    const bool held = on_ladder<Raw, 1>(n, is_aligned(args.logits, args.stride), [&](auto threads, auto vectors) {
       device.launch<threads>(softmax_rows<Raw, threads, vectors>, rows, args);
     });
     if (held) return;
     constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
-    args.split = split_of<Raw, 1>(n);
-    const int64_t items = rows * args.split.chunks;
-    const Tensor partial = empty<2>(logits, {3, items}, row);
+    args.split = split_of<Raw>(n);
+    const int64_t chunks = args.split.chunks;
+    const Tensor partial = empty<2>(logits, {3, rows * chunks}, row);
     args.partial = data<A>(partial);
-    if (device.has_clusters<Raw, 1>(args.split)) {
-      device.launch<T>(softmax_rows<Raw, T, V, true>, items, args, args.split.chunks);
-      return;
-    }
-    device.launch<T>(softmax_partial<Raw, T, V>, items, args);
-    device.launch<T>(softmax_finish<Raw, T, vectors_of<Raw, 2>(kSplit)>, need_softmax ? items : rows, args);
+    device.launch<T>(softmax_partial<Raw, T, V>, rows, args, chunks);
+    device.launch<T>(softmax_finish<Raw, T, vectors_of<Raw, 2>(kSplit)>, rows, args, need_softmax ? chunks : 1);
   });
   return {log_density, cross_entropy, softmax, statistics};
 }
@@ -572,24 +524,21 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
                            data<Raw>(grad),
                            {},
                            nullptr};
-    const bool held = on_ladder<Raw, 2>(n, [&](auto threads, auto vectors) {
+    const bool aligned = is_aligned(args.source, args.source_stride);
+    const bool held = on_ladder<Raw, 2>(n, aligned, [&](auto threads, auto vectors) {
       device.launch<threads>(softmax_backward_rows<Raw, threads, vectors>, rows, args);
     });
     if (held) return;
     constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit);
-    args.split = split_of<Raw, 2>(n);
-    const int64_t items = rows * args.split.chunks;
+    args.split = split_of<Raw>(n);
+    const int64_t chunks = args.split.chunks;
     std::optional<Tensor> partial;
     if (u) {
-      partial = empty<1>(source, {items}, row);
+      partial = empty<1>(source, {rows * chunks}, row);
       args.partial = data<A>(*partial);
-      if (device.has_clusters<Raw, 2>(args.split)) {
-        device.launch<T>(softmax_backward_rows<Raw, T, V, true>, items, args, args.split.chunks);
-        return;
-      }
-      device.launch<T>(softmax_backward_partial<Raw, T, V>, items, args);
+      device.launch<T>(softmax_backward_partial<Raw, T, V>, rows, args, chunks);
     }
-    device.launch<T>(softmax_backward_finish<Raw, T, V>, items, args);
+    device.launch<T>(softmax_backward_finish<Raw, T, V>, rows, args, chunks);
   });
   return grad;
 }

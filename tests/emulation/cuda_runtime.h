@@ -2,10 +2,9 @@
 // sources, so that the tests run the kernels' logic without a GPU.
 //
 // The threads of a block are fibers: each runs until it reaches a shuffle or a barrier, and goes on when the others of
-// its warp, or of its block, are there too; so do the blocks of a cluster. What CUDA leaves undefined ends the process: a
-// shuffle or a barrier that some threads never reach. DENSREG_EMULATION_ORDER=reverse runs the threads in the opposite
-// order, which shows what depends on an order that CUDA does not promise; DENSREG_EMULATION_CAPABILITY=8 is a GPU that
-// has no clusters.
+// its warp, or of its block, are there too. What CUDA leaves undefined ends the process: a shuffle or a barrier that
+// some threads never reach. DENSREG_EMULATION_ORDER=reverse runs the threads in the opposite order, which shows what
+// depends on an order that CUDA does not promise.
 #pragma once
 
 #include <math.h>
@@ -16,7 +15,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -26,7 +24,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after the other: those of a cluster from one of its barriers to the next
+#define __shared__ static  // blocks run one after the other
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -34,33 +32,15 @@ struct alignas(16) uint4 {
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
-  explicit dim3(unsigned x) : x(x) {}
+  explicit dim3(unsigned x, unsigned y = 1) : x(x), y(y) {}
 };
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-union cudaLaunchAttributeValue {
-  struct {
-    unsigned x, y, z;
-  } clusterDim;
-};
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  cudaLaunchAttributeValue val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  const char* major = std::getenv("DENSREG_EMULATION_CAPABILITY");
-  *value = major ? std::atoi(major) : 9;
-  return cudaSuccess;
-}
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 namespace emulation {
@@ -78,7 +58,7 @@ To bits(From from) {
   std::abort();
 }
 
-enum class At { running, shuffle, barrier, cluster, end };
+enum class At { running, shuffle, barrier, end };
 
 struct Fiber {
   static constexpr size_t kStack = 256 * 1024;
@@ -87,9 +67,7 @@ struct Fiber {
   jmp_buf jump;
   bool entered = false;
   At at = At::running;
-  unsigned index = 0;     // in its block
-  unsigned first = 0;     // where its block's fibers begin
-  unsigned block = 0;
+  unsigned index = 0;
   int offset = 0;         // of the shuffle it waits at
   uint64_t slots[2] = {};  // what it gives in a shuffle; in turn, as a fast neighbour may be one shuffle ahead
   unsigned shuffles = 0;
@@ -97,10 +75,11 @@ struct Fiber {
 
 struct Machine {
   std::mutex mutex;
-  std::deque<Fiber> fibers;  // contexts must not move
+  std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   ucontext_t context;
   jmp_buf jump;
+  dim3 block;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
   const bool reverse = std::getenv("DENSREG_EMULATION_ORDER") != nullptr;
@@ -151,58 +130,37 @@ void in_order(unsigned n, F f) {
 }
 
 // Runs a warp until all of it waits at a barrier, or has ended.
-inline At run_warp(unsigned first) {
-  auto& fibers = machine().fibers;
-  const Fiber& one = fibers[first];
+inline At run_warp(Fiber* lanes) {
   for (;;) {
-    in_order(32, [&](unsigned i) { resume(fibers[first + i]); });
-    for (unsigned i = 1; i < 32; ++i) {
-      const Fiber& other = fibers[first + i];
-      if (other.at != one.at) fail("a shuffle or a barrier that part of a warp does not reach");
-      if (one.at == At::shuffle && other.offset != one.offset) fail("two different shuffles in a warp");
+    in_order(32, [&](unsigned i) { resume(lanes[i]); });
+    for (int i = 1; i < 32; ++i) {
+      if (lanes[i].at != lanes[0].at) fail("a shuffle or a barrier that part of a warp does not reach");
+      if (lanes[i].at == At::shuffle && lanes[i].offset != lanes[0].offset) fail("two different shuffles in a warp");
     }
-    if (one.at != At::shuffle) return one.at;
+    if (lanes[0].at != At::shuffle) return lanes[0].at;
   }
 }
 
-// Runs n parts (warps, blocks) until all of them wait at the same place.
-template <class F>
-At run_all(unsigned n, F part) {
-  std::vector<At> at(n);
-  in_order(n, [&](unsigned i) { at[i] = part(i); });
-  for (const At one : at) {
-    if (one != at[0]) fail("a barrier that part of a block or a cluster does not reach");
-  }
-  return at[0];
-}
-
-// Runs a block until all of it waits at a barrier of its cluster, or has ended.
-inline At run_block(unsigned first, unsigned threads) {
-  for (;;) {
-    const At at = run_all(threads / 32, [&](unsigned w) { return run_warp(first + w * 32); });
-    if (at != At::barrier) return at;
-  }
-}
-
-inline void run_cluster(unsigned block, unsigned blocks, unsigned threads) {
+inline void run_block(unsigned threads) {
   Machine& m = machine();
   if (threads == 0 || threads % 32 || threads > 1024) fail("a block that is not of 1 to 32 warps");
-  if (blocks > 8) fail("a cluster of more than 8 blocks");
-  while (m.fibers.size() < static_cast<size_t>(blocks) * threads) {
+  while (m.fibers.size() < threads) {
     Fiber& f = m.fibers.emplace_back();
+    f.index = static_cast<unsigned>(m.fibers.size()) - 1;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = Fiber::kStack;
     f.context.uc_link = nullptr;
     makecontext(&f.context, life, 0);
   }
-  for (unsigned i = 0; i < blocks * threads; ++i) {
-    Fiber& f = m.fibers[i];
-    f.index = i % threads;
-    f.first = i - f.index;
-    f.block = block + i / threads;
+  for (At all = At::barrier; all == At::barrier;) {
+    std::vector<At> at(threads / 32);
+    in_order(threads / 32, [&](unsigned w) { at[w] = run_warp(&m.fibers[w * 32]); });
+    all = at[0];
+    for (const At one : at) {
+      if (one != all) fail("a barrier that part of a block does not reach");
+    }
   }
-  while (run_all(blocks, [&](unsigned b) { return run_block(b * threads, threads); }) != At::end) continue;
 }
 
 struct Index {
@@ -212,11 +170,10 @@ struct Index {
 }  // namespace emulation
 
 #define threadIdx (emulation::Index{emulation::machine().current->index})
-#define blockIdx (emulation::Index{emulation::machine().current->block})
-inline emulation::Index gridDim;
+#define blockIdx (emulation::machine().block)
+inline dim3 gridDim;
 
 inline void __syncthreads() { emulation::wait(emulation::At::barrier); }
-#define DENSREG_CLUSTER_BARRIER() emulation::wait(emulation::At::cluster)
 
 template <class X>
 X __shfl_xor_sync(unsigned mask, X x, int offset) {
@@ -229,7 +186,7 @@ X __shfl_xor_sync(unsigned mask, X x, int offset) {
   f.offset = offset;
   emulation::wait(emulation::At::shuffle);
   const unsigned other = (f.index & ~31u) + ((f.index & 31u) ^ static_cast<unsigned>(offset));
-  std::memcpy(&x, &m.fibers[f.first + other].slots[turn], sizeof(x));
+  std::memcpy(&x, &m.fibers[other].slots[turn], sizeof(x));
   return x;
 }
 
@@ -251,11 +208,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& c = *static_cast<const Call*>(p);
     c.kernel(*c.args);
   };
-  gridDim.x = config->gridDim.x;
-  const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
-  if (gridDim.x % cluster) emulation::fail("a grid that is not of whole clusters");
-  for (unsigned block = 0; block < gridDim.x; block += cluster) {
-    emulation::run_cluster(block, cluster, config->blockDim.x);
+  gridDim = config->gridDim;
+  for (m.block.y = 0; m.block.y < gridDim.y; ++m.block.y) {
+    for (m.block.x = 0; m.block.x < gridDim.x; ++m.block.x) emulation::run_block(config->blockDim.x);
   }
   return cudaSuccess;
 }
