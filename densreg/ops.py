@@ -37,9 +37,9 @@ plain-torch fallback, which serves every device."""
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 """By type of device, the backends in order of preference; a device that is not listed has plain torch.
 
-On GPUs CUDA comes before Triton for every operator, dtype and shape: its launch is C++ where Triton's is Python, and took
-half the time in small calls on an H200. Large ones Triton served faster there at most sizes, before the CUDA kernels took
-its ladder; they were not measured again. ``python -m benchmarks.gpu`` times both."""
+On GPUs CUDA comes before Triton for every operator, dtype and shape: its launch is C++ where Triton's is Python, and
+took half the time in small calls on an H200. Large ones Triton served faster there at most sizes, before the CUDA
+kernels took its ladder; they were not measured again. ``python -m benchmarks.gpu`` times both."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
