@@ -69,6 +69,20 @@ def test_extreme_rows_give_what_torch_gives(dtype, p, row):
     torch.testing.assert_close(gradient.double(), expected[1], rtol=2 * HALF_ULP[dtype], atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [1, 1.5, 2, inf])
+@pytest.mark.parametrize("length", [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rows_that_fill_a_team(dtype, p, length, offset):
+    """Rows of a power of two, which fill what a team of threads holds; with offset 1 they begin beside its vectors."""
+    g = torch.randn(3 * length + offset).to(dtype)[offset:].view(3, length)
+    norm, gradient = _norm_and_gradient(g, p)
+    expected = _reference(g.double(), p)
+    torch.testing.assert_close(norm.double(), expected[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), expected[1], rtol=max(4e-6, 2 * HALF_ULP[dtype]), atol=1e-9)
+    torch.testing.assert_close(ops.pnorm_dual(g, p), (norm, gradient))
+
+
 LONG_ROWS = {  # (from, to, value): what a row of 20,000 entries holds there
     "zeros": [(0, 20_000, 0.0)],
     "one entry": [(0, 20_000, 0.0), (12_345, 12_346, -2.0)],

@@ -95,6 +95,26 @@ def test_backward_of_long_rows(backward, dtype):
         assert error(backward(logits, target, l, a, upstream, 0.1), expected) < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rows_that_fill_a_team(dtype, classes, offset):
+    """Rows of a power of two, which fill what a team of threads holds; with offset 1 they begin beside its vectors."""
+    logits, u = (torch.randn(3, classes + 8).to(dtype)[:, offset : offset + classes] for _ in range(2))
+    target = torch.tensor([classes - 1, 0, classes // 2])
+    log_density, ce, p, statistics = ops.softmax(logits, target, 0.1)
+    expected = softmax_reference(logits.double(), target, 0.1)
+    bound = {torch.bfloat16: 2**-8, torch.float32: 2e-6, torch.float64: 1e-13}[dtype]
+    assert error(log_density, expected[0]) < min(bound, 2e-6)
+    assert error(ce, expected[1]) < min(bound, 2e-6)
+    assert error(p, expected[2]) < bound
+    l, a = torch.randn(3), torch.randn(3)
+    grad = ops.softmax_backward(logits, statistics, target, l, a, u, 0.1)
+    assert error(grad, _reference_gradient(logits, target, l, a, u, 0.1)) < 2 * bound
+    if dtype != torch.bfloat16:
+        assert error(ops.softmax_backward(p, None, target, l, a, u, 0.1), grad) < 2 * bound
+
+
 @pytest.mark.parametrize("given_gradients", range(8))
 @BACKWARDS
 def test_backward_takes_any_of_the_gradients(backward, given_gradients):
