@@ -149,6 +149,7 @@ class Row(NamedTuple):
     stack: int  # bytes a thread
     spills: int  # bytes stored and loaded
     shared: int  # bytes a program
+    shared_stores: int  # of a thread, as written: a change of layout costs many, a reduction a few
     vectors: bool  # loads of 16 bytes
     wanted_vectors: bool
 
@@ -196,6 +197,7 @@ def compile_for(job: tuple[Launch, int]) -> Row:
         number(r"(\d+) bytes stack frame"),
         number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         compiled.metadata.shared,
+        len(re.findall(r"\bst(?:\.shared|matrix)", ptx)),
         bool(re.search(r"ld\.global\S*\.(v4\.[buf]32|v2\.[buf]64)", ptx)),
         launch.constant("ALIGN", 1) * itemsize >= 16 and block * rows // (32 * warps) * itemsize >= 16,
     )
@@ -220,12 +222,12 @@ def main() -> None:
     options = parser.parse_args()
     rows = report(tuple(options.dtypes), tuple(options.targets), options.all_rungs)
     print(f"Triton {triton.__version__}\n")
-    print("| kernel | dtype | case | block x rows | warps | sm | registers | stack | spills | shared | 16-byte loads |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| kernel | dtype | case | block x rows | warps | sm | registers | stack | spills | shared | stores | 16-byte loads |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for r in rows:
         print(
             f"| {r.kernel} | {r.dtype} | {r.case} | {r.block} x {r.rows} | {r.warps} | {r.target} | {r.registers} "
-            f"| {r.stack} | {r.spills} | {r.shared} | {'yes' if r.vectors else 'no'} |"
+            f"| {r.stack} | {r.spills} | {r.shared} | {r.shared_stores} | {'yes' if r.vectors else 'no'} |"
         )
     if options.json:
         text = json.dumps({"triton": triton.__version__, "rows": [r._asdict() for r in rows]}, indent=2)
