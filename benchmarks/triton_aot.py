@@ -222,8 +222,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = report(tuple(options.dtypes), tuple(options.targets), options.all_rungs)
     print(f"Triton {triton.__version__}\n")
-    print("| kernel | dtype | case | block x rows | warps | sm | registers | stack | spills | shared | stores | 16-byte loads |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    head = "kernel | dtype | case | block x rows | warps | sm | registers | stack | spills | shared | stores | vectors"
+    print(f"| {head} |")
+    print("| --- " * (head.count("|") + 1) + "|")
     for r in rows:
         print(
             f"| {r.kernel} | {r.dtype} | {r.case} | {r.block} x {r.rows} | {r.warps} | {r.target} | {r.registers} "

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from densreg import directional, functional, ops, paths, regularizers
+from densreg.merge import MergeProducts
 from densreg.paths import Inputs
 from densreg.penalty import density_loss, mean_over_targets
 from densreg.regularizers import Density, Hessian, Regularizer
@@ -615,7 +616,9 @@ class _Refusing:
     def __init__(self, mode: str | None, backend: str | Callable) -> None:
         self.inner: Any
         if backend == "inductor":
-            self.inner = torch._TorchCompileInductorWrapper(mode, None, False)
+            theirs = torch._inductor.config.post_grad_custom_pre_pass is not None
+            options = None if theirs else {"post_grad_custom_pre_pass": MergeProducts()}
+            self.inner = torch._TorchCompileInductorWrapper(mode, options, False)
         else:
             self.inner = torch._TorchCompileWrapper(backend, mode, None, False)
 

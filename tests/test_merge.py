@@ -1,0 +1,137 @@
+"""Sums of two matrix products merged into one, in graphs and in the objective's compiled step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import by_autograd, gradients, nothing
+from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import densreg
+from benchmarks.second_order import relative_error
+from densreg.merge import MergeProducts
+
+aten = torch.ops.aten
+
+
+def _merged(function, *inputs):
+    """The function's graph, merged; and how many matrix products it has then."""
+    module = make_fx(function, tracing_mode="fake")(*inputs)
+    MergeProducts()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module, sum(node.target == aten.mm.default for node in module.graph.nodes)
+
+
+def _linear(gy1, x1, gy2, x2):  # as autograd has it
+    return ((gy1.t() @ x1).t() + (gy2.t() @ x2).t()).t()
+
+
+def _plain(a, b, c, d):
+    return a @ b + c @ d
+
+
+def _double(function, inputs):
+    return function(*(t.double() for t in inputs))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batches=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    inside=st.integers(1, 40),
+    outside=st.integers(1, 40),
+    linear=st.booleans(),
+)
+def test_the_sum_is_the_same(batches, inside, outside, linear):
+    (one, other), function = batches, _linear if linear else _plain
+    shapes = [(one, outside), (one, inside), (other, outside), (other, inside)]
+    if not linear:
+        shapes = [(outside, one), (one, inside), (outside, other), (other, inside)]
+    inputs = [torch.randn(shape) for shape in shapes]
+    module, products = _merged(function, *inputs)
+    copied, written = 2 * (one + other) * (inside + outside), 3 * inside * outside
+    assert products == (1 if copied <= written else 2)
+    torch.testing.assert_close(module(*inputs).double(), _double(function, inputs), rtol=0, atol=1e-5)
+
+
+def test_three_products():
+    inputs = [torch.randn(3, n, dtype=torch.float64) for n in (50, 60, 50, 60, 50, 60)]
+
+    def three(a, b, c, d, e, f):
+        return a.t() @ b + c.t() @ d + e.t() @ f
+
+    module, products = _merged(three, *inputs)
+    assert products == 1
+    torch.testing.assert_close(module(*inputs), three(*inputs))
+
+
+def _used_twice(a, b, c, d):
+    product = a.t() @ b
+    return product + c.t() @ d, product.sum()
+
+
+LEFT_ALONE = {
+    "a result that is used elsewhere too": _used_twice,
+    "weighted": lambda a, b, c, d: torch.add(a.t() @ b, c.t() @ d, alpha=2),
+    "one of them transposed": lambda a, b, c, d: (b.t() @ a).t() + c.t() @ d,
+    "one product": lambda a, b, c, d: (product := a.t() @ b) + product,
+    "no product": lambda a, b, c, d: a.t() @ b + (c.sum() + d.sum()),
+    "broadcast": lambda a, b, c, d: a.t() @ b + c[:, :1].t() @ d,
+}
+
+
+@pytest.mark.parametrize("function", LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone(function):
+    inputs = [torch.randn(2, n) for n in (50, 60, 50, 60)]
+    before = sum(node.target == aten.mm.default for node in make_fx(function)(*inputs).graph.nodes)
+    module, products = _merged(function, *inputs)
+    assert products == before
+    torch.testing.assert_close(module(*inputs), function(*inputs))
+
+
+def _mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(60, 50), nn.Softplus(), nn.Linear(50, 40), nn.Softplus(), nn.Linear(40, 7)).double()
+
+
+def _merges() -> int:
+    return torch._dynamo.utils.counters["densreg"]["products merged"]
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("criterion", [None, nothing], ids=["with cross-entropy", "the penalty alone"])
+def test_the_objective(criterion, fresh_dynamo):
+    """The layers' gradients are merged, and are what autograd gives in float64."""
+    model, x, y = _mlp(), torch.rand(3, 60, dtype=torch.float64), torch.randint(7, (3,))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        densreg.RegularizedObjective(model, 1.0, criterion=criterion)(x, y).loss.backward()
+    options = {} if criterion is None else {"criterion": criterion}
+    expected = by_autograd(copy.deepcopy(model), x, y, 1.0, **options)[1]
+    assert relative_error(gradients(model), expected) < 1e-12
+    assert _merges() == 3
+
+
+class _Users(CustomGraphPass):
+    calls = 0
+
+    def __call__(self, graph):
+        self.calls += 1
+
+    def uuid(self):
+        return "a user's"
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_pass_of_the_users_stays(fresh_dynamo):
+    users = _Users()
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=users, force_disable_caches=True):
+        densreg.RegularizedObjective(_mlp(), 1.0)(torch.rand(3, 60, dtype=torch.float64), torch.zeros(3).long())
+    assert (users.calls, _merges()) == (1, 0)
