@@ -16,7 +16,8 @@ The JSON file is written after every row. Rows that are there, of the same sourc
 again without --again, those that failed neither; what does not fit into --minutes is left for the next call. A stage
 gets little more than it is expected to take until all have had their turn. Every kernel's result is checked against
 float64 before it is timed, and the call counter must say that the row's backend served it. float32 is float32: TF32 is
-off. What pytest and other programs say when they fail is in .log files beside the JSON.
+off. The steps are compiled by processes beside the stages before them. What pytest and other programs say when they
+fail is in .log files beside the JSON.
 
 How it is timed. Large calls: a CUDA graph of as many calls as it takes to go through four times the L2, each on
 tensors of its own, all outputs kept; the candidates' graphs are replayed in turn, and the median over the rounds
@@ -446,6 +447,37 @@ def small(options: argparse.Namespace) -> Work:
 # whole steps, epochs
 
 
+COMPILED = ("objective", "taylor compiled", "plain")
+"""Columns of the steps that are compiled, those that take longest first."""
+
+
+def warm(name: str, column: str, dry_run: bool = False) -> None:
+    """The first call of a compiled step: what it takes to compile is then in inductor's cache on disk."""
+    from benchmarks import steps
+
+    model, x, y = steps._problem(steps.CASES[name]._replace(batch=8 if dry_run else STEPS[name]))
+    model, x, y = model.to(_device()), x.to(_device()), y.to(_device())
+    with torch.autocast(_device().type, torch.bfloat16, enabled=not dry_run):
+        steps.step_of(column, model, x, y)()
+
+
+def _warmers() -> list[subprocess.Popen]:
+    """Processes that compile the steps in bfloat16 while other stages run; one after the other it takes minutes."""
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    pairs = [(name, column) for name in STEPS for column in COMPILED][: max(1, (os.cpu_count() or 1) // 2)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu", "--warm", name, column],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for name, column in pairs
+    ]
+
+
 def step_row(name: str, batch: int, amp: torch.dtype | None, columns: Sequence[str], rounds: int) -> Row:
     """Steps of one model: seconds, over plain, gradients' error (float32), peak memory beyond what was there."""
     import copy
@@ -684,6 +716,17 @@ def _work(stage: str, options: argparse.Namespace) -> None:
         print(json.dumps({"row": row}), flush=True)
 
 
+def _stop(processes: Sequence[subprocess.Popen], patience: float) -> None:
+    """Wait for processes that long, then end them and what they have started."""
+    until = time.monotonic() + min(patience, 60)
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def _run_stage(name: str, options: argparse.Namespace, seconds: float, keep: Callable[[Row], None]) -> str:
     """Run a stage in a process of its own, keeping each row as it comes; how it ended."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", name, "--json", str(options.json)]
@@ -791,9 +834,14 @@ def main() -> int:
     parser.add_argument("--data-dir", help="folder of CIFAR-100 for the epochs; by default noise of its shape")
     parser.add_argument("--dry-run", action="store_true", help="every code path at tiny sizes, on the CPU")
     parser.add_argument("--worker", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", nargs=2, metavar=("MODEL", "COLUMN"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         _work(options.worker, options)
+        return 0
+    if options.warm:
+        torch.backends.cudnn.allow_tf32 = False
+        warm(*options.warm, dry_run=options.dry_run)
         return 0
     if not options.dry_run and not _cuda():
         raise SystemExit("there is no GPU: --dry-run goes through the code on the CPU")
@@ -811,11 +859,16 @@ def main() -> int:
         if options.again or stage not in result["stages"] or (stage == "build" and not _built(options)):
             result["stages"][stage] = {"ended": "not begun", "rows": []}
     _write(path, result)
+    warmers: list[subprocess.Popen] = []
     for capped in (True, False):  # every stage has its turn before one takes what is left
         for stage in wanted:
             kept = result["stages"][stage]
             if kept["ended"] in ("whole", "failed"):
                 continue
+            if capped and stage in ("tests", "kernels", "small") and "steps" in wanted and not options.dry_run:
+                warmers = warmers or _warmers()
+            if stage == "steps":
+                _stop(warmers, end - time.monotonic() - 60)
             left, expected = end - time.monotonic(), STAGES[stage][1]
             if left < (1 if options.dry_run else 30):
                 continue
@@ -829,6 +882,7 @@ def main() -> int:
             if kept["ended"] == "whole" and any(row["code"] for row in kept["rows"]):
                 kept["ended"] = "failed"
             _write(path, result)
+    _stop(warmers, 0)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for line in _table(result):
         print(line)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 import types
@@ -308,6 +311,20 @@ def test_gpu_stage_takes_what_it_started_with_it(tmp_path, monkeypatch):
     time.sleep(0.2)
     status = Path(f"/proc/{int(child.read_text())}/status")
     assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_gpu_warmers_compile_and_end(tmp_path):
+    """What they compiled is in the cache; one that takes too long is ended with all that it has started."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--warm", "mlp", "plain"]
+    subprocess.run(command, check=True, env={**os.environ, **cache}, cwd=gpu.ROOT)
+    assert any(tmp_path.rglob("*.so"))
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    slow = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    begun = time.monotonic()
+    gpu._stop([slow], 0.5)
+    assert slow.returncode == -signal.SIGKILL
+    assert time.monotonic() - begun < 30
 
 
 def test_gpu_calls_go_on_where_the_last_one_stopped(tmp_path, monkeypatch, capsys):
