@@ -841,7 +841,8 @@ def main() -> int:
         return 0
     if options.warm:
         torch.backends.cudnn.allow_tf32 = False
-        warm(*options.warm, dry_run=options.dry_run)
+        name, column = options.warm
+        warm(name, column, options.dry_run)
         return 0
     if not options.dry_run and not _cuda():
         raise SystemExit("there is no GPU: --dry-run goes through the code on the CPU")
