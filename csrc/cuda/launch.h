@@ -28,10 +28,10 @@ struct Rung {
   int numbers;  // that each of them holds in registers, or fewer: vectors_of
 };
 
-// The ladder of team sizes: a row is held by the first team that can. Small teams keep all lanes busy at C = 10 to 100 and
-// need no barrier. Beyond, a rung for every doubling, so that at most half of a team idles, of 8 to 16 numbers a thread:
-// as Triton's ladder has it, which reached 0.9 to 1.0 of an H200's copy speed at C = 4096 where rungs of four times the
-// size reached 0.2 to 0.4.
+// The ladder of team sizes: a row is held by the first team that can. Small teams keep all lanes busy at C = 10 to 100
+// and need no barrier. Beyond, a rung for every doubling, so that at most half of a team idles, of 8 to 16 numbers a
+// thread: as Triton's ladder has it, which reached 0.9 to 1.0 of an H200's copy speed at C = 4096, where rungs of four
+// times the size reached 0.2 to 0.7. Not measured itself.
 #ifdef DENSREG_CUDA_LADDER  // the tests' emulation, to reach every rung with small rows
 inline constexpr Rung kLadder[] = DENSREG_CUDA_LADDER;
 inline constexpr Rung kSplit = DENSREG_CUDA_SPLIT;
@@ -40,7 +40,7 @@ inline constexpr int64_t kMaxChunks = DENSREG_CUDA_MAX_CHUNKS;
 inline constexpr Rung kLadder[] = {{4, 4},   {16, 4},   {32, 8},   {32, 16},  {128, 8},
                                   {128, 16}, {256, 16}, {512, 16}, {1024, 16}};
 // Longer rows: chunks of one block each, of the same size on every GPU, so that a row's sums are the same everywhere.
-// 8192 elements of float32 make 984 blocks of B = 8, C = 1,000,000: one wave of an H100, eight blocks a multiprocessor.
+// 8188 elements of float32 make 984 blocks of B = 8, C = 1,000,000: one wave of an H100, eight blocks a multiprocessor.
 inline constexpr Rung kSplit = {256, 32};
 // A row of more chunks has longer ones: each of its blocks reads what all of them found.
 inline constexpr int64_t kMaxChunks = 512;
