@@ -16,8 +16,8 @@ The JSON file is written after every row. Rows that are there, of the same sourc
 again without --again, those that failed neither; what does not fit into --minutes is left for the next call. A stage
 gets little more than it is expected to take until all have had their turn. Every kernel's result is checked against
 float64 before it is timed, and the call counter must say that the row's backend served it. float32 is float32: TF32 is
-off. The steps are compiled by processes beside the stages before them. What pytest and other programs say when they
-fail is in .log files beside the JSON.
+off. The steps are compiled by processes beside the tests, so that their first call may find all in a cache. What
+pytest and other programs say when they fail is in .log files beside the JSON.
 
 How it is timed. Large calls: a CUDA graph of as many calls as it takes to go through four times the L2, each on
 tensors of its own, all outputs kept; the candidates' graphs are replayed in turn, and the median over the rounds
@@ -461,21 +461,30 @@ def warm(name: str, column: str, dry_run: bool = False) -> None:
         steps.step_of(column, model, x, y)()
 
 
-def _warmers() -> list[subprocess.Popen]:
-    """Processes that compile the steps in bfloat16 while other stages run; one after the other it takes minutes."""
+@contextlib.contextmanager
+def _warmers(patience: float) -> Iterator[None]:
+    """Processes that compile the steps in bfloat16 meanwhile, for up to ``patience`` seconds.
+
+    One after the other, as the stage itself would have it, that takes minutes.
+    """
+    until = time.monotonic() + patience
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     pairs = [(name, column) for name in STEPS for column in COMPILED][: max(1, (os.cpu_count() or 1) // 2)]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu", "--warm", name, column],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for name, column in pairs
-    ]
+    processes = []
+    try:
+        for pair in pairs:
+            command = [sys.executable, "-m", "benchmarks.gpu", "--warm", *pair]
+            quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **quiet))
+        yield
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.poll() is None:  # with what it has started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def step_row(name: str, batch: int, amp: torch.dtype | None, columns: Sequence[str], rounds: int) -> Row:
@@ -716,17 +725,6 @@ def _work(stage: str, options: argparse.Namespace) -> None:
         print(json.dumps({"row": row}), flush=True)
 
 
-def _stop(processes: Sequence[subprocess.Popen], patience: float) -> None:
-    """Wait for processes that long, then end them and what they have started."""
-    until = time.monotonic() + min(patience, 60)
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, until - time.monotonic()))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def _run_stage(name: str, options: argparse.Namespace, seconds: float, keep: Callable[[Row], None]) -> str:
     """Run a stage in a process of its own, keeping each row as it comes; how it ended."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", name, "--json", str(options.json)]
@@ -860,16 +858,11 @@ def main() -> int:
         if options.again or stage not in result["stages"] or (stage == "build" and not _built(options)):
             result["stages"][stage] = {"ended": "not begun", "rows": []}
     _write(path, result)
-    warmers: list[subprocess.Popen] = []
     for capped in (True, False):  # every stage has its turn before one takes what is left
         for stage in wanted:
             kept = result["stages"][stage]
             if kept["ended"] in ("whole", "failed"):
                 continue
-            if capped and stage in ("tests", "kernels", "small") and "steps" in wanted and not options.dry_run:
-                warmers = warmers or _warmers()
-            if stage == "steps":
-                _stop(warmers, end - time.monotonic() - 60)
             left, expected = end - time.monotonic(), STAGES[stage][1]
             if left < (1 if options.dry_run else 30):
                 continue
@@ -879,11 +872,13 @@ def main() -> int:
                 rows.append(row)
                 _write(path, result)
 
-            kept["ended"] = _run_stage(stage, options, min(left, 1.5 * expected) if capped else left, keep)
+            # Beside the tests, which are not timed, the steps are compiled.
+            to_come = stage == "tests" and "steps" in wanted and result["stages"]["steps"]["ended"] == "not begun"
+            with _warmers(left / 2) if to_come and not options.dry_run else contextlib.nullcontext():
+                kept["ended"] = _run_stage(stage, options, min(left, 1.5 * expected) if capped else left, keep)
             if kept["ended"] == "whole" and any(row["code"] for row in kept["rows"]):
                 kept["ended"] = "failed"
             _write(path, result)
-    _stop(warmers, 0)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for line in _table(result):
         print(line)

@@ -616,9 +616,7 @@ class _Refusing:
     def __init__(self, mode: str | None, backend: str | Callable) -> None:
         self.inner: Any
         if backend == "inductor":
-            theirs = torch._inductor.config.post_grad_custom_pre_pass is not None
-            options = None if theirs else {"post_grad_custom_pre_pass": MergeProducts()}
-            self.inner = torch._TorchCompileInductorWrapper(mode, options, False)
+            self.inner = torch._TorchCompileInductorWrapper(mode, None, False)
         else:
             self.inner = torch._TorchCompileWrapper(backend, mode, None, False)
 
@@ -629,7 +627,10 @@ class _Refusing:
                 "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
                 "its class with torch._dynamo.allow_in_graph"
             )
-        return self.inner(graph, inputs)
+        if torch._inductor.config.post_grad_custom_pre_pass is not None:  # the user's own: there is room for one
+            return self.inner(graph, inputs)
+        with torch._inductor.config.patch(post_grad_custom_pre_pass=MergeProducts()):
+            return self.inner(graph, inputs)
 
     def __getattr__(self, name: str) -> Any:  # name, configuration, reset
         if name == "inner":

@@ -127,7 +127,7 @@ def softmax_columns(
     if p_ptr is not None:
         pointers, mask, column = part_of_row(f_ptr, row, part, units, stride, ALIGN, BLOCK)
         f = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
-        factor = tl.cast(scale, ACC) / tl.where(tl.abs(m) == float("inf"), float("nan"), s)
+        factor = tl.full((), scale, ACC) / tl.where(tl.abs(m) == float("inf"), float("nan"), s)
         store(p_ptr + row * units * ALIGN + column, exp_difference(f, finite, PRECISE) * factor, mask)
     if part == 0:
         shortfall = s

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -313,18 +313,32 @@ def test_gpu_stage_takes_what_it_started_with_it(tmp_path, monkeypatch):
     assert not status.exists() or "zombie" in status.read_text()
 
 
-def test_gpu_warmers_compile_and_end(tmp_path):
-    """What they compiled is in the cache; one that takes too long is ended with all that it has started."""
+def test_gpu_warmer_compiles(tmp_path):
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--warm", "mlp", "plain"]
     subprocess.run(command, check=True, env={**os.environ, **cache}, cwd=gpu.ROOT)
     assert any(tmp_path.rglob("*.so"))
-    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    slow = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_gpu_warmers_end(interrupted, tmp_path, monkeypatch):
+    """One that takes too long is ended, with all that it has started."""
+    child = tmp_path / "child"
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {child}; wait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(gpu, "STEPS", {"mlp": 8})
     begun = time.monotonic()
-    gpu._stop([slow], 0.5)
-    assert slow.returncode == -signal.SIGKILL
-    assert time.monotonic() - begun < 30
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext(), gpu._warmers(1.0):
+        while not child.exists() or not child.read_text():
+            time.sleep(0.05)
+        if interrupted:
+            raise KeyboardInterrupt
+    assert time.monotonic() - begun < 60
+    time.sleep(0.2)
+    status = Path(f"/proc/{int(child.read_text())}/status")
+    assert not status.exists() or "zombie" in status.read_text()
 
 
 def test_gpu_calls_go_on_where_the_last_one_stopped(tmp_path, monkeypatch, capsys):

@@ -131,7 +131,7 @@ class _Users(CustomGraphPass):
 @pytest.mark.slow
 @pytest.mark.compile
 def test_a_pass_of_the_users_stays(fresh_dynamo):
-    users = _Users()
+    users, objective = _Users(), densreg.RegularizedObjective(_mlp(), 1.0)
     with torch._inductor.config.patch(post_grad_custom_pre_pass=users, force_disable_caches=True):
-        densreg.RegularizedObjective(_mlp(), 1.0)(torch.rand(3, 60, dtype=torch.float64), torch.zeros(3).long())
+        objective(torch.rand(3, 60, dtype=torch.float64), torch.zeros(3).long())
     assert (users.calls, _merges()) == (1, 0)

@@ -115,6 +115,16 @@ def test_rows_that_fill_a_team(dtype, classes, offset):
         assert error(ops.softmax_backward(p, None, target, l, a, u, 0.1), grad) < 2 * bound
 
 
+@pytest.mark.parametrize("classes", [10, 1000, 40_003])
+def test_scale_is_exact_in_float64(classes):
+    logits = torch.randn(2, classes, dtype=torch.float64)
+    y = ops.softmax(logits, scale=0.1)[2]
+    assert error(y, 0.1 * torch.softmax(logits, 1)) < 1e-14
+    u = torch.randn_like(logits)
+    grad = ops.softmax_backward(y, None, None, None, None, u, scale=0.1)
+    assert error(grad, _reference_gradient(logits, None, torch.zeros(2), None, 0.1 * u)) < 1e-13
+
+
 @pytest.mark.parametrize("given_gradients", range(8))
 @BACKWARDS
 def test_backward_takes_any_of_the_gradients(backward, given_gradients):

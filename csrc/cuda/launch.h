@@ -30,7 +30,7 @@ struct Rung {
 
 // The ladder of team sizes: a row is held by the first team that can. Small teams keep all lanes busy at C = 10 to 100
 // and need no barrier. Beyond, a rung for every doubling, so that at most half of a team idles, of 8 to 16 numbers a
-// thread: as Triton's ladder has it, which reached 0.9 to 1.0 of an H200's copy speed at C = 4096, where rungs of four
+// thread: as Triton's ladder has it, which reached 0.6 to 1.0 of an H200's copy speed at C = 4096, where rungs of four
 // times the size reached 0.2 to 0.7. Not measured itself.
 #ifdef DENSREG_CUDA_LADDER  // the tests' emulation, to reach every rung with small rows
 inline constexpr Rung kLadder[] = DENSREG_CUDA_LADDER;
