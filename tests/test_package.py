@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     *("version", "ops", "functional", "paths", "penalty", "attacks", "regularizers", "second_order", "directional"),
-    *("objective", "groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli"),
+    *("merge", "objective", "groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce"),
+    "cli",
 )
 
 
