@@ -64,6 +64,7 @@ LOGITS_BYTES = 64 << 20
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL = tuple((rows, classes) for rows in (128, 256) for classes in (10, 100, 200, 1000))
 SMALL_STEPS = ((128, 10), (256, 1000))
+"""Rows and classes of small calls in eager, and inside of a compiled step, where compiling takes most of the time."""
 STEPS = {"resnet18": 256, "mlp": 1024, "vgg11_bn": 256, "wrn28-10": 64}
 """Models of benchmarks.steps and the batch on a GPU."""
 
@@ -451,14 +452,27 @@ COMPILED = ("objective", "taylor compiled", "plain")
 """Columns of the steps that are compiled, those that take longest first."""
 
 
+def _problem(name: str, batch: int) -> tuple[torch.nn.Module, Tensor, Tensor]:
+    """Model, images and labels of one of benchmarks.steps' cases, on the device."""
+    from benchmarks import steps
+
+    model, x, y = steps._problem(steps.CASES[name]._replace(batch=batch))
+    return model.to(_device()), x.to(_device()), y.to(_device())
+
+
 def warm(name: str, column: str, dry_run: bool = False) -> None:
     """The first call of a compiled step: what it takes to compile is then in inductor's cache on disk."""
     from benchmarks import steps
 
-    model, x, y = steps._problem(steps.CASES[name]._replace(batch=8 if dry_run else STEPS[name]))
-    model, x, y = model.to(_device()), x.to(_device()), y.to(_device())
+    model, x, y = _problem(name, 8 if dry_run else STEPS[name])
     with torch.autocast(_device().type, torch.bfloat16, enabled=not dry_run):
         steps.step_of(column, model, x, y)()
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End a process that leads a session, and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -482,8 +496,8 @@ def _warmers(patience: float) -> Iterator[None]:
                 process.wait(max(0.0, until - time.monotonic()))
     finally:
         for process in processes:
-            if process.poll() is None:  # with what it has started
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                _kill(process)
                 process.wait()
 
 
@@ -493,9 +507,7 @@ def step_row(name: str, batch: int, amp: torch.dtype | None, columns: Sequence[s
 
     from benchmarks import steps
 
-    case = steps.CASES[name]._replace(batch=batch)
-    model, x, y = steps._problem(case)
-    model, x, y = model.to(_device()), x.to(_device()), y.to(_device())
+    model, x, y = _problem(name, batch)
     row: Row = {"model": name, "batch": batch, "amp": None if amp is None else str(amp).split(".")[1]}
     apart = steps.references(model, x, y) if amp is None and batch <= 256 else None
     candidates, errors, memory, first = {}, {}, {}, {}
@@ -524,7 +536,7 @@ def step_row(name: str, batch: int, amp: torch.dtype | None, columns: Sequence[s
     seconds = _time_loops(candidates, 1, rounds)
     over = {column: t / seconds["plain"] for column, t in seconds.items()}
     row |= {"seconds": seconds, "over_plain": over, "memory": memory, "gradient_error": errors, "first_call": first}
-    return {**row, "floors": steps.floors(case)}
+    return {**row, "floors": steps.floors(steps.CASES[name]._replace(batch=batch))}
 
 
 def steps(options: argparse.Namespace) -> Work:
@@ -713,7 +725,6 @@ def _write(path: Path, result: Row) -> None:
 
 def _work(stage: str, options: argparse.Namespace) -> None:
     """The rows of a stage that are not in the file yet, one after the other."""
-    torch.backends.cudnn.allow_tf32 = False
     have = {row["key"] for row in json.loads(options.json.read_text())["stages"][stage]["rows"]}
     for key, measure in STAGES[stage][0](options):
         if key in have:
@@ -738,13 +749,9 @@ def _run_stage(name: str, options: argparse.Namespace, seconds: float, keep: Cal
     assert process.stdout is not None
     late = threading.Event()
 
-    def kill() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
     def out_of_time() -> None:
         late.set()
-        kill()
+        _kill(process)
 
     watchdog = threading.Timer(seconds, out_of_time)
     watchdog.start()
@@ -761,7 +768,7 @@ def _run_stage(name: str, options: argparse.Namespace, seconds: float, keep: Cal
         code = process.wait()
     finally:
         watchdog.cancel()
-        kill()
+        _kill(process)
     if code == 0:
         return "whole"
     ended = "out of time" if late.is_set() else f"exit code {code}"
@@ -834,11 +841,12 @@ def main() -> int:
     parser.add_argument("--worker", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--warm", nargs=2, metavar=("MODEL", "COLUMN"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker or options.warm:  # a process of a call; float32 is float32 in both
+        torch.backends.cudnn.allow_tf32 = False
     if options.worker:
         _work(options.worker, options)
         return 0
     if options.warm:
-        torch.backends.cudnn.allow_tf32 = False
         name, column = options.warm
         warm(name, column, options.dry_run)
         return 0

@@ -18,7 +18,11 @@ aten = torch.ops.aten
 
 
 class MergeProducts(CustomGraphPass):
-    """For ``post_grad_custom_pre_pass`` of ``torch._inductor.config``; counts in Dynamo's counters, "densreg"."""
+    """For ``post_grad_custom_pre_pass`` of ``torch._inductor.config``: changes a graph of aten nodes in place.
+
+    Sums of two-dimensional products of one shape, dtype and device with sizes known at compile time; others stay as
+    they are. What was merged is counted: ``torch._dynamo.utils.counters["densreg"]["products merged"]``.
+    """
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
@@ -57,9 +61,7 @@ def _product(node: Any) -> tuple[Any, bool] | None:
 
 
 def _is_turned(*nodes: Any) -> bool:
-    return all(
-        n.target == aten.t.default or (n.target == aten.permute.default and list(n.args[1]) == [1, 0]) for n in nodes
-    )
+    return all(n.target == aten.permute.default and list(n.args[1]) == [1, 0] for n in nodes)
 
 
 def _worth_it(one: Node, other: Node) -> bool:

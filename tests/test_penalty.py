@@ -144,10 +144,14 @@ def test_float32_is_no_worse_than_torchs_own_expression(path, p):
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_autocast(dtype, path, p):
     """Errors over seeds, ours and those of torch's own expression: rounding in the network is most of both."""
+    # At p = 1 a sign that rounding turns over costs more than all other rounding, in some seeds: over 8 of them the
+    # ratio of the mean errors is anything from 0.3 to 14. So there medians are compared, of more.
+    average, seeds = (statistics.median, 32) if p == 1 else (statistics.mean, 8)
+    wide = [parameter_gradient(*_smooth(torch.float64, seed), torch_penalty(p)) for seed in range(seeds)]
     errors: list[list[float]] = []
     for penalty in (densreg_penalty(p, path), torch_penalty(p)):
         errors.append([])
-        for seed in range(8):
+        for seed in range(seeds):
             model, x = _smooth(seed=seed)
             with torch.autocast("cpu", dtype):
                 logits = model(x)
@@ -155,18 +159,12 @@ def test_autocast(dtype, path, p):
                 value = penalty(logits, x)
             assert value.dtype == torch.float32
             grads = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True, allow_unused=True)
-            errors[-1].append(
-                relative_error(grads, parameter_gradient(*_smooth(torch.float64, seed), torch_penalty(p)))
-            )
+            errors[-1].append(relative_error(grads, wide[seed]))
     ours, torchs = errors
-    assert statistics.mean(ours) < (0.05 if dtype == torch.bfloat16 else 0.03)
-    if p > 1:
-        factor = 2 if path == "stable" else 1.25  # stable: the difference of two rounded scores
-        assert statistics.mean(ours) <= factor * statistics.mean(torchs)
-    elif path != "stable":
-        # A sign that rounding turns over costs more than all other rounding, in one seed or another: over 8 seeds the
-        # ratio of the means is between 0.3 and 14, by chance, that of the medians between 0.6 and 1.3.
-        assert statistics.median(ours) <= 2 * statistics.median(torchs)
+    assert statistics.mean(ours[:8]) < (0.05 if dtype == torch.bfloat16 else 0.03)
+    if (path, p, dtype) != ("stable", 1, torch.float16):  # there 0.004 to 0.013, 6 to 19 times torch's
+        # stable: the difference of two rounded scores
+        assert average(ours) <= (2 if path == "stable" else 1.25) * average(torchs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -45,7 +45,7 @@ def _reference_gradient(logits, target, l, a, u, label_smoothing=0.0, ignore_ind
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 2, 10, 1000, 50_000])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_values(dtype, classes, label_smoothing):
+def test_values(backend, dtype, classes, label_smoothing):
     logits = torch.randn(5, classes, dtype=torch.float64).mul(4).to(dtype)
     target = torch.randint(classes, (5,))
     target[1] = -100
@@ -62,7 +62,8 @@ def test_values(dtype, classes, label_smoothing):
     if dtype in (torch.float32, torch.float64):
         big = expected[2] > torch.finfo(dtype).tiny
         off = [((q.double() - expected[2])[big] / expected[2][big]).abs().max() for q in (p, torch.softmax(logits, 1))]
-        assert off[0] <= max(bound, off[1])  # torch's own, on a GPU: 2.1e-6 where exp's argument is -40
+        # Plain torch rounds f - m, which costs up to 1.9e-6 from 32 on: on an H200 it was off by 2.1e-6.
+        assert off[0] < bound or (backend == "torch" and off[0] <= off[1])
     else:
         assert (p.double() - expected[2]).abs().max() <= 1.01 * HALF_ULP[dtype] * expected[2].max() + 6e-8
 

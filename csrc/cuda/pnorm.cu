@@ -29,7 +29,7 @@ DENSREG_DEVICE double power_of_two_for(double peak) {
 }
 
 // A row's peak, and how its elements are measured against it. The order of the norm is a template's parameter: asked at
-// run time it was a branch for each element, with powf in one of them, and twice the registers.
+// run time it was a branch for each element, with powf in one of them, and more registers.
 template <class A>
 struct Peak {
   A value;
