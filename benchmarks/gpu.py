@@ -464,6 +464,7 @@ def warm(name: str, column: str, dry_run: bool = False) -> None:
     """The first call of a compiled step: what it takes to compile is then in inductor's cache on disk."""
     from benchmarks import steps
 
+    torch.backends.cudnn.allow_tf32 = False  # as in the stage
     model, x, y = _problem(name, 8 if dry_run else STEPS[name])
     with torch.autocast(_device().type, torch.bfloat16, enabled=not dry_run):
         steps.step_of(column, model, x, y)()
@@ -725,6 +726,7 @@ def _write(path: Path, result: Row) -> None:
 
 def _work(stage: str, options: argparse.Namespace) -> None:
     """The rows of a stage that are not in the file yet, one after the other."""
+    torch.backends.cudnn.allow_tf32 = False
     have = {row["key"] for row in json.loads(options.json.read_text())["stages"][stage]["rows"]}
     for key, measure in STAGES[stage][0](options):
         if key in have:
@@ -841,8 +843,6 @@ def main() -> int:
     parser.add_argument("--worker", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--warm", nargs=2, metavar=("MODEL", "COLUMN"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker or options.warm:  # a process of a call; float32 is float32 in both
-        torch.backends.cudnn.allow_tf32 = False
     if options.worker:
         _work(options.worker, options)
         return 0

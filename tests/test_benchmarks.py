@@ -311,7 +311,8 @@ def test_gpu_stage_takes_what_it_started_with_it(tmp_path, monkeypatch):
     assert not status.exists() or "zombie" in status.read_text()
 
 
-def test_gpu_warmer_compiles(fresh_dynamo):
+def test_gpu_warmer_compiles(fresh_dynamo, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # and put back
     gpu.warm("mlp", "plain", dry_run=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
