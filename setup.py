@@ -7,8 +7,9 @@ started, and no GPU.
 
 The extension is optional: DENSREG_EXTENSION=require makes a failure an error with the compiler's words, =skip leaves it
 out, and by default ("auto") a failure is written to densreg/_build_info.json, which densreg repeats when it has to do
-without. DENSREG_CUDA=auto, require or skip says the same of the CUDA kernels alone: by default they are built where
-nvcc is and the installed torch is a CUDA build. TORCH_CUDA_ARCH_LIST names other GPUs than the default ones.
+without. DENSREG_CUDA=auto, require or skip says the same of the CUDA kernels alone. By default they are built for the
+GPUs of this machine, where it has nvcc and the installed torch is a CUDA build; without a GPU they are left out.
+DENSREG_CUDA=require builds them for Ampere, Hopper and Blackwell, and TORCH_CUDA_ARCH_LIST for the GPUs it names.
 """
 
 import json
@@ -34,7 +35,7 @@ SOURCES = ["csrc/register.cpp", "csrc/cpu/softmax.cpp", "csrc/cpu/pnorm.cpp"]
 CUDA_SOURCES = ["csrc/cuda/register.cpp", "csrc/cuda/softmax.cu", "csrc/cuda/pnorm.cu"]
 
 # Ampere, Hopper, Blackwell; the code of the last one as PTX too, which the drivers of later GPUs compile.
-CUDA_TARGETS = "8.0 9.0 10.0+PTX"
+ALL_CUDA_TARGETS = "8.0 9.0 10.0+PTX"
 
 COMPILE = [
     "-std=c++20",
@@ -94,6 +95,26 @@ def cuda_toolkit() -> tuple[str, Path, str]:
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     version = re.search(r"release \S+, V(\S+)", said)
     return nvcc, Path(top[1].strip()).resolve(), version[1] if version else "unknown"
+
+
+def cuda_targets(cuda: str) -> str:
+    """The compute capabilities to build for; raises where nothing asks for one."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if named or cuda == "require":
+        return named or ALL_CUDA_TARGETS
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        listed = ""
+    found = {(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)$", listed, re.MULTILINE)}
+    supported = sorted(each for each in found if each >= (8, 0))
+    if not supported:
+        raise RuntimeError(
+            "no GPU of compute capability 8.0 or later was found when densreg was built; "
+            "DENSREG_CUDA=require builds the CUDA kernels all the same"
+        )
+    return " ".join(f"{major}.{minor}" for major, minor in supported)
 
 
 def find_in(toolkit: Path, name: str) -> Path:
@@ -204,16 +225,15 @@ class BuildExtension(build_ext):
         """Compiles and links; what was built, for _build_info.json. CUDA kernels are left out rather than a failure."""
         torch = torch_folder()
         started = time.time()
-        info = {}
         toolkit = None
         try:
             if cuda == "skip":
                 raise RuntimeError("DENSREG_CUDA=skip when densreg was built")
             if not (torch / "lib" / "libtorch_cuda.so").is_file():
                 raise RuntimeError("the torch that was installed when densreg was built has no CUDA")
+            targets = cuda_targets(cuda)
             toolkit = cuda_toolkit()
-            info = self.compile_and_link(output, torch, toolkit)
-            targets = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_TARGETS
+            info = self.compile_and_link(output, torch, toolkit, targets)
             info["cuda"] = {
                 "nvcc": toolkit[2],
                 "targets": targets,
@@ -224,13 +244,16 @@ class BuildExtension(build_ext):
         except Exception as error:
             if cuda == "require":
                 raise
-            if toolkit is not None:
-                print(f"densreg: the CUDA kernels were not built: {error}", file=sys.stderr)
-            info = self.compile_and_link(output, torch, None)
+            print(f"densreg: CPU kernels alone, without CUDA kernels: {error}", file=sys.stderr)
+            info = self.compile_and_link(output, torch)
             info["cuda_reason"] = str(error)
+        else:
+            print(f"densreg: CPU kernels, and CUDA kernels for {targets}", file=sys.stderr)
         return info
 
-    def compile_and_link(self, output: Path, torch: Path, toolkit: tuple[str, Path, str] | None) -> dict:
+    def compile_and_link(
+        self, output: Path, torch: Path, toolkit: tuple[str, Path, str] | None = None, targets: str = ""
+    ) -> dict:
         folder = Path(self.build_temp).absolute()
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier build left may be of other flags or another torch
         folder.mkdir(parents=True)
@@ -242,7 +265,7 @@ class BuildExtension(build_ext):
             target = str(folder / (source.replace("/", "_") + ".o"))
             if source.endswith(".cu"):
                 nvcc, home, _ = toolkit
-                options = [*CUDA_COMPILE, *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_TARGETS)]
+                options = [*CUDA_COMPILE, *gencode(targets)]
                 if os.environ.get("CXX"):
                     options += ["-ccbin", compiler[0]]
                 first = [nvcc, *options, *include, "-I", str(find_in(home, "cuda_runtime.h"))]

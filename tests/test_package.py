@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from pathlib import Path
 
+import pytest
+import setuptools
 import torch
 
 import densreg
@@ -51,3 +54,33 @@ def test_nothing_lower_imports_anything_higher():
     listed = {p.stem for p in (ROOT / "densreg").glob("*.py")} - {"__init__"}
     listed |= {p.parent.name for p in (ROOT / "densreg").glob("*/__init__.py")}
     assert listed == set(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("listed", "environment", "expected"),
+    [
+        ("9.0\n9.0\n8.6\n", {}, "8.6 9.0"),
+        ("10.0\n7.5\n", {}, "10.0"),
+        ("7.5\n", {}, None),
+        ("[N/A]\n", {}, None),
+        (None, {}, None),
+        (None, {"DENSREG_CUDA": "require"}, "8.0 9.0 10.0+PTX"),
+        ("8.6\n", {"TORCH_CUDA_ARCH_LIST": "12.0"}, "12.0"),
+    ],
+)
+def test_cuda_kernels_are_built_for_the_gpus_that_are_there(listed, environment, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    if listed is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    for variable in ("DENSREG_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in {"PATH": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(variable, value)
+    mode = build["mode_of"]("DENSREG_CUDA")
+    if expected is None:
+        with pytest.raises(RuntimeError, match=r"no GPU of compute capability 8\.0 or later was found"):
+            build["cuda_targets"](mode)
+    else:
+        assert build["cuda_targets"](mode) == expected
