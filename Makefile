@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-fast lint format types second-order bench report bench-compare ci clean
+.PHONY: install test test-fast lint format types second-order bench report bench-compare ci ci-full clean
 
 install: .venv/installed
 
@@ -47,6 +47,9 @@ bench-compare: install
 
 ci:
 	bash .ci/run
+
+ci-full:
+	bash .ci/run --full
 
 clean:
 	rm -rf densreg/_C.so densreg/_build_info.json .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
