@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-fast lint format types second-order bench report bench-compare ci ci-full clean
+.PHONY: install test test-fast lint format types docs second-order bench report bench-compare ci ci-full clean
 
 install: .venv/installed
 
@@ -29,6 +29,10 @@ format: install
 types: install
 	$(BIN)/mypy
 
+# The pages and the API reference, in site/; a warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 second-order: install
 	$(BIN)/python -m benchmarks.second_order
 
@@ -52,4 +56,4 @@ ci-full:
 	bash .ci/run --full
 
 clean:
-	rm -rf densreg/_C.so densreg/_build_info.json .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf densreg/_C.so densreg/_build_info.json .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -94,8 +94,8 @@ def density_loss(
         ``(loss, cross_entropy, penalty)``, scalars; float32 (float64 for float64).
 
     Raises:
-        As :func:`density_penalty`; ValueError for a negative or NaN ``coeff`` (a tensor's value is not read: that
-        would synchronise with the device).
+        ValueError: a negative or NaN ``coeff`` (a tensor's value is not read: that would synchronise with the device).
+        TypeError, ValueError, RuntimeError: as :func:`density_penalty`.
     """
     _check_coeff(coeff)
     p = functional.check_order(p)

@@ -293,7 +293,7 @@ def check_model(model: nn.Module, *example: Tensor) -> list[Finding]:
         One :class:`Finding` for each such layer; an empty list if there is none.
 
     Raises:
-        whatever the model itself raises on the example.
+        Exception: whatever the model itself raises on the example.
     """
     model = copy.deepcopy(getattr(model, "_orig_mod", model))
     calls: dict[nn.Module, tuple[tuple, dict]] = {}

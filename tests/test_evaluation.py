@@ -115,13 +115,6 @@ def test_metrics_have_one_shape(name):
         assert callable(getattr(sys.modules[function.__module__], METRICS[name].draw))
 
 
-def test_registry_against_readme():
-    from pathlib import Path
-
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert all(f"| `{name}` |" in readme for name in METRICS)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # options as text
 
