@@ -1,6 +1,6 @@
 """Image data sets, and loaders that give whole batches.
 
-Images are uint8 and become float32 in [0, 1] in a batch; normalisation belongs to the model, so that the score and its
+Images are 0 to 255 and become float32 in [0, 1] in a batch; normalisation is the model's, so that the score and its
 norm are taken in pixels. What is random in a batch follows from (seed, epoch, number of the batch) alone: a run that is
 resumed in the middle of an epoch skips to its batch, and workers change nothing.
 """
@@ -8,6 +8,7 @@ resumed in the middle of an epoch skips to its batch, and workers change nothing
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ class DataError(ValueError):
 
 
 class Files:
-    """Image files, read when a batch wants them; indexed like a uint8 tensor [N, 3, H, W].
+    """Image files, read when a batch wants them; indexed like a tensor [N, 3, H, W] in 0 to 255, of :func:`read_image`.
 
     Args:
         size: (H, W). A file of another size is an error, or scaled and cropped in the middle where ``fit`` is set.
@@ -61,18 +62,56 @@ class Files:
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as [3, H, W] uint8.
+    """An image file as [3, H, W] in 0 to 255: uint8, or float32 where it is grey with more than 8 bits.
+
+    It is turned as its EXIF orientation says, and what is transparent lies on white. 16 bits are scaled by their full
+    range, so that 65535 is white, and floats are taken to be in [0, 1]. Pillow's reading holds for the rest: the first
+    of several pages, the upper 8 bits of 16-bit colour, colour profiles are not applied.
 
     Raises:
-        DataError: the file is absent, damaged or no image.
+        DataError: the file is absent, damaged or no image, or which of its values is white is not known.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
-            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+            file.filename = ""  # or Pillow maps the file into memory, with height and width exchanged where a TIFF lies
+            ImageOps.exif_transpose(file, in_place=True)
+            if getattr(file, "tag_v2", {}).get(_SAMPLE_FORMAT, (1,))[0] == 2:
+                raise ValueError(f"it holds signed integers; {_EXPECTED}")
+            if file.mode.startswith(("I", "F")):
+                return torch.from_numpy(_deep_grey(file)).expand(3, -1, -1)
+            image: Image.Image = file
+            if file.has_transparency_data:
+                image = Image.new("RGB", file.size, "white")
+                colours = (file.convert("LA") if file.mode == "La" else file).convert("RGBA")
+                image.paste(colours, mask=colours)
+            image = image if image.mode == "RGB" else image.convert("RGB")
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:  # Pillow raises all sorts for damaged files
         raise DataError(f"cannot read the image {path}: {first_line(error)}") from error
+
+
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+_EXPECTED = "expected 8 or 16 bits without a sign, or floats in [0, 1]"
+
+
+def _deep_grey(file: Any) -> np.ndarray:
+    """A Pillow image of one channel of more than 8 bits as [H, W] float32 in 0 to 255; raises ValueError."""
+    tags, values = getattr(file, "tag_v2", {}), np.asarray(file).astype(np.float64)
+    if file.mode == "F":
+        white, low, high = 1, values.min(), values.max()
+        if not (low >= 0 and high <= 1):  # nor NaN
+            raise ValueError(f"it holds floats from {low:g} to {high:g}; {_EXPECTED}")
+    elif file.mode.startswith("I;16") or file.format in ("PNG", "PPM"):  # which some Pillows read to 32 bits
+        white = 2 ** tags.get(_BITS, (16,))[0] - 1
+    else:
+        raise ValueError(f"it holds integers of 32 bits; {_EXPECTED}")
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow minds with 8 bits only
+        values = white - values
+    if "transparency" in file.info:
+        values[values == file.info["transparency"]] = white
+    return (values * (255 / white)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -80,7 +119,7 @@ class Split:
     """One split of a data set.
 
     Attributes:
-        images: [N, channels, H, W] uint8, in memory or in files.
+        images: [N, channels, H, W] in 0 to 255, uint8 in memory, or in files.
         labels: [N] int64.
         transform: from a float batch in [0, 1] and a random generator to what the model sees.
         groups: [N] int64, where the data set has groups.
@@ -456,10 +495,43 @@ def _image_files(folder: Path) -> list[Path]:
 
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; wanted a folder with the images of a class")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    files = sorted(file for file in _files(folder, folder.resolve().parents) if file.suffix.lower() in IMG_EXTENSIONS)
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
     return files
+
+
+def _files(folder: Path, above: Sequence[Path]) -> Iterator[Path]:
+    """The files below a folder, in linked folders too; hidden ones are left out."""
+    here = folder.resolve()
+    if here in above:
+        raise DataError(f"{folder} is a link to a folder that it lies in, {here}; remove the link")
+    for entry in _visible(folder):
+        if entry.is_dir():
+            yield from _files(folder / entry.name, [*above, here])
+        else:
+            yield folder / entry.name
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds but for what systems and editors put there; raises DataError for a link to nothing."""
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not entry.name.startswith(".") and entry.name not in _NOT_DATA]
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
+    for entry in entries:
+        if entry.is_symlink() and not Path(entry).exists():
+            raise DataError(f"{entry.path} is a link to {Path(entry).readlink()}, which is not there")
+    return entries
+
+
+_NOT_DATA = ("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN")
+
+
+def _classes(folder: Path) -> list[str]:
+    """The names of a folder's folders."""
+    return sorted(entry.name for entry in _visible(folder) if entry.is_dir())
 
 
 _TINY_CLASSES, _TINY_TRAIN, _TINY_VAL = 200, 100_000, 10_000
@@ -510,11 +582,11 @@ def _folder(request: _Request) -> DataSet:
     held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if held_out is None or not (root / "train").is_dir():
         raise DataError(f"{root} has no folders train and val (or test); wanted both, with a folder for each class")
-    names = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    names = _classes(root / "train")
     if not names:
         raise DataError(f"{root / 'train'} is empty; wanted a folder for each class")
     label_of = {name: label for label, name in enumerate(names)}
-    held_out_names = sorted(path.name for path in held_out.iterdir() if path.is_dir())
+    held_out_names = _classes(held_out)
     unknown = [name for name in held_out_names if name not in label_of]
     if unknown or not held_out_names:
         what = f"the class {unknown[0]!r}, which {root / 'train'} lacks" if unknown else "no classes"

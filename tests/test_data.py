@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -556,3 +558,255 @@ def test_celeba_errors(celeba_dir, file, change, message):
     table.unlink()
     with pytest.raises(data.DataError, match=rf"cannot read .*{file}: No such file"):
         data.load("celeba-hair", celeba_dir)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what image files hold
+
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(8, 32)
+"""Greys of 16 bits, and in steps of 257 those of 8 bits: 0 to 255."""
+
+
+def _retag(path, **tags):
+    """Change tags of a TIFF, SHORT or LONG, from one value to another."""
+    content = path.read_bytes()
+    for tag, (old, new) in tags.items():
+        found = [entry for kind in (3, 4) if (entry := struct.pack("<HHIH", int(tag[1:]), kind, 1, old)) in content]
+        assert len(found) == 1
+        content = content.replace(found[0], found[0][:8] + struct.pack("<H", new))
+    path.write_bytes(content)
+
+
+def _twelve_bits(path):
+    """8 pixels of 12 bits are the bytes of 6 of 16."""
+    numbers = [0, 1, 255, 256, 2047, 2048, 4094, 4095]
+    packed = int("".join(f"{number:03x}" for number in numbers), 16).to_bytes(12, "big")
+    Image.frombytes("I;16", (6, 1), packed).save(path)
+    _retag(path, t256=(6, 8), t258=(16, 12))
+    return np.array([numbers]) / 4095
+
+
+def _saved(path, array, mode=None, **options):
+    image = Image.fromarray(array) if mode is None else Image.frombytes(mode, array.shape[::-1], array.tobytes())
+    image.save(path, **options)
+    return array / 65535 if array.dtype.kind == "u" else array
+
+
+def _white_is_zero(path):
+    _saved(path, RAMP)
+    _retag(path, t262=(1, 0))
+    return 1 - RAMP / 65535
+
+
+def _transparent(path):
+    wanted = _saved(path, RAMP, transparency=int(RAMP[1, 1]))
+    wanted[1, 1] = 1
+    return wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("16.png", lambda path: _saved(path, RAMP)),
+        ("16-fine.png", lambda path: _saved(path, np.arange(256, dtype=np.uint16).reshape(8, 32) + 30000)),
+        ("16.pgm", lambda path: _saved(path, RAMP)),
+        ("16.tif", lambda path: _saved(path, RAMP)),
+        ("16-packed.tif", lambda path: _saved(path, RAMP, compression="tiff_lzw")),
+        ("16-big-endian.tif", lambda path: _saved(path, RAMP.astype(">u2"), "I;16B")),
+        ("16-white-is-zero.tif", _white_is_zero),
+        ("16-transparent.png", _transparent),
+        ("12.tif", _twelve_bits),
+        ("float.tif", lambda path: _saved(path, (RAMP / 65535).astype(np.float32))),
+    ],
+)
+def test_grey_of_more_than_8_bits_keeps_its_values(tmp_path, name, write):
+    wanted = torch.from_numpy(np.asarray(write(tmp_path / name), np.float64))
+    image = data.read_image(tmp_path / name)
+    assert image.shape == (3, *wanted.shape)
+    batch, _ = data.Split(data.Files([tmp_path / name], wanted.shape), torch.zeros(1)).batch(torch.arange(1), None)
+    assert 0 <= batch.min() <= batch.max() <= 1
+    torch.testing.assert_close(batch[0].double(), wanted.expand(3, -1, -1), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("array", "tags", "message"),
+    [
+        (RAMP.astype(np.int32), {}, "it holds signed integers"),
+        (RAMP.astype(np.int32), {"t339": (2, 1)}, "it holds integers of 32 bits"),
+        (RAMP.astype(np.uint8), {"t339": (1, 2)}, "it holds signed integers"),
+        (RAMP.astype(np.float32), {}, "it holds floats from 0 to 65535"),
+        (RAMP.astype(np.float32) / 65535 - 0.25, {}, r"it holds floats from -0\.25 to 0\.75"),
+        (np.full((2, 2), np.nan, np.float32), {}, "it holds floats from nan to nan"),
+    ],
+)
+def test_greys_of_which_white_is_not_known_are_refused(tmp_path, array, tags, message):
+    path = tmp_path / "image.tif"
+    Image.fromarray(array).save(path, **({"tiffinfo": {339: 1}} if array.dtype == np.uint8 else {}))
+    _retag(path, **tags)
+    with pytest.raises(data.DataError) as caught:
+        data.read_image(path)
+    expected = "expected 8 or 16 bits without a sign, or floats in [0, 1]"
+    assert re.fullmatch(
+        rf"cannot read the image {re.escape(str(path))}: {message}; {re.escape(expected)}", str(caught.value)
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["1.png", "L.png", "L.jpg", "P.png", "RGB.png", "RGB.jpg", "CMYK.jpg", "YCbCr.tif", "LAB.tif"]
+)
+def test_8_bits_are_read_as_pillow_reads_them(tmp_path, name):
+    mode, path = name.split(".")[0], tmp_path / name
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 12, 3), np.uint8))
+    (image if mode == "RGB" else image.convert(mode)).save(path)
+    with Image.open(path) as file:
+        assert file.mode == mode
+        wanted = np.array(file.convert("RGB"))
+    given = data.read_image(path)
+    assert given.dtype == torch.uint8
+    assert np.array_equal(given.permute(1, 2, 0), wanted)
+
+
+def _palette(alpha):
+    image = Image.new("P", (3, 1))
+    image.putpalette([200, 100, 40] * 3)
+    image.putdata([0, 1, 2])
+    return image, {"transparency": bytes(alpha)}
+
+
+def _premultiplied(path):
+    Image.merge("LA", [Image.new("L", (3, 1), 0), _alpha()]).save(path)
+    _retag(path, t338=(2, 1))
+
+
+def _alpha():
+    return Image.frombytes("L", (3, 1), bytes([0, 51, 255]))
+
+
+def _with_alpha(mode):
+    bands = [Image.new("L", (3, 1), value) for value in ((200, 100, 40) if mode == "RGBA" else (200,))]
+    return Image.merge(mode, [*bands, _alpha()])
+
+
+@pytest.mark.parametrize("name", ["RGBA.png", "RGBA.tif", "LA.png", "LA.tif", "PA.tif", "P.png", "La.tif"])
+def test_what_is_transparent_lies_on_white(tmp_path, name):
+    """Of an opacity of 0, a fifth and 1; with a colour below that the opacity of 0 hides."""
+    mode, path = name.split(".")[0], tmp_path / name
+    colour = {"LA": (200, 200, 200), "La": (0, 0, 0)}.get(mode, (200, 100, 40))
+    if mode == "La":
+        _premultiplied(path)
+    elif mode == "P":
+        image, options = _palette([0, 51, 255])
+        image.save(path, **options)
+    elif mode == "PA":
+        image = _palette([])[0].convert("PA")
+        image.putalpha(_alpha())
+        image.save(path)
+    else:
+        _with_alpha(mode).save(path)
+    with Image.open(path) as file:
+        assert file.mode == mode
+    wanted = [[255, 204 + round(c / 5), c] for c in colour]
+    assert data.read_image(path)[:, 0].tolist() == wanted
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_transparent_colour_lies_on_white(tmp_path, mode):
+    image = Image.new(mode, (2, 1), 0)
+    image.putpixel((1, 0), 7 if mode == "L" else (7, 7, 7))
+    image.save(tmp_path / "image.png", transparency=7 if mode == "L" else (7, 7, 7))
+    assert data.read_image(tmp_path / "image.png")[:, 0].tolist() == [[0, 255]] * 3
+
+
+@pytest.mark.parametrize("name", ["RGB.jpg", "RGB.png", "RGB.webp", "RGB.tif", "L.tif", "I;16.tif", "I;16.png"])
+def test_images_are_turned_as_exif_says(tmp_path, name):
+    mode, path = name.split(".")[0], tmp_path / name
+    upright = np.zeros((32, 48), np.uint16 if mode == "I;16" else np.uint8)
+    upright[:8, :8], upright[:8, 8:16] = (51400, 25700) if mode == "I;16" else (200, 100)
+    wanted = torch.from_numpy(upright / (257.0 if mode == "I;16" else 1.0)).float()
+    turn = Image.Transpose
+    stored = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE]
+    stored += [turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270]
+    for orientation, method in enumerate(stored, 1):
+        image = Image.fromarray(upright).convert("RGB") if mode == "RGB" else Image.fromarray(upright)
+        image = image if method is None else image.transpose(method)
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        image.save(path, exif=exif, **({"lossless": True} if path.suffix == ".webp" else {}))
+        given = data.read_image(path).float()
+        assert given.shape == (3, 32, 48), orientation
+        atol = 3 if path.suffix == ".jpg" else 1e-4
+        torch.testing.assert_close(given, wanted.expand(3, -1, -1), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["folder", "tiny-imagenet", "waterbirds", "celeba-hair"])
+def test_every_data_set_of_files_reads_16_bits(name, request):
+    """One image of the first batch among those of 8 bits, scaled and cropped where the data set does so."""
+    fixture = {"folder": "image_folder", "tiny-imagenet": "tiny_dir", "waterbirds": "waterbirds_dir"}
+    folder = request.getfixturevalue(fixture.get(name, "celeba_dir"))
+    split = data.load(name, folder, augment=False).train
+    path = split.images.paths[1]
+    before, _ = split.batch(torch.arange(3), torch.Generator())
+    with Image.open(path) as file:
+        size = file.size
+    Image.new("I;16", size, 30001).save(path, format="PNG")
+    after, _ = split.batch(torch.arange(3), torch.Generator())
+    torch.testing.assert_close(after[1], torch.full_like(after[1], 30001 / 65535), rtol=0, atol=1e-6)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(image_folder):
+    wanted = data.load("folder", image_folder)
+    for place in ("train", "train/cat", "test", "test/dog/deeper"):
+        for name in (".ipynb_checkpoints", ".git", "@eaDir", "__MACOSX"):
+            _write_image(image_folder / place / name / "cat" / "a.png")
+            (image_folder / place / name / "b.png").write_bytes(b"no image")
+    (image_folder / "train" / "emu" / "._0.png").write_bytes(b"a Mac's")
+    given = data.load("folder", image_folder)
+    assert (given.classes, given.train.images.paths) == (3, wanted.train.images.paths)
+    assert given.test.images.paths == wanted.test.images.paths
+    assert torch.equal(given.train.labels, wanted.train.labels)
+
+
+def test_a_data_directory_may_be_hidden_itself(image_folder):
+    hidden = image_folder / ".cache" / "train"
+    hidden.parent.mkdir()
+    (image_folder / "train").rename(hidden)
+    (image_folder / "test").rename(hidden.with_name("test"))
+    assert len(data.load("folder", hidden.parent).train) == 6
+
+
+def test_linked_folders_are_followed(image_folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    _write_image(elsewhere / "more" / "deeper" / "2.png", (20, 24), 7)
+    cat = image_folder / "train" / "cat"
+    (cat / "linked").symlink_to(elsewhere / "more")
+    (image_folder / "train" / "emu").rename(elsewhere / "emu")
+    (image_folder / "train" / "emu").symlink_to(elsewhere / "emu")
+    given = data.load("folder", image_folder).train
+    assert len(given) == 7
+    assert cat / "linked" / "deeper" / "2.png" in given.images.paths
+    assert given.labels.bincount().tolist() == [3, 2, 2]
+
+    (cat / "again").symlink_to(image_folder / "train")
+    with pytest.raises(
+        data.DataError, match=r"cat.again is a link to a folder that it lies in, .*train; remove the link"
+    ):
+        data.load("folder", image_folder)
+    (cat / "again").unlink()
+    (elsewhere / "more" / "deeper" / "round").symlink_to(elsewhere / "more")
+    with pytest.raises(data.DataError, match=r"deeper.round is a link to a folder that it lies in, .*more; remove"):
+        data.load("folder", image_folder)
+    (elsewhere / "more").rename(elsewhere / "moved")
+    with pytest.raises(data.DataError, match=r"cat.linked is a link to .*elsewhere.*more, which is not there"):
+        data.load("folder", image_folder)
+
+
+def test_a_folder_that_cannot_be_read_is_named(image_folder, monkeypatch):
+    def scandir(folder, real=os.scandir):
+        if Path(folder).name == "dog":
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(data.DataError, match=r"cannot read the folder .*train.dog: Permission denied"):
+        data.load("folder", image_folder)
