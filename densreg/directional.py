@@ -349,7 +349,7 @@ def first_order_gradients(
         ValueError: reentrant checkpoints, and a leaf with a post-accumulate-grad hook.
     """
     # autograd.grad would not say so: weights inside of such a checkpoint simply look unused.
-    if "CheckpointFunctionBackward" not in paths.graph_nodes([output]):
+    if all(node.name() != "CheckpointFunctionBackward" for node in paths.graph_nodes([output])):
         try:
             return list(torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True))
         except torch.utils.checkpoint.CheckpointError as error:

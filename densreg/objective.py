@@ -14,6 +14,7 @@ import torch.fx.traceback
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from densreg import directional, functional, ops, paths, regularizers
 from densreg.merge import MergeProducts
@@ -382,6 +383,8 @@ class RegularizedObjective(nn.Module):
         if penalized and getattr(self.regularizer, "differences", False):
             _check_no_dropout(self.model, self.regularizer.name)
         factor, scale = self._scales(xs, loss_scale, coeff)
+        if self.compiled:
+            target = tree_map_only(Tensor, _plain, target)
         *shown, gradients = self._run(xs, target, coeff, scale, penalized)
         if penalized and isinstance(self.regularizer, Hessian) and not self._nonzero:
             if shown[3] == 0:
@@ -475,6 +478,12 @@ class RegularizedObjective(nn.Module):
             except torch._dynamo.exc.TorchDynamoException as error:
                 failure = error
         self._raise_what_eager_raises(step, *args, **kwargs)
+        for name, t in (*self.named_parameters(), *self.named_buffers()):
+            if type(t) not in (Tensor, nn.Parameter, nn.Buffer):
+                raise RuntimeError(
+                    f"the training step could not be compiled: {name} is a {type(t).__name__}, a subclass of Tensor, "
+                    "expected a plain one (above in full). compile=False runs it in eager, where there is no error"
+                ) from failure
         lines = (str(failure).strip() or type(failure).__name__).splitlines()
         reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
         raise RuntimeError(
@@ -694,7 +703,15 @@ def _check_x(x: Inputs) -> tuple[Tensor, ...]:
             raise TypeError(f"x must be floating point to have a score, got {t.dtype}")
         if t.ndim < 2 or len(t) != len(xs[0]):
             raise ValueError(f"x must have shape [B, ...], got {[list(t.shape) for t in xs]}")
-    return xs
+    return tuple(_plain(t) for t in xs)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """The same memory as no subclass, which torch.compile may not take; one that is more than its memory stays."""
+    if type(t) is Tensor or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return t
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.as_subclass(Tensor)
 
 
 def _check_no_dropout(model: nn.Module, regularizer: str) -> None:

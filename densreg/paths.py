@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ _COMPILED_MODEL = (
 _NOT_TWICE = (
     "the score cannot be differentiated again, so the penalty would train nothing, or not all of the model: the "
     "backward of some layer (a custom autograd.Function?) runs outside autograd or is once_differentiable"
+)
+_SHARDED = (
+    "the logits come from {}, which loses gradients of gradients without an error: give densreg the bare model, or "
+    "train with DistributedDataParallel(RegularizedObjective(model, ...))"
 )
 _COMPILED_STEP = (
     "densreg inside torch.compile needs Dynamo to trace torch.autograd.grad. Call the compiled step under "
@@ -68,6 +72,10 @@ def _compiling() -> bool:
     return True
 
 
+def _is_dtensor(t: Tensor) -> bool:
+    return type(t).__name__ == "DTensor"  # torch.distributed is not in every build
+
+
 def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
     """The inputs as a tuple; raises where the score of logits in x cannot be taken and differentiated again."""
     functional.check_logits(logits)
@@ -76,6 +84,9 @@ def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
         raise TypeError(f"x must be a tensor or a non-empty sequence of tensors, got {x!r:.80}")
     for i, xi in enumerate(xs):
         name = "x" if isinstance(x, Tensor) else f"x[{i}]"
+        if _is_dtensor(xi) or _is_dtensor(logits):
+            given = name if _is_dtensor(xi) else "logits"
+            raise TypeError(f"{given} must be a plain tensor, got a DTensor: pass logits.full_tensor() and a plain x")
         if not xi.is_floating_point():
             raise TypeError(f"{name} must be floating point to have a score, got {xi.dtype}")
         if xi.ndim < 2 or xi.shape[0] != logits.shape[0]:
@@ -112,34 +123,55 @@ def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float 
     return tuple(grad.to(ops.accumulation_dtype(grad.dtype)) / scale if scale != 1 else grad for grad in grads)
 
 
-def graph_nodes(outputs: Sequence[Tensor]) -> Iterator[str]:
-    """The names of the nodes in the autograd graph of tensors that require grad, each node once."""
+def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Iterator[Any]:
+    """The nodes in the autograd graph of tensors that require grad, each once, from the outputs back to the inputs."""
     nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen = set(nodes)
+    seen = {*nodes, *(t.grad_fn for t in inputs)}
     while nodes:
         node = nodes.pop()
-        yield node.name()
+        yield node
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 nodes.append(child)
 
 
-def check_score(score: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The score; raises RuntimeError where it cannot be differentiated again, or only in part.
+def _sharding(node: Any, name: str) -> str | None:
+    """Whose node of the graph this is, where it is one of a wrapper that loses gradients of gradients."""
+    if name == "RegisterPostBackwardFunctionBackward":
+        return "a model that is sharded (FSDP2, fully_shard)"
+    if name == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
+        return "DistributedDataParallel(static_graph=True)"
+    if name == "torch::autograd::AccumulateGrad":
+        if getattr(node.variable, "_is_flat_param", False):
+            return "a model that is sharded (FSDP1)"
+        if any(not placement.is_replicate() for placement in getattr(node.variable, "placements", ())):
+            return "a model whose weights are sharded DTensors"
+    return None
+
+
+def check_score(score: tuple[Tensor, ...], outputs: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The score of outputs in x; raises RuntimeError where it cannot be differentiated again, or only in part.
 
     Looks through its graph: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
-    ``backward(inputs=...)``) stops at a node that cannot be differentiated.
+    ``backward(inputs=...)``) stops at a node that cannot be differentiated. And through that of the outputs, of which a
+    sharded model's is not part of the score's.
     """
-    if not all(g.requires_grad for g in score):
-        raise RuntimeError(_NOT_TWICE)
     if _compiling():
+        if not all(g.requires_grad for g in score):
+            raise RuntimeError(_NOT_TWICE)
         return score
-    for name in graph_nodes(score):
+    for node in graph_nodes([*score, outputs], x):
+        name = node.name()
+        whose = _sharding(node, name)
+        if whose is not None:
+            raise RuntimeError(_SHARDED.format(whose))
         if name == "CompiledFunctionBackwardBackward":
             raise RuntimeError(_COMPILED_MODEL)
         if name == "torch::autograd::Error":
             raise RuntimeError(_NOT_TWICE)
+    if not all(g.requires_grad for g in score):
+        raise RuntimeError(_NOT_TWICE)
     return score
 
 
@@ -250,7 +282,8 @@ def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor 
     """
     xs = check_inputs(logits, x)
     check_path(path)
-    score = check_score(PATHS[path](logits, xs, _random_class(logits, k) if path in ("stable", "taylor") else None))
+    classes = _random_class(logits, k) if path in ("stable", "taylor") else None
+    score = check_score(PATHS[path](logits, xs, classes), logits, xs)
     return score[0] if isinstance(x, Tensor) else score
 
 

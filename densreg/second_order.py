@@ -46,7 +46,9 @@ def _wanted(tensor: Tensor | None) -> bool:
     if tensor is None or not tensor.requires_grad:
         return False
     try:
-        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(tensor).node)
+        with torch._C.DisableTorchFunctionSubclass():  # a subclass would be given the edge of a view of it
+            edge = torch.autograd.graph.get_gradient_edge(tensor)
+        return torch._C._will_engine_execute_node(edge.node)
     except RuntimeError:  # a leaf whose gradient autograd.grad was asked for
         return True
 

@@ -120,6 +120,77 @@ def test_sharded_models_are_refused(tmp_path):
     assert done.stdout == "refused\n", done.stderr[-3000:]
 
 
+FUNCTIONS = """
+import os, sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel as DDP
+sys.path[:0] = [{root!r}, {tests!r}]
+import densreg
+from test_distributed import batches, network
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+(x, y), *_ = batches()
+
+def gradients(model, encoder=None):
+    leaf = x.clone().requires_grad_()
+    given = leaf if encoder is None else encoder(leaf)
+    logits = model(given)
+    densreg.density_penalty(logits, given).backward()
+    return [None if w.grad is None else w.grad.clone() for w in model.parameters()]
+
+def sharded(part=False):
+    model = network()
+    inner = fully_shard(model[3] if part else model)
+    inner.set_reshard_after_backward(False)
+    return model
+
+def parallel():
+    model = nn.Sequential(network(), nn.Linear(5, 4).double(), nn.Linear(4, 5).double())
+    return parallelize_module(model, mesh, {{"1": ColwiseParallel(), "2": RowwiseParallel()}})
+
+def refused(kind, message, function):
+    try:
+        given = function()
+    except kind as error:
+        assert message in str(error), error
+    else:
+        raise SystemExit(f"no error: {{message}}, {{given}}")
+
+refused(RuntimeError, "sharded (FSDP2, fully_shard)", lambda: gradients(sharded()))
+refused(RuntimeError, "sharded (FSDP2, fully_shard)", lambda: gradients(sharded(part=True)))
+refused(RuntimeError, "sharded (FSDP2, fully_shard)", lambda: densreg.density_loss(
+    sharded()(x.requires_grad_()), y, x, 0.1))
+refused(RuntimeError, "sharded (FSDP1)", lambda: gradients(
+    FullyShardedDataParallel(network(), device_id=torch.device("cpu"))))
+refused(RuntimeError, "weights are sharded DTensors", lambda: gradients(parallel()))
+refused(RuntimeError, "static_graph=True", lambda: gradients(DDP(network(), static_graph=True)))
+plain = distribute_tensor(x.detach(), mesh, [Replicate()])
+refused(TypeError, "x must be a plain tensor, got a DTensor", lambda: densreg.density_penalty(
+    network()(x), plain.requires_grad_()))
+# What is right stays: a wrapper without sharding, and a sharded part that is before x.
+expected = gradients(network())
+for model, encoder in ((DDP(network()), None), (DDP(network(), find_unused_parameters=True), None),
+                       (network(), fully_shard(nn.Identity()))):
+    for a, b in zip(gradients(model, encoder), expected, strict=True):
+        torch.testing.assert_close(a, b)
+assert max(g.abs().max() for g in expected if g is not None) > 1e-3
+print("refused", flush=True)
+os._exit(0)  # as above
+"""
+
+
+def test_functions_refuse_what_loses_gradients(tmp_path):
+    script = tmp_path / "functions.py"
+    script.write_text(FUNCTIONS.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr[-3000:]
+
+
 def test_densreg_train_and_resume(tmp_path):
     def command(out: str, *more: str) -> list[str]:
         options = ["--train-size", "256", "--test-size", "50", "--batch-size", "32", "--epochs", "2", "--threads", "1"]

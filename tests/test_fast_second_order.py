@@ -268,6 +268,31 @@ def test_autocast(dtype):
     assert run(True)[0].dtype == dtype
 
 
+class _Sub(Tensor):
+    """As loaders and frameworks hand out."""
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "bias"])
+def test_tensor_subclasses(which):
+    """A residual net, whose gradient in x is wrong, not missing, where the convolution's part of it is lost."""
+    conv = nn.Conv2d(2, 2, 3, padding=1).double()
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    tensors = {"input": x, "weight": conv.weight.detach(), "bias": conv.bias.detach()}
+
+    def gradients(kind, context):
+        input, weight, bias = (
+            (t.clone().as_subclass(kind) if name == which else t.clone()).detach().requires_grad_()
+            for name, t in tensors.items()
+        )
+        with context:
+            y = input + F.conv2d(input, weight, bias, padding=1).tanh()
+            (g,) = torch.autograd.grad(y.square().sum(), input, create_graph=True)
+            return [t.as_subclass(Tensor) for t in torch.autograd.grad(g.square().sum(), (input, weight, bias))]
+
+    for ours, torchs in zip(gradients(_Sub, fast_second_order()), gradients(Tensor, torch.enable_grad()), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+
+
 def test_torch_func_gets_torchs_own():
     conv = nn.Conv2d(2, 3, 3).double()
     x = torch.randn(2, 2, 5, 5, dtype=torch.float64)

@@ -821,3 +821,46 @@ def test_inside_the_users_torch_compile(fresh_dynamo):
     objective = RegularizedObjective(model, 0.5, compile=False)
     with pytest.raises(Exception, match=r"call it outside of torch\.compile"):
         torch.compile(objective, backend="aot_eager", fullgraph=True)(x.detach(), Y)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# tensor subclasses
+
+
+class _Sub(Tensor):
+    """As loaders and frameworks hand out."""
+
+
+class _Residual(nn.Module):
+    """A part of its score does not go through the convolution, so that the other part would not be missed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.head((x + self.conv(x).tanh()).flatten(1))
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize("kind", ["subclass", "tv_tensor"])
+def test_a_subclass_as_input_and_target(kind, compiler, fresh_dynamo):
+    model = _Residual().double()
+    twin, x = copy.deepcopy(model), torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    _, expected = by_autograd(twin, x, Y, 1.0, criterion=nothing)
+    given = x.as_subclass(_Sub) if kind == "subclass" else pytest.importorskip("torchvision.tv_tensors").Image(x)
+    out = objective_of(model, compiler, 1.0, criterion=nothing)(given, Y.as_subclass(_Sub))
+    out.loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
+    assert type(out.logits) is Tensor
+
+
+def test_subclasses_in_the_model(fresh_dynamo):
+    model = _Residual().double()
+    twin, x = copy.deepcopy(model), torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    _, expected = by_autograd(twin, x, Y, 1.0, criterion=nothing)
+    model.conv.weight = nn.Parameter(model.conv.weight.detach().as_subclass(_Sub))
+    objective_of(model, None, 1.0, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
+    with pytest.raises(RuntimeError, match=r"model\.conv\.weight is a _Sub, a subclass of Tensor.*compile=False"):
+        objective_of(model, "aot_eager")(x, Y)
