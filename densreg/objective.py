@@ -341,6 +341,8 @@ class RegularizedObjective(nn.Module):
         """Whether one read of the logits gives cross-entropy and penalty."""
         return self.regularizer == Density(self.p) and self.criterion is None
 
+    # Inside of a torch.compile'd function it is left to itself; with fullgraph=True that is an error with this reason.
+    @torch.compiler.disable(reason="RegularizedObjective compiles its own step: call it outside of torch.compile")
     def forward(self, x: Inputs, target: Any, loss_scale: float | Tensor | None = None) -> ObjectiveOutput:
         """The penalized loss of a batch.
 
@@ -359,8 +361,6 @@ class RegularizedObjective(nn.Module):
                 autograd.Function not marked ``torch._dynamo.allow_in_graph``), a layer cannot be differentiated twice,
                 or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
-        if torch.compiler.is_dynamo_compiling():  # not of another thread
-            raise RuntimeError("RegularizedObjective compiles its own step: call it outside of torch.compile")
         for module in (self, self.model):  # fully_shard may have come after the constructor
             _check_unsharded(module)
         xs = _check_x(x)
@@ -565,11 +565,28 @@ class RegularizedObjective(nn.Module):
         super().__setstate__(state)
         self._compiled_step = _compile(self)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"calls": self.calls}
+    def get_extra_state(self) -> Tensor:
+        self._check_no_loop()
+        return torch.tensor(self.calls)  # safetensors knows nothing but tensors
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.calls = state["calls"]
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        self.calls = int(state["calls"] if isinstance(state, dict) else state)  # once it was a dict
+
+    def _check_no_loop(self) -> None:
+        """Where nn.Module would go from the objective into the model, and from the model into the objective."""
+        if any(module is self for module in self.model.modules()):
+            raise ValueError(
+                "the model contains this very objective, as after self.objective = RegularizedObjective(self): give it "
+                "the network inside, RegularizedObjective(self.net, ...)"
+            )
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:  # train(), to() and apply() go through it
+        self._check_no_loop()
+        return super().named_children()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._check_no_loop()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         value = self.coeff
@@ -578,6 +595,7 @@ class RegularizedObjective(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        self._check_no_loop()
         options = ["regularizer", "interval", "fraction", "compiled"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 

@@ -719,8 +719,10 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
             objective_of(Closure(linear), compiler, criterion=criterion)(x, Y)
     with pytest.raises(TypeError, match="target must be a tensor, got tuple"):
         objective_of(Closure(linear), compiler, criterion=nothing, fraction=0.5)(x, (Y, Y))
-    with pytest.raises(TypeError, match="target must hold int64 class indices"):
+    with pytest.raises(TypeError, match=r"target must hold int64 class indices, got torch\.float32: .*criterion="):
         objective(linear)(x, Y.float())
+    with pytest.raises(TypeError, match=r"got torch\.int32: target\.long\(\)"):
+        objective(linear)(x, Y.int())
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*density_loss"):
         objective(linear)(x, Y).loss.backward(create_graph=True)
     frozen = objective(linear)
@@ -816,8 +818,48 @@ def test_a_criterion_does_not_change_what_is_penalized(compiler, fresh_dynamo):
     assert relative_error(gradients(model), expected) < 1e-10
 
 
-def test_inside_the_users_torch_compile(fresh_dynamo):
-    model, x = problem(torch.float32)
-    objective = RegularizedObjective(model, 0.5, compile=False)
-    with pytest.raises(Exception, match=r"call it outside of torch\.compile"):
-        torch.compile(objective, backend="aot_eager", fullgraph=True)(x.detach(), Y)
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_inside_the_users_torch_compile(compiler, fresh_dynamo):
+    model, twin, x = twins()
+    objective = objective_of(model, compiler, criterion=nothing)
+    _, expected = by_autograd(twin, x, Y, 0.5, criterion=nothing)
+    step = torch.compile(lambda x, y: objective(x + 0, y).loss, backend="aot_eager")
+    for call in (torch.compile(objective, backend="aot_eager"), step):
+        model.zero_grad()
+        out = call(x, Y)
+        getattr(out, "loss", out).backward()
+        assert relative_error(gradients(model), expected) < 1e-10
+    with pytest.raises(Exception, match=r"compiles its own step: call it outside of torch\.compile"):
+        torch.compile(lambda x, y: objective(x, y).loss, backend="aot_eager", fullgraph=True)(x, Y)
+
+
+class _Contains(nn.Module):
+    """As a LightningModule whose objective was given the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 7)
+        self.objective = objective_of(self)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [nn.Module.train, nn.Module.double, nn.Module.state_dict, repr, lambda m: m.load_state_dict({}, strict=False)],
+)
+def test_a_model_that_contains_its_objective(use):
+    with pytest.raises(ValueError, match=r"the model contains this very objective.*RegularizedObjective\(self\.net"):
+        use(_Contains())
+
+
+def test_state_dict_holds_tensors():
+    objective = objective_of(_Net(nn.Tanh()), interval=2)
+    objective(torch.randn(5, 4), Y)
+    state = objective.state_dict()
+    assert all(type(value) is Tensor for value in state.values())
+    for calls in (state["_extra_state"], {"calls": 1}):  # as it was once
+        other = objective_of(_Net(nn.Tanh()), interval=2)
+        other.load_state_dict({**state, "_extra_state": calls})
+        assert other.calls == 1
