@@ -676,6 +676,8 @@ def test_errors_of_the_constructor():
         ({"p": 0.5}, ValueError, "p must be at least 1"),
         ({"path": "best"}, ValueError, "directional; got 'best'"),
         ({"criterion": 3}, TypeError, "criterion must be callable or None, got int"),
+        ({"p": 4, "regularizer": densreg.regularizers.Hessian()}, ValueError, "p is 4.0 beside a regularizer"),
+        ({"path": "taylor", "regularizer": densreg.regularizers.Density()}, ValueError, "path is 'taylor' beside"),
         ({"model": "resnet"}, TypeError, "model must be an nn.Module, got str"),
         ({"model": nn.DataParallel(model)}, TypeError, "wrapped in DataParallel.*wrap the objective"),
     ]:
@@ -798,12 +800,86 @@ def test_a_hook_that_comes_later_counts(compiler, fresh_dynamo):
     assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5, criterion=nothing)[1]) < 1e-10
 
 
-def test_a_criterion_that_comes_later_counts():
-    model, x = problem(torch.float64)
+@pytest.mark.parametrize(
+    ("compiler", "before", "after"),
+    [
+        ("eager", {}, {"p": math.inf}),
+        (None, {}, {"p": 4, "path": "taylor"}),
+        (None, {"regularizer": "input_gradient"}, {"p": 1}),
+        (None, {"p": 1, "path": "directional"}, {"path": "max_shift", "p": 2}),
+        ("eager", {}, {"path": "directional", "p": 4, "central": True}),
+        ("eager", {}, {"regularizer": "loss_gradient"}),
+        (None, {}, {"regularizer": densreg.regularizers.Density(4)}),
+        (None, {}, {"interval": 1, "coeff": 3}),
+        ("eager", {"interval": None}, {"interval": 2}),
+        (None, {}, {"fraction": 0.4}),
+        (None, {}, {"criterion": lambda f, y: f.square().sum()}),
+        ("eager", {"criterion": nn.CrossEntropyLoss(label_smoothing=0.5)}, {"criterion": nothing}),
+        (None, {"regularizer": "input_gradient"}, {"output": nn.Tanh(), "labels": lambda y: 0 * y}),
+    ],
+)
+def test_options_that_are_assigned_count(compiler, before, after, fresh_dynamo):
+    """As if they had been given to the constructor, also where a step was compiled before."""
+    model, x = _Net(nn.Tanh()).double(), torch.randn(5, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    changed = objective_of(model, compiler, **before)
+    changed(x, Y)
+    for name, value in after.items():
+        setattr(changed, name, value)
+    changed.calls = 0
+    outs = []
+    for objective in (changed, objective_of(twin, **{**before, **after})):
+        torch.manual_seed(1)
+        outs.append(objective(x, Y))
+        outs[-1].loss.backward()
+    torch.testing.assert_close(outs[0][1:], outs[1][1:], equal_nan=True)
+    assert relative_error(gradients(model), gradients(twin)) < 1e-12
+    torch.testing.assert_close(changed.penalty(x, Y), objective.penalty(x, Y))
+
+
+def test_assigned_options_of_the_compiler(fresh_dynamo):
+    model, x = _Net(nn.Tanh()), torch.randn(5, 4)
+    counter = CompileCounterWithBackend("eager")
     objective = objective_of(model)
-    objective.criterion = lambda logits, target: logits.square().sum()
-    out = objective(x, Y)
-    torch.testing.assert_close(out.ce, out.logits.square().sum())
+    objective.compiled, objective.backend = True, counter
+    objective(x, Y)
+    assert counter.frame_count == 1
+    objective.compiled = False
+    objective(x[:3], Y[:3])
+    assert counter.frame_count == 1
+    with pytest.raises(AttributeError, match=r"assign to objective\.compiled"):
+        objective.compile = False
+    other = _Net(nn.Tanh())
+    objective.model = torch.compile(other, backend=counter)
+    assert objective.model is other
+
+
+def test_assigned_options_are_checked():
+    objective = objective_of(_conv_net())
+    hessian = objective_of(_conv_net(), regularizer="hessian")
+    for owner, name, value, error, match in [
+        (objective, "p", 0.5, ValueError, "p must be at least 1"),
+        (objective, "path", "best", ValueError, "directional; got 'best'"),
+        (objective, "regularizer", 3, TypeError, "regularizer must be a name or a Regularizer, got int"),
+        (objective, "interval", 0, ValueError, "interval must be at least 1"),
+        (objective, "fraction", 2, ValueError, "fraction must lie in"),
+        (objective, "criterion", 3, TypeError, "criterion must be callable or None, got int"),
+        (objective, "central", "no", TypeError, "central must be True or False, got 'no'"),
+        (objective, "compiled", None, TypeError, "compile must be True or False, got None"),
+        (objective, "coeff", -1, ValueError, "coeff must be finite and at least 0, got -1"),
+        (objective, "model", nn.DataParallel(nn.Linear(2, 2)), TypeError, "wrap the objective"),
+        (hessian, "p", 4, ValueError, "p is 4.0 beside a regularizer with options of its own, Hessian"),
+        (hessian, "path", "taylor", ValueError, "path is 'taylor' beside"),
+        (hessian, "path", "directional", ValueError, "is for the density penalty"),
+    ]:
+        before = repr(owner)
+        with pytest.raises(error, match=match):
+            setattr(owner, name, value)
+        assert repr(owner) == before
+    compiled = RegularizedObjective(_conv_net(), 0.1)
+    with pytest.raises(Exception, match="bogus"):
+        compiled.backend = "bogus"
+    assert compiled.backend == "inductor"
 
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
