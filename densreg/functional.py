@@ -410,7 +410,14 @@ def _check_class_index(name: str, logits: Tensor, index: Tensor) -> None:
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(index).__name__}")
     if index.dtype != torch.int64:
-        raise TypeError(f"{name} must hold int64 class indices, got {index.dtype}")
+        soft = name == "target" and (index.is_floating_point() or index.is_complex())
+        advice = (
+            "soft or real-valued targets need a loss of their own, RegularizedObjective(..., criterion=...), or "
+            "density_penalty beside it"
+            if soft
+            else f"{name}.long()"
+        )
+        raise TypeError(f"{name} must hold int64 class indices, got {index.dtype}: {advice}")
     if index.shape != logits.shape[:1]:
         raise ValueError(f"{name} must have shape [{logits.shape[0]}], one class a row, got {list(index.shape)}")
     if index.device != logits.device:

@@ -20,7 +20,7 @@ from densreg import directional, functional, ops, paths, regularizers
 from densreg.merge import MergeProducts
 from densreg.paths import Inputs
 from densreg.penalty import density_loss, mean_over_targets
-from densreg.regularizers import Density, Hessian, Regularizer
+from densreg.regularizers import REGULARIZERS, WITH_ORDER, Density, Hessian, Regularizer
 from densreg.second_order import fast_second_order, hardsigmoid_under_compile
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
@@ -238,12 +238,15 @@ class RegularizedObjective(nn.Module):
 
     Under no_grad the output is the cross-entropy alone, by the model as it is, in eager.
 
+    Every option is an attribute too (``compile`` as ``compiled``): what is assigned to it is checked and counts from
+    the next step on, which is compiled anew.
+
     Args:
         model: [B, ...] -> logits [B, C], with its parameters on one device; anything torch.nn. torchvision's GoogLeNet
             and Inception return auxiliary logits in training: these enter the cross-entropy at their usual weights. A
             compiled model is unwrapped. It stays what it is, as ``objective.model``.
-        coeff: weight of the penalty, >= 0. ``objective.coeff`` is a tensor buffer: ``objective.coeff.fill_(0.2)``
-            changes it without a recompilation. It is no part of the state_dict.
+        coeff: weight of the penalty, >= 0. ``objective.coeff`` is a tensor buffer: ``objective.coeff.fill_(0.2)``,
+            or ``objective.coeff = 0.2``, changes it without a recompilation. It is no part of the state_dict.
         p: order of the norm, 1 <= p <= inf.
         path: a name in the table of :mod:`densreg.paths`; or "directional", a finite difference by first-order kernels
             alone for models that cannot be differentiated twice (:func:`densreg.check_model` tells): see ``central``.
@@ -268,6 +271,7 @@ class RegularizedObjective(nn.Module):
     """
 
     coeff: Tensor
+    regularizer: Regularizer
 
     def __init__(
         self,
@@ -287,23 +291,8 @@ class RegularizedObjective(nn.Module):
         labels: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.model = _bare(model)
-        if isinstance(coeff, (bool, str)) or not isinstance(coeff, (int, float, Tensor)):
-            raise TypeError(f"coeff must be a number, got {type(coeff).__name__}")
-        value = float(coeff)
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"coeff must be finite and at least 0, got {value}")
-        if isinstance(interval, bool) or not isinstance(interval, int | None):
-            raise TypeError(f"interval must be an int or None, got {type(interval).__name__}")
-        if interval is not None and interval < 1:
-            raise ValueError(f"interval must be at least 1, got {interval}")
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
-        for name, function in (("criterion", criterion), ("output", output), ("labels", labels)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} must be callable or None, got {type(function).__name__}")
-        if path not in (*paths.PATHS, "directional"):
-            raise ValueError(f"path must be one of {', '.join(paths.PATHS)}, directional; got {path!r}")
+        self.model = model
+        value = _coefficient(coeff)
         first = next(self.model.parameters(), torch.empty(0))
         double = first.dtype == torch.float64
         self.register_buffer(
@@ -311,37 +300,68 @@ class RegularizedObjective(nn.Module):
             torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=first.device),
             persistent=False,
         )
-        self.p = functional.check_order(p)
-        self.path = path
-        if path == "directional":
-            if regularizer != "density":
-                raise ValueError(f'path "directional" is for the density penalty, got the regularizer {regularizer!r}')
-            self.regularizer: Regularizer = Density(self.p)
-        elif isinstance(regularizer, str):
-            self.regularizer = regularizers.make(regularizer, self.p, path)
-        elif callable(regularizer) and hasattr(regularizer, "name"):
-            self.regularizer = regularizer
-        else:
-            raise TypeError(f"regularizer must be a name or a Regularizer, got {type(regularizer).__name__}")
-        self.labels = labels or _as_it_is
-        self.interval = interval
-        self.fraction = float(fraction)
-        self.criterion = criterion
-        self.output = output
-        self.central = central
-        self.compiled = compile and path != "directional"
+        options = {"interval": interval, "fraction": fraction, "criterion": criterion, "output": output}
+        options |= {"labels": labels, "central": central, "compiled": compile, "mode": mode, "backend": backend}
+        self._set({name: _checked(name, given) for name, given in options.items()})
+        self._set(_penalty_options(p, path, regularizer))
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
-        self.mode, self.backend = mode, backend
         self._compiled_step = _compile(self)
         self._told = self._nonzero = False
         self._differences = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An option that is assigned is checked as in the constructor, and counts from the next step on."""
+        if name == "coeff" and "coeff" in self._buffers:
+            with torch.no_grad():
+                self.coeff.fill_(value if isinstance(value, Tensor) else _coefficient(value))
+        elif name == "compile":
+            raise AttributeError("compile is a method of every nn.Module: assign to objective.compiled")
+        elif name == "model":
+            self._change({name: _bare(value)})
+        elif name == "regularizer":
+            given = (
+                (self.p, self.path)
+                if isinstance(value, str)
+                else (2, "directional" if self.path == "directional" else "fused")
+            )
+            self._change(_penalty_options(*given, value))
+        elif name in ("p", "path"):
+            known = REGULARIZERS.get(self.regularizer.name) is type(self.regularizer)
+            ordered = known and self.regularizer.name in WITH_ORDER  # which has no other option: made anew
+            options = {"p": self.p, "path": self.path, name: value}
+            self._change(
+                _penalty_options(**options, regularizer=self.regularizer.name if ordered else self.regularizer)
+            )
+        elif name in _OPTIONS:
+            self._change({name: _checked(name, value)})
+        else:
+            super().__setattr__(name, value)
+
+    def _change(self, options: dict[str, Any]) -> None:
+        before = {name: getattr(self, name) for name in options if hasattr(self, name)}
+        self._set(options)
+        if "_compiled_step" in self.__dict__:
+            try:
+                self._compiled_step = _compile(self)  # anew, so that nothing in it is of before
+            except Exception:
+                self._set(before)
+                raise
+            self._told = self._nonzero = False
+
+    def _set(self, options: dict[str, Any]) -> None:
+        for name, value in options.items():
+            self.__dict__.pop(name, None)  # a function may follow a module, and a module a function
+            self._modules.pop(name, None)
+            super().__setattr__(name, value)
 
     @property
     def at_once(self) -> bool:
         """Whether one read of the logits gives cross-entropy and penalty."""
         return self.regularizer == Density(self.p) and self.criterion is None
 
+    # Inside of a torch.compile'd function it is left to itself; with fullgraph=True that is an error with this reason.
+    @torch.compiler.disable(reason="RegularizedObjective compiles its own step: call it outside of torch.compile")
     def forward(self, x: Inputs, target: Any, loss_scale: float | Tensor | None = None) -> ObjectiveOutput:
         """The penalized loss of a batch.
 
@@ -360,8 +380,6 @@ class RegularizedObjective(nn.Module):
                 autograd.Function not marked ``torch._dynamo.allow_in_graph``), a layer cannot be differentiated twice,
                 or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
-        if torch.compiler.is_dynamo_compiling():  # not of another thread
-            raise RuntimeError("RegularizedObjective compiles its own step: call it outside of torch.compile")
         for module in (self, self.model):  # fully_shard may have come after the constructor
             _check_unsharded(module)
         xs = _check_x(x)
@@ -393,7 +411,7 @@ class RegularizedObjective(nn.Module):
                     "ReLU by SoftPlus (densreg train --softplus BETA)"
                 )
             self._nonzero = True  # a look at the value waits for the device: once
-        if self.compiled and self.mode in ("reduce-overhead", "max-autotune"):
+        if self._compiled_step is not None and self.mode in ("reduce-overhead", "max-autotune"):
             # CUDA graphs: the next replay would overwrite them.
             shown = [t.clone() for t in shown]
             gradients = [g if g is None else g.clone() for g in gradients]
@@ -574,21 +592,40 @@ class RegularizedObjective(nn.Module):
         super().__setstate__(state)
         self._compiled_step = _compile(self)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"calls": self.calls}
+    def get_extra_state(self) -> Tensor:
+        self._check_no_loop()
+        return torch.tensor(self.calls)  # safetensors knows nothing but tensors
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.calls = state["calls"]
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        self.calls = int(state["calls"] if isinstance(state, dict) else state)  # once it was a dict
+
+    def _check_no_loop(self) -> None:
+        """Where nn.Module would go from the objective into the model, and from the model into the objective."""
+        if any(module is self for module in self.model.modules()):
+            raise ValueError(
+                "the model contains this very objective, as after self.objective = RegularizedObjective(self): give it "
+                "the network inside, RegularizedObjective(self.net, ...)"
+            )
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:  # train(), to() and apply() go through it
+        self._check_no_loop()
+        return super().named_children()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._check_no_loop()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         value = self.coeff
         super()._apply(fn, recurse)
-        self.coeff = value.to(self.coeff.device)  # .half() and .to(bfloat16) are for the model
+        self._buffers["coeff"] = value.to(self.coeff.device)  # .half() and .to(bfloat16) are for the model
         return self
 
     def extra_repr(self) -> str:
-        options = ["regularizer", "interval", "fraction", "compiled"]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+        self._check_no_loop()
+        options = {name: getattr(self, name) for name in ("regularizer", "interval", "fraction")}
+        options["compiled"] = self._compiled_step is not None
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 # What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its
@@ -649,7 +686,7 @@ class _Refusing:
 
 def _compile(objective: RegularizedObjective) -> Callable[..., _Results] | None:
     """The step as one graph, or None where it runs in eager."""
-    if not objective.compiled:
+    if not objective.compiled or objective.path == "directional":
         return None
     # Dynamo keeps what it compiled by code object, with one limit for all: each objective gets its own.
     code = _whole_step.__code__.replace()
@@ -658,6 +695,61 @@ def _compile(objective: RegularizedObjective) -> Callable[..., _Results] | None:
     if objective.interval is not None:  # a plain step has no second order to lose
         mode, backend = None, _Refusing(mode, backend)
     return torch.compile(step, fullgraph=True, dynamic=False, mode=mode, backend=backend)
+
+
+_OPTIONS = ("interval", "fraction", "criterion", "output", "labels", "central", "compiled", "mode", "backend")
+"""What :func:`_checked` knows; p, path and regularizer belong together, see :func:`_penalty_options`."""
+
+
+def _checked(name: str, value: Any) -> Any:
+    """An option's value as the objective keeps it; raises TypeError or ValueError."""
+    if name == "interval":
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise TypeError(f"interval must be an int or None, got {type(value).__name__}")
+        if value is not None and value < 1:
+            raise ValueError(f"interval must be at least 1, got {value}")
+    elif name == "fraction":
+        if not 0 < value <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {value}")
+        return float(value)
+    elif name in ("central", "compiled"):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name.removesuffix('d')} must be True or False, got {value!r}")
+    elif name in ("criterion", "output", "labels"):
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
+        return _as_it_is if value is None and name == "labels" else value
+    return value
+
+
+def _penalty_options(p: float, path: str, regularizer: Any) -> dict[str, Any]:
+    """p, path and regularizer as they go together; raises TypeError or ValueError where they do not."""
+    p = functional.check_order(p)
+    if path not in (*paths.PATHS, "directional"):
+        raise ValueError(f"path must be one of {', '.join(paths.PATHS)}, directional; got {path!r}")
+    if path == "directional" and regularizer != "density" and not isinstance(regularizer, Density):
+        raise ValueError(f'path "directional" is for the density penalty, got the regularizer {regularizer!r}')
+    if isinstance(regularizer, str):
+        made = Density(p) if path == "directional" else regularizers.make(regularizer, p, path)
+        return {"p": p, "path": path, "regularizer": made}
+    if not callable(regularizer) or not hasattr(regularizer, "name"):
+        raise TypeError(f"regularizer must be a name or a Regularizer, got {type(regularizer).__name__}")
+    own = {"p": float(getattr(regularizer, "p", 2)), "path": getattr(regularizer, "path", "fused")}
+    for name, given, default in (("p", p, 2), ("path", path, "fused")):
+        if given not in (default, own[name], "directional"):
+            raise ValueError(f"{name} is {given!r} beside a regularizer with options of its own, {regularizer!r}")
+    if path == "directional":
+        own["path"] = path
+    return {**own, "regularizer": regularizer}
+
+
+def _coefficient(coeff: Any) -> float:
+    if isinstance(coeff, (bool, str)) or not isinstance(coeff, (int, float, Tensor)):
+        raise TypeError(f"coeff must be a number, got {type(coeff).__name__}")
+    value = float(coeff)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"coeff must be finite and at least 0, got {value}")
+    return value
 
 
 def _bare(model: nn.Module) -> nn.Module:

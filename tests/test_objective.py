@@ -676,6 +676,8 @@ def test_errors_of_the_constructor():
         ({"p": 0.5}, ValueError, "p must be at least 1"),
         ({"path": "best"}, ValueError, "directional; got 'best'"),
         ({"criterion": 3}, TypeError, "criterion must be callable or None, got int"),
+        ({"p": 4, "regularizer": densreg.regularizers.Hessian()}, ValueError, "p is 4.0 beside a regularizer"),
+        ({"path": "taylor", "regularizer": densreg.regularizers.Density()}, ValueError, "path is 'taylor' beside"),
         ({"model": "resnet"}, TypeError, "model must be an nn.Module, got str"),
         ({"model": nn.DataParallel(model)}, TypeError, "wrapped in DataParallel.*wrap the objective"),
     ]:
@@ -719,8 +721,10 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
             objective_of(Closure(linear), compiler, criterion=criterion)(x, Y)
     with pytest.raises(TypeError, match="target must be a tensor, got tuple"):
         objective_of(Closure(linear), compiler, criterion=nothing, fraction=0.5)(x, (Y, Y))
-    with pytest.raises(TypeError, match="target must hold int64 class indices"):
+    with pytest.raises(TypeError, match=r"target must hold int64 class indices, got torch\.float32: .*criterion="):
         objective(linear)(x, Y.float())
+    with pytest.raises(TypeError, match=r"got torch\.int32: target\.long\(\)"):
+        objective(linear)(x, Y.int())
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*density_loss"):
         objective(linear)(x, Y).loss.backward(create_graph=True)
     frozen = objective(linear)
@@ -796,12 +800,86 @@ def test_a_hook_that_comes_later_counts(compiler, fresh_dynamo):
     assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5, criterion=nothing)[1]) < 1e-10
 
 
-def test_a_criterion_that_comes_later_counts():
-    model, x = problem(torch.float64)
+@pytest.mark.parametrize(
+    ("compiler", "before", "after"),
+    [
+        ("eager", {}, {"p": math.inf}),
+        (None, {}, {"p": 4, "path": "taylor"}),
+        (None, {"regularizer": "input_gradient"}, {"p": 1}),
+        (None, {"p": 1, "path": "directional"}, {"path": "max_shift", "p": 2}),
+        ("eager", {}, {"path": "directional", "p": 4, "central": True}),
+        ("eager", {}, {"regularizer": "loss_gradient"}),
+        (None, {}, {"regularizer": densreg.regularizers.Density(4)}),
+        (None, {}, {"interval": 1, "coeff": 3}),
+        ("eager", {"interval": None}, {"interval": 2}),
+        (None, {}, {"fraction": 0.4}),
+        (None, {}, {"criterion": lambda f, y: f.square().sum()}),
+        ("eager", {"criterion": nn.CrossEntropyLoss(label_smoothing=0.5)}, {"criterion": nothing}),
+        (None, {"regularizer": "input_gradient"}, {"output": nn.Tanh(), "labels": lambda y: 0 * y}),
+    ],
+)
+def test_options_that_are_assigned_count(compiler, before, after, fresh_dynamo):
+    """As if they had been given to the constructor, also where a step was compiled before."""
+    model, x = _Net(nn.Tanh()).double(), torch.randn(5, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    changed = objective_of(model, compiler, **before)
+    changed(x, Y)
+    for name, value in after.items():
+        setattr(changed, name, value)
+    changed.calls = 0
+    outs = []
+    for objective in (changed, objective_of(twin, **{**before, **after})):
+        torch.manual_seed(1)
+        outs.append(objective(x, Y))
+        outs[-1].loss.backward()
+    torch.testing.assert_close(outs[0][1:], outs[1][1:], equal_nan=True)
+    assert relative_error(gradients(model), gradients(twin)) < 1e-12
+    torch.testing.assert_close(changed.penalty(x, Y), objective.penalty(x, Y))
+
+
+def test_assigned_options_of_the_compiler(fresh_dynamo):
+    model, x = _Net(nn.Tanh()), torch.randn(5, 4)
+    counter = CompileCounterWithBackend("eager")
     objective = objective_of(model)
-    objective.criterion = lambda logits, target: logits.square().sum()
-    out = objective(x, Y)
-    torch.testing.assert_close(out.ce, out.logits.square().sum())
+    objective.compiled, objective.backend = True, counter
+    objective(x, Y)
+    assert counter.frame_count == 1
+    objective.compiled = False
+    objective(x[:3], Y[:3])
+    assert counter.frame_count == 1
+    with pytest.raises(AttributeError, match=r"assign to objective\.compiled"):
+        objective.compile = False
+    other = _Net(nn.Tanh())
+    objective.model = torch.compile(other, backend=counter)
+    assert objective.model is other
+
+
+def test_assigned_options_are_checked():
+    objective = objective_of(_conv_net())
+    hessian = objective_of(_conv_net(), regularizer="hessian")
+    for owner, name, value, error, match in [
+        (objective, "p", 0.5, ValueError, "p must be at least 1"),
+        (objective, "path", "best", ValueError, "directional; got 'best'"),
+        (objective, "regularizer", 3, TypeError, "regularizer must be a name or a Regularizer, got int"),
+        (objective, "interval", 0, ValueError, "interval must be at least 1"),
+        (objective, "fraction", 2, ValueError, "fraction must lie in"),
+        (objective, "criterion", 3, TypeError, "criterion must be callable or None, got int"),
+        (objective, "central", "no", TypeError, "central must be True or False, got 'no'"),
+        (objective, "compiled", None, TypeError, "compile must be True or False, got None"),
+        (objective, "coeff", -1, ValueError, "coeff must be finite and at least 0, got -1"),
+        (objective, "model", nn.DataParallel(nn.Linear(2, 2)), TypeError, "wrap the objective"),
+        (hessian, "p", 4, ValueError, "p is 4.0 beside a regularizer with options of its own, Hessian"),
+        (hessian, "path", "taylor", ValueError, "path is 'taylor' beside"),
+        (hessian, "path", "directional", ValueError, "is for the density penalty"),
+    ]:
+        before = repr(owner)
+        with pytest.raises(error, match=match):
+            setattr(owner, name, value)
+        assert repr(owner) == before
+    compiled = RegularizedObjective(_conv_net(), 0.1)
+    with pytest.raises(Exception, match="bogus"):
+        compiled.backend = "bogus"
+    assert compiled.backend == "inductor"
 
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
@@ -816,11 +894,51 @@ def test_a_criterion_does_not_change_what_is_penalized(compiler, fresh_dynamo):
     assert relative_error(gradients(model), expected) < 1e-10
 
 
-def test_inside_the_users_torch_compile(fresh_dynamo):
-    model, x = problem(torch.float32)
-    objective = RegularizedObjective(model, 0.5, compile=False)
-    with pytest.raises(Exception, match=r"call it outside of torch\.compile"):
-        torch.compile(objective, backend="aot_eager", fullgraph=True)(x.detach(), Y)
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_inside_the_users_torch_compile(compiler, fresh_dynamo):
+    model, twin, x = twins()
+    objective = objective_of(model, compiler, criterion=nothing)
+    _, expected = by_autograd(twin, x, Y, 0.5, criterion=nothing)
+    step = torch.compile(lambda x, y: objective(x + 0, y).loss, backend="aot_eager")
+    for call in (torch.compile(objective, backend="aot_eager"), step):
+        model.zero_grad()
+        out = call(x, Y)
+        getattr(out, "loss", out).backward()
+        assert relative_error(gradients(model), expected) < 1e-10
+    with pytest.raises(Exception, match=r"compiles its own step: call it outside of torch\.compile"):
+        torch.compile(lambda x, y: objective(x, y).loss, backend="aot_eager", fullgraph=True)(x, Y)
+
+
+class _Contains(nn.Module):
+    """As a LightningModule whose objective was given the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 7)
+        self.objective = objective_of(self)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [nn.Module.train, nn.Module.double, nn.Module.state_dict, repr, lambda m: m.load_state_dict({}, strict=False)],
+)
+def test_a_model_that_contains_its_objective(use):
+    with pytest.raises(ValueError, match=r"the model contains this very objective.*RegularizedObjective\(self\.net"):
+        use(_Contains())
+
+
+def test_state_dict_holds_tensors():
+    objective = objective_of(_Net(nn.Tanh()), interval=2)
+    objective(torch.randn(5, 4), Y)
+    state = objective.state_dict()
+    assert all(type(value) is Tensor for value in state.values())
+    for calls in (state["_extra_state"], {"calls": 1}):  # as it was once
+        other = objective_of(_Net(nn.Tanh()), interval=2)
+        other.load_state_dict({**state, "_extra_state": calls})
+        assert other.calls == 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
