@@ -557,7 +557,7 @@ def softmax(
 def log_density(logits: Tensor) -> Tensor:
     """Log marginal density of each input up to a constant: ``logsumexp(logits, 1)``, that is log p(x) + log Z.
 
-    Differentiable to every order. Plain ``torch.func`` transforms (grad, jvp, vmap) work on it.
+    Differentiable to every order, under ``torch.func`` (grad, jvp, vmap, in any nesting) and ``is_grads_batched`` too.
 
     Args:
         logits: [B, C], fp16, bf16, fp32 or fp64.
@@ -624,8 +624,10 @@ def pnorm(g: Tensor, p: float = 2) -> Tensor:
         p: 1 <= p <= inf.
 
     Returns:
-        [B], float32 (float64 for float64 g). Differentiable to every order; a zero row has gradient 0, p = 1 has
-        gradient 0 at 0, and p = inf shares the gradient between ties, as in torch.
+        [B], float32 (float64 for float64 g). Differentiable to every order. A zero row, where there is no derivative,
+        has derivatives 0; beside it the gradient has dual norm 1, however small the row. p = 1 has gradient 0 at 0, and
+        p = inf shares the gradient between ties, as in torch. For 1 < p < 2 the second derivative is not finite where
+        an entry is 0 and its row is not.
 
     Raises:
         TypeError, ValueError: what was given and what is wanted.

@@ -237,6 +237,9 @@ class RegularizedObjective(nn.Module):
 
     Under no_grad the output is the cross-entropy alone, by the model as it is, in eager.
 
+    A sample whose score is exactly 0 is not penalized, so a model whose head is zero when it is made (torchvision's
+    ViT) has penalty 0 in the first step: :func:`densreg.density_penalty` says what the gradient is at 0 and beside it.
+
     Args:
         model: [B, ...] -> logits [B, C], with its parameters on one device; anything torch.nn. torchvision's GoogLeNet
             and Inception return auxiliary logits in training: these enter the cross-entropy at their usual weights. A

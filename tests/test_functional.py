@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import DTYPES, double, error
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 
 import densreg
@@ -90,6 +90,41 @@ def test_errors():
         densreg.density_cross_entropy(logits, None)
     with pytest.raises(TypeError, match="ignore_index must be an int"):
         densreg.density_cross_entropy(logits, target, ignore_index=1.5)
+
+
+def test_gradient_at_and_beside_a_zero_score():
+    body = nn.Sequential(nn.Linear(4, 8), nn.Tanh()).double()
+    x, direction = torch.randn(5, 4, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+
+    def penalty_and_gradient(size: float) -> tuple[Tensor, Tensor]:
+        leaf, head = x.clone().requires_grad_(), (size * direction).requires_grad_()
+        penalty = densreg.density_penalty(F.linear(body(leaf), head), leaf)
+        return penalty.detach(), torch.autograd.grad(penalty, head)[0]
+
+    penalty, gradient = penalty_and_gradient(0)
+    assert penalty == 0
+    assert gradient.eq(0).all()
+    small, smaller = penalty_and_gradient(1e-6)[1], penalty_and_gradient(1e-9)[1]
+    assert small.norm() > 0.1, "it does not become small with the score"
+    torch.testing.assert_close(small, smaller, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_error_beside_a_zero_score(size):
+    """Two classes whose gradients cancel: what is left bears their rounding, and no more."""
+    w, a, x = torch.randn(6, 4), torch.randn(6) / 6, size * torch.randn(16, 4)
+
+    def evaluate(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        leaf, weight = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+        f = torch.tanh(F.linear(leaf, weight)) @ a.to(dtype)
+        penalty = densreg.density_penalty(torch.stack([f, -f], 1), leaf, reduction="none")
+        (of_class,) = torch.autograd.grad(f.sum(), leaf, retain_graph=True)
+        return penalty.detach(), torch.autograd.grad(penalty.sum(), weight)[0], of_class.norm(dim=1)
+
+    penalty, gradient, of_class = evaluate(torch.float64)
+    single = evaluate(torch.float32)
+    assert ((single[0] - penalty).abs() <= 3 * 6e-8 * of_class).all()
+    assert (single[1] - gradient).norm() <= 3 * 6e-8 * (of_class / penalty).max() * gradient.norm()
 
 
 # --------------------------------------------------------------------------------------------------------------------
