@@ -362,15 +362,18 @@ def test_transforms(name, transform):
 
 
 class _Batched:
-    """The squared Jacobian of the log density's gradient in x, by a batch of cotangents."""
+    """The squared product of the log density's Hessian in x with a batch of vectors."""
 
     name, precise = "batched", False
 
+    def __init__(self, log_density):
+        self.log_density = log_density
+
     def __call__(self, classify, logits, xs, target):
-        log_density = densreg.log_density(logits) if classify else torch.logsumexp(logits, 1)
+        log_density = self.log_density(logits)
         (g,) = torch.autograd.grad(log_density.sum(), xs[0], create_graph=True)
         units = torch.eye(g.numel(), dtype=g.dtype).view(-1, *g.shape)
-        (rows,) = torch.autograd.grad(g, xs[0], units, is_grads_batched=True, create_graph=True)
+        (rows,) = torch.autograd.grad(g, xs[0], units[:2], is_grads_batched=True, create_graph=True)
         return rows.square().sum() + 0 * log_density
 
 
@@ -379,10 +382,10 @@ def test_batched_in_the_objective(compiled, fresh_dynamo):
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
     x, y = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 2])
     leaf = x.clone().requires_grad_()
-    expected = torch.autograd.grad(_Batched()(None, model(leaf), (leaf,), y).mean(), list(model.parameters())[:3])
-    objective = densreg.RegularizedObjective(
-        *(model, 1.0), regularizer=_Batched(), criterion=nothing, compile=compiled, backend="aot_eager"
-    )
+    by_torch = _Batched(lambda f: torch.logsumexp(f, 1))(None, model(leaf), (leaf,), y).mean()
+    expected = torch.autograd.grad(by_torch, list(model.parameters())[:3])
+    options = {"regularizer": _Batched(densreg.log_density), "criterion": nothing}
+    objective = densreg.RegularizedObjective(model, 1.0, compile=compiled, backend="aot_eager", **options)
     objective(x, y).loss.backward()
     for w, g in zip(model.parameters(), expected, strict=False):
         torch.testing.assert_close(w.grad, g, rtol=1e-10, atol=1e-12)
