@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -26,9 +27,14 @@ class _Function(Function):
 
     With ``setup_context`` torch binds default arguments at each call, which takes longer than a small kernel. So each
     subclass has a twin without it, made of the same methods, for :meth:`call` outside of transforms.
+
+    In two places torch loses a Function's derivatives without a word: under the vmap of torch.autograd
+    (``is_grads_batched``, ``vectorize=True``) what a Function returns has no graph, and where forward mode is nested
+    the outer level's tangent is gone. There :meth:`call` takes ``plain``, which does the same in torch's own functions.
     """
 
     twin: type[Function]
+    plain: Callable[..., Any]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -44,17 +50,36 @@ class _Function(Function):
     @classmethod
     def call(cls, *args):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return cls.apply(*args)
-        return cls.twin.apply(*args)
+            return cls.plain(*args) if _loses_derivatives() else cls.apply(*args)
+        return cls.plain(*args) if _is_included(_VMAP_OF_AUTOGRAD) else cls.twin.apply(*args)
+
+
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_VMAP_OF_AUTOGRAD = torch._C._dispatch_key_parse("VmapMode")  # torch.func's is another
+
+
+@torch._dynamo.assume_constant_result  # the transforms around a call are part of the code that is compiled
+def _loses_derivatives() -> bool:
+    """Whether torch would lose derivatives of a Function that is called now."""
+    if _is_included(_VMAP_OF_AUTOGRAD):
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+
+
+@torch._dynamo.assume_constant_result  # for code that is compiled, whose guards see to it
+def _transformed() -> bool:
+    """Whether this is called under forward mode, torch.func or the vmap of torch.autograd."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or _is_included(_VMAP_OF_AUTOGRAD)
+    )
 
 
 def _undifferentiated() -> bool:
-    """Whether nothing looks at what is computed now: no autograd, no forward mode, no torch.func."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    """Whether nothing looks at what is computed now, not even autograd."""
+    return not (torch.is_grad_enabled() or _transformed())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -119,6 +144,17 @@ class _Softmax(_Function):
         return ops.softmax(logits, target, label_smoothing, ignore_index, need_softmax, scale)
 
     @staticmethod
+    def plain(logits, target, label_smoothing, ignore_index, need_softmax, scale):
+        wide = logits.to(ops.accumulation_dtype(logits.dtype))
+        cross_entropy = y = None
+        if target is not None:
+            options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+            cross_entropy = F.cross_entropy(wide, target, reduction="none", **options)
+        if need_softmax:
+            y = (torch.softmax(wide, 1) * scale).to(logits.dtype)
+        return torch.logsumexp(wide, 1), cross_entropy, y, None
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         logits, target, *ctx.options, ctx.need_softmax, ctx.scale = inputs
         _, cross_entropy, softmax, statistics = output
@@ -175,6 +211,21 @@ class _SoftmaxBackward(_Function):
     @staticmethod
     def forward(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale):
         return ops.softmax_backward(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale)
+
+    @staticmethod
+    def plain(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale):
+        p = _probabilities(source, statistics, scale)
+        weight = torch.zeros_like(p[:, :1])
+        if l is not None:
+            weight = weight + l.unsqueeze(1)
+        if u is not None:
+            u = u.to(p.dtype) * scale
+            weight = weight + u - (p * u).sum(1, keepdim=True)
+        grad = p * weight
+        if a is not None:
+            q = _target_distribution(p, target, label_smoothing, ignore_index)
+            grad = grad + a.masked_fill(target == ignore_index, 0).unsqueeze(1) * (p - q)
+        return grad.to(source.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -271,6 +322,11 @@ class _LogSoftmaxDifference(_Function):
         return ops.log_softmax_difference(logits, k, need_softmax)
 
     @staticmethod
+    def plain(logits, k, need_softmax):
+        log_density, _, softmax, _ = _Softmax.plain(logits, None, 0.0, -100, need_softmax, 1.0)
+        return log_density, softmax, None
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         logits, _, ctx.need_softmax = inputs
         ctx.options, ctx.scale = (0.0, -100), 1.0
@@ -297,6 +353,16 @@ class _LogSoftmaxDifference(_Function):
 # p-norm
 
 
+def _row_sum(t: Tensor) -> Tensor:
+    """[B, ...] -> [B]; flatten(1) has no rule under the vmap of torch.autograd."""
+    return t.sum(tuple(range(1, t.ndim)))
+
+
+def _row_peak(g: Tensor) -> Tensor:
+    """[B, ...] -> [B], the largest magnitude."""
+    return g.abs().amax(tuple(range(1, g.ndim))) if g.numel() else _row_sum(g)
+
+
 @torch._dynamo.allow_in_graph
 class _PNorm(_Function):
     """Order 0: (norm, peak, total) of the rows. See :func:`densreg.ops.pnorm`."""
@@ -304,6 +370,19 @@ class _PNorm(_Function):
     @staticmethod
     def forward(g, p):
         return ops.pnorm(g, p)
+
+    @staticmethod
+    def plain(g, p):
+        g = g.to(ops.accumulation_dtype(g.dtype))
+        if p in (1, math.inf):
+            return _row_sum(g.abs()) if p == 1 else _row_peak(g), None, None
+        peak = _row_peak(g.detach())
+        scale = peak.masked_fill((peak == 0) | peak.isinf(), 1)
+        # A zero row as ones, and 0 in the end: the powers' derivatives at 0 are infinite, and 0 times that is NaN.
+        unit = (g / ops.per_row(scale, g)).masked_fill(ops.per_row(peak == 0, g), 1)
+        total = _row_sum(unit.square() if p == 2 else unit.abs().pow(p))
+        norm = scale * (total.sqrt() if p == 2 else total.pow(1 / p))
+        return norm.masked_fill(peak == 0, 0), None, None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -322,7 +401,7 @@ class _PNorm(_Function):
     def jvp(ctx, tangent, _):
         g, peak, total = ctx.saved_tensors
         dual = _PNormBackward.call(torch.ones_like(peak), g, peak, total, ctx.p)
-        return (dual.to(peak.dtype) * tangent).flatten(1).sum(1), None, None
+        return _row_sum(dual.to(peak.dtype) * tangent), None, None
 
     @staticmethod
     def vmap(info, in_dims, g, p):
@@ -336,6 +415,21 @@ class _PNormBackward(_Function):
     @staticmethod
     def forward(grad, g, peak, total, p):
         return ops.pnorm_backward(grad, g, peak, total, p)
+
+    @staticmethod
+    def plain(grad, g, _peak, _total, p):
+        wide = g.to(ops.accumulation_dtype(g.dtype))
+        peak = ops.per_row(_row_peak(wide.detach()), g)
+        if p == 1:
+            dual = wide.sign()
+        elif p == math.inf:
+            ties = wide.abs() == peak
+            dual = wide.sign() * ties / ops.per_row(_row_sum(ties), g)
+        else:
+            norm = ops.per_row(_PNorm.plain(g, p)[0], g).masked_fill(peak == 0, 1)
+            unit = (wide / norm).masked_fill(peak == 0, 1)
+            dual = (unit if p == 2 else unit.sign() * unit.abs().pow(p - 1)).masked_fill(peak == 0, 0)
+        return (ops.per_row(grad, g) * dual).to(g.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -352,18 +446,19 @@ class _PNormBackward(_Function):
         v = v.to(norm.dtype)
         if ctx.p in (1, math.inf):  # piecewise linear
             return torch.zeros_like(v), dual
-        along = (dual * v).flatten(1).sum(1)
+        along = _row_sum(dual * v)
         norm = norm.masked_fill(norm == 0, 1)
-        curvature = (g.to(norm.dtype).abs() / norm).pow(ctx.p - 2)
-        product = (ctx.p - 1) / norm * (curvature * v - dual * ops.per_row(along, g))
         # The norm has no derivative at a zero row, whose subgradient here is 0; nor a second one.
-        return product.masked_fill(ops.per_row(peak, g) == 0, 0), dual
+        zero = ops.per_row(peak, g) == 0
+        curvature = (g.to(norm.dtype).abs() / norm).masked_fill(zero, 1).pow(ctx.p - 2)
+        product = (ctx.p - 1) / norm * (curvature * v - dual * ops.per_row(along, g))
+        return product.masked_fill(zero, 0), dual
 
     @staticmethod
     def backward(ctx, v):
         grad, g = ctx.saved_tensors[:2]
         product, dual = _PNormBackward._hessian_times(ctx, v)
-        grad_grad = (dual * v).flatten(1).sum(1) if ctx.needs_input_grad[0] else None
+        grad_grad = _row_sum(dual * v) if ctx.needs_input_grad[0] else None
         grad_g = (ops.per_row(grad, g) * product).to(g.dtype) if ctx.needs_input_grad[1] else None
         return grad_grad, grad_g, None, None, None
 
@@ -469,7 +564,7 @@ def softmax(
 def log_density(logits: Tensor) -> Tensor:
     """Log marginal density of each input up to a constant: ``logsumexp(logits, 1)``, that is log p(x) + log Z.
 
-    Differentiable to every order. Plain ``torch.func`` transforms (grad, jvp, vmap) work on it.
+    Differentiable to every order, under ``torch.func`` (grad, jvp, vmap, in any nesting) and ``is_grads_batched`` too.
 
     Args:
         logits: [B, C], fp16, bf16, fp32 or fp64.
@@ -536,8 +631,10 @@ def pnorm(g: Tensor, p: float = 2) -> Tensor:
         p: 1 <= p <= inf.
 
     Returns:
-        [B], float32 (float64 for float64 g). Differentiable to every order; a zero row has gradient 0, p = 1 has
-        gradient 0 at 0, and p = inf shares the gradient between ties, as in torch.
+        [B], float32 (float64 for float64 g). Differentiable to every order. A zero row, where there is no derivative,
+        has derivatives 0; beside it the gradient has dual norm 1, however small the row. p = 1 has gradient 0 at 0, and
+        p = inf shares the gradient between ties, as in torch. For 1 < p < 2 the second derivative is not finite where
+        an entry is 0 and its row is not.
 
     Raises:
         TypeError, ValueError: what was given and what is wanted.

@@ -241,6 +241,9 @@ class RegularizedObjective(nn.Module):
     Every option is an attribute too (``compile`` as ``compiled``): what is assigned to it is checked and counts from
     the next step on, which is compiled anew.
 
+    A sample whose score is exactly 0 is not penalized, so a model whose head is zero when it is made (torchvision's
+    ViT) has penalty 0 in the first step: :func:`densreg.density_penalty` says what the gradient is at 0 and beside it.
+
     Args:
         model: [B, ...] -> logits [B, C], with its parameters on one device; anything torch.nn. torchvision's GoogLeNet
             and Inception return auxiliary logits in training: these enter the cross-entropy at their usual weights. A

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from densreg.functional import _Function
+from densreg.functional import _Function, _transformed, _undifferentiated
 
 # --------------------------------------------------------------------------------------------------------------------
 # convolution
@@ -53,8 +53,18 @@ def _wanted(tensor: Tensor | None) -> bool:
         return True
 
 
+class _Convolution(_Function):
+    """A Function on an aten operator that has every derivative itself, and is called as such under transforms."""
+
+    @classmethod
+    def call(cls, *args):
+        if _transformed():
+            return cls.forward(*args)
+        return cls.apply(*args) if torch.compiler.is_compiling() else cls.twin.apply(*args)
+
+
 @torch._dynamo.allow_in_graph
-class _Conv(_Function):
+class _Conv(_Convolution):
     """[N, C_in, ...], weight, bias -> [N, C_out, ...]."""
 
     @staticmethod
@@ -79,7 +89,7 @@ class _Conv(_Function):
 
 
 @torch._dynamo.allow_in_graph
-class _ConvGradInput(_Function):
+class _ConvGradInput(_Convolution):
     """The gradient in x; of x itself only the shape and the memory format matter."""
 
     @staticmethod
@@ -100,7 +110,7 @@ class _ConvGradInput(_Function):
 
 
 @torch._dynamo.allow_in_graph
-class _ConvGradWeight(_Function):
+class _ConvGradWeight(_Convolution):
     """The gradient in the weight; of the weight itself only the shape and the memory format matter."""
 
     @staticmethod
@@ -228,7 +238,8 @@ class fast_second_order(TorchFunctionMode):
       torch cannot differentiate, and ``normalize`` (Swin V2), whose second derivative is NaN at 0 in torch.
 
     The forward must be inside; the backward may be, and must be where activations are checkpointed (not reentrantly),
-    as it runs the forward again. Works inside torch.compile, in eager, and under autocast.
+    as it runs the forward again. Works inside torch.compile, in eager, and under autocast. Under torch.func, forward
+    mode and vmap the convolutions are torch's own, with all of its derivatives and at its speed.
     """
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
@@ -237,9 +248,10 @@ class fast_second_order(TorchFunctionMode):
             with self:  # a mode is off while it handles a call, and what is computed again has to be the same
                 return _BACKWARDS[func](*args, **kwargs)
         replacement = _REPLACEMENTS.get(func)
-        if replacement in (_conv, _conv_transpose) and (args[0] if args else kwargs["input"]).is_complex():
+        convolves = replacement in (_conv, _conv_transpose)
+        if convolves and (_transformed() or (args[0] if args else kwargs["input"]).is_complex()):
             replacement = None
-        if replacement is None or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if replacement is None or _undifferentiated():
             return func(*args, **kwargs)
         return replacement(*args, **kwargs)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import nothing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -293,15 +294,126 @@ def test_tensor_subclasses(which):
         torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
 
 
-def test_torch_func_gets_torchs_own():
-    conv = nn.Conv2d(2, 3, 3).double()
-    x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+def _attend(x: Tensor) -> Tensor:
+    q = x.flatten(2)
+    return F.scaled_dot_product_attention(q, q, q)
 
-    def value(x):
-        with fast_second_order():
-            return conv(x).square().sum()
 
-    torch.testing.assert_close(torch.func.grad(value)(x), torch.func.grad(lambda t: conv(t).square().sum())(x))
+TRANSFORMED = {  # [B, 2, 3, 3] and a weight -> anything, and the same by what torch differentiates itself
+    "conv": (F.conv2d, F.conv2d),
+    "transposed": (lambda x, w: F.conv_transpose2d(x, w, stride=2), lambda x, w: F.conv_transpose2d(x, w, stride=2)),
+    "hardsigmoid": (lambda x, w: F.hardsigmoid(F.conv2d(x, w)), lambda x, w: F.relu6(F.conv2d(x, w) + 3) / 6),
+    "attention": (
+        lambda x, w: _attend(F.conv2d(x, w)),
+        lambda x, w: (lambda q: torch.softmax(q @ q.mT / q.shape[-1] ** 0.5, -1) @ q)(F.conv2d(x, w).flatten(2)),
+    ),
+}
+
+
+def _jacobian(h, x, batch=None):
+    x = x.clone().requires_grad_()
+    y = h(x)
+    units = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    if batch is None:
+        return torch.autograd.grad(y, x, units, is_grads_batched=True, create_graph=True)[0]
+    return batch(lambda v: torch.autograd.grad(y, x, v, create_graph=True)[0])(units)
+
+
+def _gradient(h, x):
+    x = x if x.requires_grad else x.clone().requires_grad_()
+    return torch.autograd.grad(h(x).sum(), x, create_graph=True)[0]
+
+
+def _tangent(h, x, v):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(h(torch.autograd.forward_ad.make_dual(x, v))).tangent
+
+
+def _tangent_of_cotangent(h, x, v):
+    """Forward mode over the backward alone: of the forward's graph, built before."""
+    x = x.clone().requires_grad_()
+    y = h(x)
+    along = torch.linspace(0, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return _tangent(lambda u: torch.autograd.grad(y, x, u, create_graph=True)[0], torch.ones_like(y), along)
+
+
+vmap, grad, jvp = torch.func.vmap, torch.func.grad, torch.func.jvp
+TRANSFORMS = {
+    "Jacobian": lambda h, x, v: _jacobian(h, x),
+    "Hessian": lambda h, x, v: _jacobian(lambda t: _gradient(h, t), x),
+    "vmap": lambda h, x, v: _jacobian(h, x, vmap),
+    "vmap, Hessian": lambda h, x, v: _jacobian(lambda t: _gradient(h, t), x, vmap),
+    "chunked": lambda h, x, v: _jacobian(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
+    "vectorized": lambda h, x, v: torch.autograd.functional.jacobian(
+        h, x.clone().requires_grad_(), create_graph=True, vectorize=True
+    ),
+    "vectorized, forward": lambda h, x, v: torch.autograd.functional.jacobian(
+        h, x, vectorize=True, strategy="forward-mode"
+    ),
+    "func.hessian": lambda h, x, v: torch.func.hessian(lambda t: h(t).sum())(x),
+    "func.grad": lambda h, x, v: grad(lambda t: h(t).sum())(x),
+    "func.jvp": lambda h, x, v: jvp(h, (x,), (v,))[1],
+    "func.jvp(jvp)": lambda h, x, v: jvp(lambda t: jvp(h, (t,), (v,))[1], (x,), (v,))[1],
+    "forward_ad": _tangent,
+    "forward_ad, no_grad": torch.no_grad()(_tangent),
+    "forward_ad of the gradient": lambda h, x, v: _tangent(lambda t: _gradient(h, t), x.clone().requires_grad_(), v),
+    "forward_ad of the cotangent": _tangent_of_cotangent,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms(name, transform):
+    """vmap, torch.func and forward mode, each way they come: values, and the gradient of their square in the weight."""
+    x, v = torch.randn(2, 1, 2, 3, 3, dtype=torch.float64)
+    weight = torch.randn(2, 2, 2, 2, dtype=torch.float64)
+
+    # Of torch's own softmax under forward mode there is no gradient: it changes what the backward needs.
+    trains = name != "attention" or "forward_ad" not in transform
+
+    def value_and_gradient(function, inside: bool) -> list[Tensor]:
+        w = weight.clone().requires_grad_(trains)
+        with fast_second_order() if inside else torch.enable_grad():
+            value = TRANSFORMS[transform](lambda t: torch.tanh(function(t, w)), x, v)
+        if not (trains and value.requires_grad):
+            return [value.detach()]
+        return [value.detach(), *torch.autograd.grad(value.square().sum(), w)]
+
+    ours, torchs = value_and_gradient(TRANSFORMED[name][0], True), value_and_gradient(TRANSFORMED[name][1], False)
+    assert len(ours) == len(torchs)
+    assert torchs[0].abs().max() > 1e-3
+    for a, b in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class _Batched:
+    """The squared product of the log density's Hessian in x with a batch of vectors."""
+
+    name, precise = "batched", False
+
+    def __init__(self, log_density):
+        self.log_density = log_density
+
+    def __call__(self, classify, logits, xs, target):
+        log_density = self.log_density(logits)
+        (g,) = torch.autograd.grad(log_density.sum(), xs[0], create_graph=True)
+        units = torch.eye(g.numel(), dtype=g.dtype).view(-1, *g.shape)
+        (rows,) = torch.autograd.grad(g, xs[0], units[:2], is_grads_batched=True, create_graph=True)
+        return rows.square().sum() + 0 * log_density
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batched_in_the_objective(compiled, fresh_dynamo):
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 2])
+    leaf = x.clone().requires_grad_()
+    by_torch = _Batched(lambda f: torch.logsumexp(f, 1))(None, model(leaf), (leaf,), y).mean()
+    expected = torch.autograd.grad(by_torch, list(model.parameters())[:3])
+    options = {"regularizer": _Batched(densreg.log_density), "criterion": nothing}
+    objective = densreg.RegularizedObjective(model, 1.0, compile=compiled, backend="aot_eager", **options)
+    objective(x, y).loss.backward()
+    for w, g in zip(model.parameters(), expected, strict=False):
+        torch.testing.assert_close(w.grad, g, rtol=1e-10, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------------------------

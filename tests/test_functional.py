@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import DTYPES, double, error
+from torch import Tensor, nn
+from torch.autograd.functional import hessian, jacobian
 
 import densreg
+from densreg import functional
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,3 +90,185 @@ def test_errors():
         densreg.density_cross_entropy(logits, None)
     with pytest.raises(TypeError, match="ignore_index must be an int"):
         densreg.density_cross_entropy(logits, target, ignore_index=1.5)
+
+
+def test_gradient_at_and_beside_a_zero_score():
+    body = nn.Sequential(nn.Linear(4, 8), nn.Tanh()).double()
+    x, direction = torch.randn(5, 4, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+
+    def penalty_and_gradient(size: float) -> tuple[Tensor, Tensor]:
+        leaf, head = x.clone().requires_grad_(), (size * direction).requires_grad_()
+        penalty = densreg.density_penalty(F.linear(body(leaf), head), leaf)
+        return penalty.detach(), torch.autograd.grad(penalty, head)[0]
+
+    penalty, gradient = penalty_and_gradient(0)
+    assert penalty == 0
+    assert gradient.eq(0).all()
+    small, smaller = penalty_and_gradient(1e-6)[1], penalty_and_gradient(1e-9)[1]
+    assert small.norm() > 0.1, "it does not become small with the score"
+    torch.testing.assert_close(small, smaller, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_error_beside_a_zero_score(size):
+    """Two classes whose gradients cancel: what is left bears their rounding, and no more."""
+    w, a, x = torch.randn(6, 4), torch.randn(6) / 6, size * torch.randn(16, 4)
+
+    def evaluate(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        leaf, weight = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+        f = torch.tanh(F.linear(leaf, weight)) @ a.to(dtype)
+        penalty = densreg.density_penalty(torch.stack([f, -f], 1), leaf, reduction="none")
+        (of_class,) = torch.autograd.grad(f.sum(), leaf, retain_graph=True)
+        return penalty.detach(), torch.autograd.grad(penalty.sum(), weight)[0], of_class.norm(dim=1)
+
+    penalty, gradient, of_class = evaluate(torch.float64)
+    single = evaluate(torch.float32)
+    assert ((single[0] - penalty).abs() <= 3 * 6e-8 * of_class).all()
+    assert (single[1] - gradient).norm() <= 3 * 6e-8 * (of_class / penalty).max() * gradient.norm()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# batched and nested differentiation: every derivative that torch's own functions have
+
+_TARGET = torch.tensor([0, 3, -100])
+
+
+def _both(f: Tensor) -> Tensor:
+    ce, log_density = densreg.density_cross_entropy(f, _TARGET, 0.1)
+    return ce + log_density.square()
+
+
+def _both_by_torch(f: Tensor) -> Tensor:
+    return F.cross_entropy(f, _TARGET, reduction="none", label_smoothing=0.1) + torch.logsumexp(f, 1).square()
+
+
+FUNCTIONS = {  # of [3, 5]: densreg's and torch's
+    "log_density": (densreg.log_density, lambda f: torch.logsumexp(f, 1)),
+    "density_cross_entropy": (_both, _both_by_torch),
+    "log_softmax_difference": (lambda f: densreg.log_softmax_difference(f, 2), lambda f: torch.logsumexp(f, 1)),
+    "softmax": (
+        lambda f: functional.softmax(f, scale=2.0)[2].square().sum(1),
+        lambda f: (2 * torch.softmax(f, 1)).square().sum(1),
+    ),
+    "pnorm 3": (lambda f: densreg.pnorm(f, 3), lambda f: f.abs().pow(3).sum(1).pow(1 / 3)),
+    "pnorm 2": (densreg.pnorm, lambda f: f.square().sum(1).sqrt()),
+    "pnorm inf": (lambda f: densreg.pnorm(f, math.inf), lambda f: f.abs().amax(1)),
+}
+
+
+def _each_unit(t: Tensor) -> Tensor:
+    return torch.eye(t.numel(), dtype=t.dtype).view(-1, *t.shape)
+
+
+def _rows(h, x, batch):
+    """The Jacobian of h at x by the vector-Jacobian products of a batch of cotangents."""
+    x = x.clone().requires_grad_()
+    y = h(x)
+
+    def vjp(v: Tensor, **options) -> Tensor:
+        return torch.autograd.grad(y, x, v, create_graph=True, **options)[0]
+
+    return batch(vjp)(_each_unit(y))
+
+
+def _is_grads_batched(vjp):
+    return lambda v: vjp(v, is_grads_batched=True)
+
+
+def _score(h, x):
+    x = x if x.requires_grad else x.clone().requires_grad_()
+    return torch.autograd.grad(h(x).sum(), x, create_graph=True)[0]
+
+
+def _along(h, x):
+    """The directional derivative of h, a function of x."""
+    v = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    return lambda t: torch.func.jvp(h, (t,), (v,))[1]
+
+
+vmap, grad, jacrev, jacfwd = torch.func.vmap, torch.func.grad, torch.func.jacrev, torch.func.jacfwd
+ROUTES = {
+    # the vmap of torch.autograd
+    "Jacobian": lambda h, x: _rows(h, x, _is_grads_batched),
+    "Hessian": lambda h, x: _rows(lambda t: _score(h, t), x, _is_grads_batched),
+    "functional.jacobian": lambda h, x: jacobian(h, x.clone().requires_grad_(), create_graph=True, vectorize=True),
+    "functional.hessian": lambda h, x: hessian(
+        lambda t: h(t).sum(), x.clone().requires_grad_(), create_graph=True, vectorize=True
+    ),
+    "of a vmap": lambda h, x: _rows(lambda t: vmap(h)(torch.stack([t, 2 * t])), x, _is_grads_batched),
+    # that of torch.func
+    "vmap": lambda h, x: _rows(h, x, vmap),
+    "vmap, Hessian": lambda h, x: _rows(lambda t: _score(h, t), x, vmap),
+    "chunked": lambda h, x: _rows(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
+    "nested": lambda h, x: _rows(h, x, lambda vjp: lambda v: vmap(vmap(vjp))(torch.stack([v, 2 * v]))),
+    "jacrev": lambda h, x: jacrev(h, chunk_size=2)(x),
+    "jacrev(jacrev)": lambda h, x: jacrev(jacrev(lambda t: h(t).sum()))(x),
+    "hessian": lambda h, x: torch.func.hessian(lambda t: h(t).sum())(x),
+    "vmap(grad)": lambda h, x: vmap(grad(lambda t: h(t).sum()))(torch.stack([x, 2 * x])),
+    "grad(vmap)": lambda h, x: grad(lambda t: vmap(h)(torch.stack([t, 2 * t])).square().sum())(x),
+    # forward mode over forward mode
+    "jvp(jvp)": lambda h, x: _along(_along(h, x), x)(x),
+    "jvp(jvp(jvp))": lambda h, x: _along(_along(_along(h, x), x), x)(x),
+    "forward Laplacian": lambda h, x: jacfwd(jacfwd(lambda t: h(t).sum()))(x).flatten().view(12, 12).trace(),
+    "jacfwd(jacfwd(grad))": lambda h, x: jacfwd(jacfwd(grad(lambda t: h(t).sum())))(x),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_batched_and_nested_derivatives(name, route):
+    """Their values, and the gradient of their square in a weight: what is lost of the graph shows there only."""
+    weight, x = torch.randn(4, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+
+    def value_and_gradient(function) -> tuple[Tensor, Tensor]:
+        w = weight.clone().requires_grad_()
+        value = ROUTES[route](lambda t: function(2 * torch.tanh(t @ w)), x)
+        return value.detach(), torch.autograd.grad(value.square().sum(), w)[0]
+
+    ours, torchs = (value_and_gradient(function) for function in FUNCTIONS[name])
+    assert torchs[0].abs().max() > 1e-2
+    for a, b in zip(ours, torchs, strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_batched_in_lower_precision(dtype):
+    """As one by one, in what the sums are taken in."""
+    f = torch.randn(3, 5).to(dtype).requires_grad_()
+    outputs = torch.cat([functional.softmax(f, _TARGET, 0.1, scale=8.0)[i].float().flatten() for i in range(3)])
+    outputs = torch.cat([outputs, densreg.pnorm(f, 3)])
+    units = _each_unit(outputs)
+    for create_graph in (False, True):
+        options = {"retain_graph": True, "create_graph": create_graph}
+        (batched,) = torch.autograd.grad(outputs, f, units, is_grads_batched=True, **options)
+        expected = torch.stack([torch.autograd.grad(outputs, f, v, **options)[0] for v in units])
+        assert batched.dtype == dtype
+        torch.testing.assert_close(batched, expected)
+
+
+@pytest.mark.parametrize("path", ["fused", "taylor"])
+def test_forward_mode_through_the_score(path):
+    """Of a score, which is a gradient already; one level of forward mode is what torch allows there."""
+    w, x, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 5), (3, 4), (3, 4)))
+
+    def tangent(score) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(), v)
+            return torch.autograd.forward_ad.unpack_dual(score(torch.tanh(dual @ w), dual)).tangent
+
+    ours = tangent(lambda f, t: densreg.input_score(f, t, path, 1))
+    expected = tangent(lambda f, t: torch.autograd.grad(f.exp().sum(1).log().sum(), t, create_graph=True)[0])
+    torch.testing.assert_close(ours, expected)
+
+
+def test_nested_forward_mode_compiled(fresh_dynamo):
+    w, x = torch.randn(4, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+
+    def second(function):
+        def h(t):
+            return function(torch.tanh(t @ w))
+
+        return _along(_along(h, x), x)
+
+    compiled = torch.compile(second(densreg.log_density), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), second(lambda f: torch.logsumexp(f, 1))(x))
