@@ -145,9 +145,9 @@ class _Batch(NamedTuple):
 def _at(batch: _Batch, xs: tuple[Tensor, ...]) -> _Batch:
     """The batch with these penalized inputs, which may be several batches one after the other."""
     size = len(batch.xs[0])
-    times = len(xs[0]) // size
     others = batch.others
-    if times != 1:
+    if len(xs[0]) != size:
+        times = len(xs[0]) // size
         others = {k: v.repeat(times, *[1] * (v.ndim - 1)) if _has_rows(v, size) else v for k, v in others.items()}
     return _Batch(xs, batch.keys, others)
 
@@ -573,7 +573,7 @@ class RegularizedObjective(nn.Module):
             return self._call(self._step(), batch, target, coeff, scale, penalized=False)
         size, device = len(batch.xs[0]), batch.xs[0].device
         chosen = max(1, round(self.fraction * size))
-        if chosen == size:
+        if chosen >= size:  # an empty batch too
             return self._call(self._step(), _leaves(batch), target, coeff, scale)
         apart = self.path == "directional" or self._couples(batch)
         order = torch.randperm(size, device=device)
