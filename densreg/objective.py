@@ -98,7 +98,7 @@ class _Shown(Function):
 class _Scalar(Tensor):
     """A number that requires grad and is no less a number for that: float() gives no warning, numpy() no error."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
 
     def __float__(self) -> float:
         return float(self.item())
@@ -358,7 +358,19 @@ class RegularizedObjective(nn.Module):
     """
 
     coeff: Tensor
+    p: float
+    path: str
     regularizer: Regularizer
+    interval: int | None
+    fraction: float
+    criterion: Callable[[Tensor, Any], Tensor] | None
+    output: Callable[[Any], Tensor] | None
+    labels: Callable[[Any], Tensor]
+    penalized: tuple[int | str, ...] | None
+    central: bool
+    compiled: bool
+    mode: str | None
+    backend: str | Callable
 
     def __init__(
         self,
@@ -388,7 +400,7 @@ class RegularizedObjective(nn.Module):
             torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=first.device),
             persistent=False,
         )
-        options = {"interval": interval, "fraction": fraction, "criterion": criterion, "output": output}
+        options: dict[str, Any] = {"interval": interval, "fraction": fraction, "criterion": criterion, "output": output}
         options |= {"labels": labels, "penalized": penalized, "central": central}
         options |= {"compiled": compile, "mode": mode, "backend": backend}
         self._set({name: _checked(name, given) for name, given in options.items()})
@@ -410,12 +422,9 @@ class RegularizedObjective(nn.Module):
         elif name == "model":
             self._change({name: _bare(value)})
         elif name == "regularizer":
-            given = (
-                (self.p, self.path)
-                if isinstance(value, str)
-                else (2, "directional" if self.path == "directional" else "fused")
-            )
-            self._change(_penalty_options(*given, value))
+            p, kind = (self.p, self.path) if isinstance(value, str) else (2, "fused")
+            path = "directional" if self.path == "directional" else kind
+            self._change(_penalty_options(p, path, value))
         elif name in ("p", "path"):
             known = REGULARIZERS.get(self.regularizer.name) is type(self.regularizer)
             ordered = known and self.regularizer.name in WITH_ORDER  # which has no other option: made anew
