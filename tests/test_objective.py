@@ -1118,6 +1118,14 @@ class _Detached(nn.Module):
         return x - x.mean(0).detach()
 
 
+def _spectral() -> nn.Module:
+    """Far from where its power iteration ends, so that each step of it shows."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+    for vector in layer.parametrizations.weight[0].buffers():
+        vector.copy_(F.normalize(torch.randn(6), dim=0))
+    return layer
+
+
 class _Counter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1131,7 +1139,7 @@ class _Counter(nn.Module):
 @pytest.mark.parametrize("compiler", [None, "eager"])
 @pytest.mark.parametrize(
     "body",
-    [_OwnNorm, _Detached, _Counter, lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))],
+    [_OwnNorm, _Detached, _Counter, lambda: _spectral()],
     ids=["batch_norm", "detached", "buffer", "spectral_norm"],
 )
 def test_fraction_where_samples_meet_or_buffers_change(body, compiler, fresh_dynamo):
@@ -1159,7 +1167,7 @@ def test_fraction_costs_no_more_where_samples_do_not_meet():
 
 def test_the_penalty_of_a_part_starts_from_the_same_buffers():
     """As the classification does: with spectral_norm it is the same weight."""
-    model = _Net(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))).double()
+    model = _Net(_spectral()).double()
     twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
     torch.manual_seed(3)
     part = x[torch.randperm(5)[3:]].requires_grad_()
