@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch.fx.traceback
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from densreg import directional, functional, ops, paths, regularizers
 from densreg.merge import MergeProducts
@@ -28,7 +29,11 @@ AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 
 
 class ObjectiveOutput(NamedTuple):
-    """What a step of :class:`RegularizedObjective` gives. Only ``loss`` carries a graph.
+    """What a step of :class:`RegularizedObjective` gives. Only ``loss`` can be differentiated.
+
+    The others are there to be looked at. A term of a loss that is made of them would train nothing, and raises in the
+    backward: such a term is part of a ``criterion``. ``.detach()`` makes constants of them; the logits need it before
+    ``.numpy()``.
 
     Attributes:
         loss: scalar, ``ce + coeff * penalty``.
@@ -71,6 +76,46 @@ class _HandOut(Function):
         return None, None, None, *gradients
 
 
+class _Shown(Function):
+    """What is there to be looked at, in front of the parameters whose gradients a loss term made of it would miss."""
+
+    @staticmethod
+    def forward(ctx, shown, *parameters):
+        ctx.set_materialize_grads(False)
+        return tuple(t.detach() for t in shown)
+
+    @staticmethod
+    def backward(ctx, *incoming):
+        if any(g is not None for g in incoming):
+            raise RuntimeError(
+                "a loss term made of out.logits, out.ce or out.penalty of RegularizedObjective would train nothing, as "
+                "only out.loss has gradients: put it into criterion=f, (logits, target) -> loss, or detach() what is "
+                "meant as a constant"
+            )
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Scalar(Tensor):
+    """A number that requires grad and is no less a number for that: float() gives no warning, numpy() no error."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.detach().numpy(force=force)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.detach(), spec)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
+
 def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients, none in another's memory: w.grad is added to and clipped in place."""
     seen, apart = set(), []
@@ -83,6 +128,40 @@ def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     return apart
 
 
+class _Batch(NamedTuple):
+    """What the model is called with.
+
+    Attributes:
+        xs: the inputs that are penalized, [B, ...].
+        keys: where each of them stands, a position or a name.
+        others: the rest by position or name. Of the tensors those of length B have a row for each sample.
+    """
+
+    xs: tuple[Tensor, ...]
+    keys: tuple[int | str, ...]
+    others: dict[int | str, Any]
+
+
+def _at(batch: _Batch, xs: tuple[Tensor, ...]) -> _Batch:
+    """The batch with these penalized inputs, which may be several batches one after the other."""
+    size = len(batch.xs[0])
+    others = batch.others
+    if len(xs[0]) != size:
+        times = len(xs[0]) // size
+        others = {k: v.repeat(times, *[1] * (v.ndim - 1)) if _has_rows(v, size) else v for k, v in others.items()}
+    return _Batch(xs, batch.keys, others)
+
+
+def _rows(batch: _Batch, index: Tensor) -> _Batch:
+    size = len(batch.xs[0])
+    others = {k: v[index] if _has_rows(v, size) else v for k, v in batch.others.items()}
+    return _Batch(tuple(x[index] for x in batch.xs), batch.keys, others)
+
+
+def _has_rows(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+
+
 _Outputs = list[tuple[float, Tensor]]
 """Logits with their weight in the loss: the classifier's own first, of weight 1, then those of auxiliary ones."""
 
@@ -92,38 +171,41 @@ _Results = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor | None]]
 
 def _whole_step(
     objective: RegularizedObjective,
-    xs: tuple[Tensor, ...],
+    batch: _Batch,
     target: Any,
     coeff: Tensor,
     scale: Tensor,
     penalized: bool = True,
-    rest: tuple[Tensor, ...] | None = None,
-    whole: tuple[Tensor, ...] | None = None,
+    rest: _Batch | None = None,
+    whole: _Batch | None = None,
     part: Any = None,
 ) -> _Results:
     """The step that becomes one graph.
 
     Args:
-        xs: the inputs that are penalized; leaves that require grad.
+        batch: whose xs are penalized; leaves that require grad.
         scale: of the loss, before anything is differentiated.
-        rest: with ``fraction``, the inputs that are not penalized, which come before xs in the batch; or
-        whole: the whole batch, where xs goes through the model once more.
-        part: the target of xs, where it is not the whole target.
+        rest: with ``fraction``, what is not penalized, which comes before the batch; or
+        whole: the whole batch, where a part of it goes through the model once more.
+        part: the target of the penalized batch, where it is not the whole target.
     """
+    xs = batch.xs
     device = xs[0].device.type
     amp, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     regularizer = objective.regularizer
+    again = whole is not None or not isinstance(regularizer, Density)
+    buffers = {name: b.clone() for name, b in _buffers(objective.model).items()} if penalized and again else {}
 
     def classify(inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(device, half, enabled=amp and not regularizer.precise):
-            return objective._classify(inputs, _buffers(objective.model))[0][1]
+            return objective._classify(_at(batch, inputs), buffers)[0][1]
 
     with fast_second_order():
+        outputs = objective._classify(batch if whole is None else whole)
+        kept = [] if torch.compiler.is_compiling() else _keep(objective)
         if whole is not None:
-            outputs = objective._classify(whole)
             penalized_logits = classify(xs)
         else:
-            outputs = objective._classify(xs)
             penalized_logits = outputs[0][1]
             if rest is not None:
                 before = objective._classify(rest)
@@ -145,6 +227,7 @@ def _whole_step(
             # The backward for which checkpointed activations are computed again, of the two that are in the graph.
             with torch.fx.traceback.annotate({"phase": "backward"}):
                 gradients = torch.autograd.grad(loss * scale.to(loss.dtype), objective._trained(), allow_unused=True)
+    _put_back(kept)
     if penalty is None:
         penalty = torch.full_like(ce, float("nan"))
     return loss.detach(), logits.detach(), ce.detach(), penalty.detach(), gradients
@@ -152,17 +235,18 @@ def _whole_step(
 
 def _directional_step(
     objective: RegularizedObjective,
-    xs: tuple[Tensor, ...],
+    batch: _Batch,
     target: Any,
     coeff: Tensor,
     scale: Tensor,
     penalized: bool = True,
-    whole: tuple[Tensor, ...] | None = None,
+    whole: _Batch | None = None,
 ) -> _Results:
     """The same by first-order kernels, in eager: see :mod:`densreg.directional`."""
+    xs = batch.xs
     device = xs[0].device
     trained = objective._trained()
-    leaves = [*trained, *xs, *(whole or ())]
+    leaves = [*trained, *xs, *(whole.xs if whole else ())]
     states = directional.random_states(device)
     buffers = {name: buffer.clone() for name, buffer in _buffers(objective.model).items()}  # as all forwards start from
     pieces = directional.Pieces()
@@ -170,7 +254,8 @@ def _directional_step(
     apart = penalized and (autocast or whole is not None)  # the density is not that of the classifying forward
 
     with pieces.recorded() if penalized and not apart else contextlib.nullcontext():
-        outputs = objective._classify(xs if whole is None else whole)
+        outputs = objective._classify(batch if whole is None else whole)
+    kept = _keep(objective)
     with torch.autocast(device.type, enabled=False):  # half precision would drown a difference
         ce = loss = total = objective._loss_of(outputs, target)
         penalty = torch.full_like(ce, float("nan"))
@@ -178,7 +263,7 @@ def _directional_step(
 
             def log_density(inputs: tuple[Tensor, ...], mode: TorchFunctionMode) -> Tensor:
                 with directional.replayed(states, device), mode:
-                    return functional.log_density(objective._classify(inputs, buffers)[0][1])
+                    return functional.log_density(objective._classify(_at(batch, inputs), buffers)[0][1])
 
             at_x = log_density(xs, pieces.recorded()) if apart else functional.log_density(outputs[0][1])
             norm, direction = directional.dual_direction(_score(at_x, xs, leaves, retain_graph=True), objective.p)
@@ -200,6 +285,7 @@ def _directional_step(
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
         gradients = directional.first_order_gradients(total * scale.to(total.dtype), trained, leaves)
+    _put_back(kept)
     return loss.detach(), outputs[0][1].detach(), ce.detach(), penalty, gradients
 
 
@@ -217,7 +303,7 @@ def _score(
 class RegularizedObjective(nn.Module):
     """Cross-entropy and density penalty of a model: ``out = objective(x, y); out.loss.backward()``.
 
-    Only ``out.loss`` carries a graph: the logits, the cross-entropy and the penalty are there to be looked at. The
+    Only ``out.loss`` has gradients: the logits, the cross-entropy and the penalty are there to be looked at. The
     forward, the input score, its double backward, the loss and the parameters' gradients are one step, by default one
     compiled graph; ``backward()`` hands the gradients out. So the loss cannot be differentiated a second time, and
     parameters must not change between the two calls. ``x.grad`` is not touched.
@@ -268,13 +354,26 @@ class RegularizedObjective(nn.Module):
             order, or one with options of its own, ``regularizers.Cure(h=3)``. All but the density's need a class for
             each sample, target [B] int64.
         labels: target -> [B] int64 classes, for targets that hold more than them, beside a criterion that takes them.
+        penalized: of several inputs the ones that are penalized, by position or name; None are all floating point ones.
 
     Raises:
         TypeError, ValueError: what was given and what is wanted.
     """
 
     coeff: Tensor
+    p: float
+    path: str
     regularizer: Regularizer
+    interval: int | None
+    fraction: float
+    criterion: Callable[[Tensor, Any], Tensor] | None
+    output: Callable[[Any], Tensor] | None
+    labels: Callable[[Any], Tensor]
+    penalized: tuple[int | str, ...] | None
+    central: bool
+    compiled: bool
+    mode: str | None
+    backend: str | Callable
 
     def __init__(
         self,
@@ -292,6 +391,7 @@ class RegularizedObjective(nn.Module):
         backend: str | Callable = "inductor",
         regularizer: str | Regularizer = "density",
         labels: Callable[[Any], Tensor] | None = None,
+        penalized: int | str | Sequence[int | str] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -303,15 +403,17 @@ class RegularizedObjective(nn.Module):
             torch.tensor(value, dtype=torch.float64 if double else torch.float32, device=first.device),
             persistent=False,
         )
-        options = {"interval": interval, "fraction": fraction, "criterion": criterion, "output": output}
-        options |= {"labels": labels, "central": central, "compiled": compile, "mode": mode, "backend": backend}
+        options: dict[str, Any] = {"interval": interval, "fraction": fraction, "criterion": criterion, "output": output}
+        options |= {"labels": labels, "penalized": penalized, "central": central}
+        options |= {"compiled": compile, "mode": mode, "backend": backend}
         self._set({name: _checked(name, given) for name, given in options.items()})
         self._set(_penalty_options(p, path, regularizer))
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = _compile(self)
-        self._told = self._nonzero = False
+        self._told = self._nonzero = self._told_of_compiling = False
         self._differences = 0
+        self._coupled: dict[tuple, bool] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An option that is assigned is checked as in the constructor, and counts from the next step on."""
@@ -323,19 +425,15 @@ class RegularizedObjective(nn.Module):
         elif name == "model":
             self._change({name: _bare(value)})
         elif name == "regularizer":
-            given = (
-                (self.p, self.path)
-                if isinstance(value, str)
-                else (2, "directional" if self.path == "directional" else "fused")
-            )
-            self._change(_penalty_options(*given, value))
+            p, kind = (self.p, self.path) if isinstance(value, str) else (2, "fused")
+            path = "directional" if self.path == "directional" else kind
+            self._change(_penalty_options(p, path, value))
         elif name in ("p", "path"):
             known = REGULARIZERS.get(self.regularizer.name) is type(self.regularizer)
             ordered = known and self.regularizer.name in WITH_ORDER  # which has no other option: made anew
             options = {"p": self.p, "path": self.path, name: value}
-            self._change(
-                _penalty_options(**options, regularizer=self.regularizer.name if ordered else self.regularizer)
-            )
+            options["regularizer"] = self.regularizer.name if ordered else self.regularizer
+            self._change(_penalty_options(**options))
         elif name in _OPTIONS:
             self._change({name: _checked(name, value)})
         else:
@@ -350,7 +448,8 @@ class RegularizedObjective(nn.Module):
             except Exception:
                 self._set(before)
                 raise
-            self._told = self._nonzero = False
+            self._told = self._nonzero = self._told_of_compiling = False
+            self._coupled = {}
 
     def _set(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -365,13 +464,18 @@ class RegularizedObjective(nn.Module):
 
     # Inside of a torch.compile'd function it is left to itself; with fullgraph=True that is an error with this reason.
     @torch.compiler.disable(reason="RegularizedObjective compiles its own step: call it outside of torch.compile")
-    def forward(self, x: Inputs, target: Any, loss_scale: float | Tensor | None = None) -> ObjectiveOutput:
+    def forward(
+        self, x: Inputs | Mapping[str, Any], target: Any, loss_scale: float | Tensor | None = None
+    ) -> ObjectiveOutput:
         """The penalized loss of a batch.
 
         Args:
-            x: [B, ...], floating point, or a sequence of such inputs, ``model(*x)``, whose joint norm is taken. It is
-                detached: no gradient reaches what x came from.
-            target: [B] int64 classes, or what the criterion takes.
+            x: [B, ...], floating point, or several inputs: a sequence, ``model(*x)``, or a mapping, ``model(**x)``. Of
+                several the joint norm is taken of those that are floating point, or that ``penalized`` names; the rest
+                (masks, token numbers, flags) is passed on, tensors of length B being taken to have a row for each
+                sample. The model gets copies, which it may change in place; no gradient reaches what x came from.
+            target: [B] int64 classes, or what the criterion takes. In a compiled step a float in it becomes a tensor of
+                shape [], as each other value of a Python number would be compiled anew.
             loss_scale: needed in float16, where gradients underflow: the scale of
                 :class:`torch.amp.GradScaler`, ``scaler.scale(torch.ones((), device=x.device))``, by which the loss is
                 multiplied before it is differentiated. ``out.loss`` and its gradients are unscaled by it again, so
@@ -385,13 +489,17 @@ class RegularizedObjective(nn.Module):
         """
         for module in (self, self.model):  # fully_shard may have come after the constructor
             _check_unsharded(module)
-        xs = _check_x(x)
+        batch = _check_x(x, self.penalized)
+        xs = batch.xs
         if not torch.is_grad_enabled():
-            outputs = self._classify(xs)
+            outputs = self._classify(batch)
             with torch.autocast(xs[0].device.type, enabled=False):
                 ce = self._loss_of(outputs, target)
             return ObjectiveOutput(ce, outputs[0][1], ce, torch.full_like(ce, float("nan")))
-        xs = tuple(t.clone() if t.is_inference() else t.detach() for t in xs)
+        xs = tuple(_detached(x) for x in xs)
+        batch = _Batch(xs, batch.keys, {key: _detached(v) for key, v in batch.others.items()})
+        if self._compiled_step is not None:
+            target = tree_map(lambda v: _for_graph(v, xs[0].device), target)
         trained = self._trained()
         if not trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
@@ -404,9 +512,7 @@ class RegularizedObjective(nn.Module):
         if penalized and getattr(self.regularizer, "differences", False):
             _check_no_dropout(self.model, self.regularizer.name)
         factor, scale = self._scales(xs, loss_scale, coeff)
-        if self.compiled:
-            target = tree_map_only(Tensor, _plain, target)
-        *shown, gradients = self._run(xs, target, coeff, scale, penalized)
+        *shown, gradients = self._run(batch, target, coeff, scale, penalized)
         if penalized and isinstance(self.regularizer, Hessian) and not self._nonzero:
             if shown[3] == 0:
                 raise RuntimeError(
@@ -419,28 +525,34 @@ class RegularizedObjective(nn.Module):
             shown = [t.clone() for t in shown]
             gradients = [g if g is None else g.clone() for g in gradients]
         loss = _HandOut.apply(shown[0], factor, gradients, *trained)
-        return ObjectiveOutput(loss, *shown[1:])
+        logits, ce, penalty = _Shown.apply(shown[1:], *trained)
+        return ObjectiveOutput(loss, logits, ce.as_subclass(_Scalar), penalty.as_subclass(_Scalar))
 
     @torch.enable_grad()
-    def penalty(self, x: Inputs, target: Any = None) -> Tensor:
+    def penalty(self, x: Inputs | Mapping[str, Any], target: Any = None) -> Tensor:
         """The penalty's value, a scalar without graph; the model's buffers (running statistics) stay as they are.
 
         Args:
             x: as in :meth:`forward`.
             target: as there; the density penalty needs none. What is random in others is drawn from a fixed seed.
         """
-        xs = tuple(t.detach().requires_grad_() for t in _check_x(x))
-        if not isinstance(self.regularizer, Density):
-            return self._rival(xs, target)
-        logits = self._classify(xs, _buffers(self.model))[0][1]
-        with torch.autocast(logits.device.type, enabled=False):
-            score = _score(functional.log_density(logits), xs, [*self._trained(), *xs])
-            return directional.dual_direction(score, self.p)[0].mean()
+        batch = _leaves(_check_x(x, self.penalized))
+        kept = _keep(self)
+        try:
+            if not isinstance(self.regularizer, Density):
+                return self._rival(batch, target)
+            logits = self._classify(batch, _buffers(self.model))[0][1]
+            with torch.autocast(logits.device.type, enabled=False):
+                score = _score(functional.log_density(logits), batch.xs, [*self._trained(), *batch.xs])
+                return directional.dual_direction(score, self.p)[0].mean()
+        finally:
+            _put_back(kept)
 
-    def _rival(self, xs: tuple[Tensor, ...], target: Any) -> Tensor:
+    def _rival(self, batch: _Batch, target: Any) -> Tensor:
         def classify(inputs: tuple[Tensor, ...]) -> Tensor:
-            return self._classify(inputs, _buffers(self.model))[0][1]
+            return self._classify(_at(batch, inputs), buffers)[0][1]
 
+        buffers, xs = _buffers(self.model), batch.xs
         device = xs[0].device
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -468,36 +580,68 @@ class RegularizedObjective(nn.Module):
         scale = scale / coeff.clamp_min(1)
         return 1 / scale, scale
 
-    def _run(self, xs: tuple[Tensor, ...], target: Any, coeff: Tensor, scale: Tensor, penalized: bool) -> _Results:
+    def _run(self, batch: _Batch, target: Any, coeff: Tensor, scale: Tensor, penalized: bool) -> _Results:
         if not penalized:
-            return self._call(self._step(), xs, target, coeff, scale, penalized=False)
-        batch = len(xs[0])
-        chosen = max(1, round(self.fraction * batch))
-        if chosen == batch:
-            return self._call(self._step(), _leaves(xs), target, coeff, scale)
-        order = torch.randperm(batch, device=xs[0].device)
-        part = _leaves(tuple(x[order[batch - chosen :]] for x in xs))
-        apart = self.path == "directional" or _uses_batch_statistics(self.model)
+            return self._call(self._step(), batch, target, coeff, scale, penalized=False)
+        size, device = len(batch.xs[0]), batch.xs[0].device
+        chosen = max(1, round(self.fraction * size))
+        if chosen >= size:  # an empty batch too
+            return self._call(self._step(), _leaves(batch), target, coeff, scale)
+        apart = self.path == "directional" or self._couples(batch)
+        order = torch.randperm(size, device=device)
+        part = _leaves(_rows(batch, order[size - chosen :]))
         if apart and isinstance(self.regularizer, Density):
-            return self._call(self._step(), part, target, coeff, scale, whole=xs)
+            return self._call(self._step(), part, target, coeff, scale, whole=batch)
         if not isinstance(target, Tensor):
             raise TypeError(f"fraction takes a part of the batch: target must be a tensor, got {type(target).__name__}")
-        of_part = None if isinstance(self.regularizer, Density) else target[order[batch - chosen :]]
+        of_part = None if isinstance(self.regularizer, Density) else target[order[size - chosen :]]
         if apart:
-            return self._call(self._step(), part, target, coeff, scale, whole=xs, part=of_part)
-        rest = tuple(x[order[: batch - chosen]] for x in xs)
+            return self._call(self._step(), part, target, coeff, scale, whole=batch, part=of_part)
+        rest = _rows(batch, order[: size - chosen])
         loss, logits, *others = self._call(self._step(), part, target[order], coeff, scale, rest=rest, part=of_part)
         return loss, torch.empty_like(logits).index_copy_(0, order, logits), *others  # type: ignore[return-value]
+
+    def _couples(self, batch: _Batch) -> bool:
+        """Whether the logits of a sample, or what is kept in a buffer, depend on which samples are in the batch.
+
+        Tried once for each mode of the modules: one sample among its neighbours, and among others.
+        """
+        mode = tuple(module.training for module in self.model.modules())
+        if mode not in self._coupled:
+            size, device = len(batch.xs[0]), batch.xs[0].device
+            index = torch.full((size,), size // 2, device=device)
+            self_ = torch.arange(size, device=device) == size // 2
+            copies = _rows(batch, index)
+            among = tuple(torch.where(ops.per_row(self_, x), x, 2 * x + 0.73) for x in copies.xs)
+            states, kept = directional.random_states(device), _keep(self)
+            logits = []
+            with torch.no_grad():
+                for each in (batch, copies._replace(xs=among)):
+                    with directional.replayed(states, device):
+                        logits.append(self._classify(each)[0][1][size // 2].float())
+            changed = not all(m._buffers[name] is b and torch.equal(b, value) for m, name, b, value in kept)
+            _put_back(kept)
+            same = (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].abs().max()
+            self._coupled[mode] = changed or not same
+        return self._coupled[mode]
 
     def _call(self, step: Callable[..., _Results], *args, **kwargs) -> _Results:
         if self._compiled_step is None:
             with _without_hooks(self._trained()):
                 return step(self, *args, **kwargs)
+        failure: Exception
         with _COMPILED, torch._dynamo.config.patch(_DYNAMO), hardsigmoid_under_compile():
             try:
-                return self._compiled_step(self, *args, **kwargs)
+                results = self._compiled_step(self, *args, **kwargs)
+            except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+                raise RuntimeError(_often_compiled(self._compiled_step)) from error
             except torch._dynamo.exc.TorchDynamoException as error:
                 failure = error
+            else:
+                if not self._told_of_compiling and len(_compiled_versions(self._compiled_step)) > OFTEN:
+                    self._told_of_compiling = True
+                    warnings.warn(_often_compiled(self._compiled_step), RuntimeWarning, stacklevel=2)
+                return results
         self._raise_what_eager_raises(step, *args, **kwargs)
         for name, t in (*self.named_parameters(), *self.named_buffers()):
             if type(t) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -515,7 +659,7 @@ class RegularizedObjective(nn.Module):
     def _raise_what_eager_raises(self, step: Callable[..., _Results], *args, **kwargs) -> None:
         """After a failed compilation: the error of the step itself, if it has one, says more than Dynamo's."""
         buffers = [(b, b.clone()) for b in self.model.buffers()]
-        device = args[0][0].device
+        device = args[0].xs[0].device
         try:
             with directional.replayed(directional.random_states(device), device), _without_hooks(self._trained()):
                 step(self, *args, **kwargs)
@@ -524,15 +668,20 @@ class RegularizedObjective(nn.Module):
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
 
-    def _classify(self, xs: tuple[Tensor, ...], buffers: dict[str, Tensor] | None = None) -> _Outputs:
+    def _classify(self, batch: _Batch, buffers: dict[str, Tensor] | None = None) -> _Outputs:
         """The model's logits; with copies of these buffers in place of its own, which stay as they are."""
+        # Copies, as a model may change its inputs in place, and a leaf does not allow it.
+        given = {**dict(zip(batch.keys, batch.xs, strict=True)), **batch.others}
+        given = {key: v.clone() if isinstance(v, Tensor) else v for key, v in given.items()}
+        args = tuple(given[key] for key in range(len(given)) if key in given)
+        named = {key: v for key, v in given.items() if isinstance(key, str)}
         if buffers is None:
             # Past what model.compile() has put there.
             compiled = self.model._compiled_call_impl is not None
-            output = self.model._call_impl(*xs) if compiled else self.model(*xs)
+            output = self.model._call_impl(*args, **named) if compiled else self.model(*args, **named)
         else:
             copies = {name: buffer.clone() for name, buffer in buffers.items()}
-            output = torch.func.functional_call(self.model, copies, xs, tie_weights=False)
+            output = torch.func.functional_call(self.model, copies, args, named, tie_weights=False)
         if self.output is not None:
             output = self.output(output)
         weight = AUXILIARY.get(type(output).__name__)
@@ -700,7 +849,10 @@ def _compile(objective: RegularizedObjective) -> Callable[..., _Results] | None:
     return torch.compile(step, fullgraph=True, dynamic=False, mode=mode, backend=backend)
 
 
-_OPTIONS = ("interval", "fraction", "criterion", "output", "labels", "central", "compiled", "mode", "backend")
+_OPTIONS = (
+    *("interval", "fraction", "criterion", "output", "labels", "penalized"),
+    *("central", "compiled", "mode", "backend"),
+)
 """What :func:`_checked` knows; p, path and regularizer belong together, see :func:`_penalty_options`."""
 
 
@@ -722,6 +874,11 @@ def _checked(name: str, value: Any) -> Any:
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
         return _as_it_is if value is None and name == "labels" else value
+    elif name == "penalized" and value is not None:
+        names = (value,) if isinstance(value, (int, str)) else tuple(value) if isinstance(value, Sequence) else ()
+        if not names or not all(isinstance(each, (int, str)) for each in names):
+            raise TypeError(f"penalized must be positions or names of inputs, or None for all; got {value!r}")
+        return names
     return value
 
 
@@ -789,16 +946,79 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_x(x: Inputs) -> tuple[Tensor, ...]:
-    xs = (x,) if isinstance(x, Tensor) else tuple(x) if isinstance(x, Sequence) else ()
-    if not xs or not all(isinstance(t, Tensor) for t in xs):
-        raise TypeError(f"x must be a tensor or a non-empty sequence of tensors, got {type(x).__name__}")
-    for t in xs:
-        if not t.is_floating_point():
-            raise TypeError(f"x must be floating point to have a score, got {t.dtype}")
-        if t.ndim < 2 or len(t) != len(xs[0]):
-            raise ValueError(f"x must have shape [B, ...], got {[list(t.shape) for t in xs]}")
-    return tuple(_plain(t) for t in xs)
+def _keep(objective: RegularizedObjective) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """The buffers as they are, for :func:`_put_back`."""
+    owners = [owner for owner in (objective.model, objective.output) if isinstance(owner, nn.Module)]
+    modules = [module for owner in owners for module in owner.modules()]
+    return [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+
+
+def _put_back(kept: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    """Undo what checkpoints did to the buffers as they ran their forward again, in each backward that there was."""
+    for module, name, buffer, value in kept:
+        buffer.data.copy_(value)  # the graph may hold the buffer: to it nothing has changed
+        module._buffers[name] = buffer
+
+
+OFTEN = 5
+"""As many versions of the compiled step are taken for granted: a last batch of another size, skipped penalties."""
+
+
+def _compiled_versions(compiled: Any) -> list[Any]:
+    return torch._dynamo.eval_frame._debug_get_cache_entry_list(compiled._torchdynamo_orig_callable.__code__)
+
+
+def _often_compiled(compiled: Any) -> str:
+    """That a step is compiled again and again, and why."""
+    code, versions = compiled._torchdynamo_orig_callable.__code__, len(_compiled_versions(compiled))
+    reasons = torch._dynamo.utils.guard_failures.get(code) or ["?: unknown"]
+    latest = str(reasons[-min(max(1, versions - 1), len(reasons))])  # one for each version there was, the latest first
+    reason = latest.splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
+    return (
+        f"the training step was compiled {versions} times, the last time because of: {reason}. Each new shape of a "
+        "batch and each new Python number in the target, the criterion or the model is compiled anew: use batches of "
+        "one size (drop_last=True) and tensors for numbers that change, or compile=False"
+    )
+
+
+def _for_graph(value: Any, device: torch.device) -> Any:
+    """A part of the target as the compiled step takes it: no subclass of Tensor, and no number that is compiled in."""
+    if isinstance(value, Tensor):
+        return _plain(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+    return torch.full((), float(value), dtype=torch.float64, device=device) if real else value
+
+
+def _check_x(x: Any, penalized: tuple[int | str, ...] | None) -> _Batch:
+    given: dict[int | str, Any]
+    if isinstance(x, Mapping):
+        given = dict(x)
+    elif isinstance(x, Tensor) or (isinstance(x, Sequence) and not isinstance(x, str)):
+        given = dict(enumerate([x] if isinstance(x, Tensor) else x))
+    else:
+        raise TypeError(f"x must be a tensor, a sequence of inputs or a mapping to them, got {type(x).__name__}")
+    given = {key: _plain(v) if isinstance(v, Tensor) else v for key, v in given.items()}
+    tensors = {key: v for key, v in given.items() if isinstance(v, Tensor)}
+    if penalized is None:  # nothing is left out silently that has a derivative
+        penalized = tuple(key for key, v in tensors.items() if v.is_floating_point() or v.is_complex())
+    if not penalized:
+        kinds = ", ".join(str(v.dtype if isinstance(v, Tensor) else type(v).__name__) for v in given.values())
+        raise TypeError(f"x must be floating point to have a score, got {kinds or 'nothing'}")
+    for key in penalized:
+        if key not in tensors:
+            raise ValueError(f"penalized names {key!r}, which is none of x's tensors: {[*tensors]}")
+        if not tensors[key].is_floating_point():
+            raise TypeError(f"x must be floating point to have a score, got {tensors[key].dtype}")
+    xs = tuple(tensors[key] for key in penalized)
+    if any(t.ndim < 2 or len(t) != len(xs[0]) for t in xs):
+        raise ValueError(f"x must have shape [B, ...], got {[list(t.shape) for t in xs]}")
+    return _Batch(xs, tuple(penalized), {key: v for key, v in given.items() if key not in penalized})
+
+
+def _detached(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if value.is_inference() else value.detach()
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -822,18 +1042,8 @@ def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
             )
 
 
-def _leaves(xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.detach().requires_grad_() for x in xs)
-
-
-def _uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether a layer's output, or what it keeps, depends on which samples are in the batch."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            return True
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
-            return True
-    return False
+def _leaves(batch: _Batch) -> _Batch:
+    return batch._replace(xs=tuple(x.detach().requires_grad_() for x in batch.xs))
 
 
 def _as_it_is(target: Any) -> Any:

@@ -316,8 +316,9 @@ def train_step(
         scaler.scale(out.loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    largest, best = out.logits.max(1)
-    return StepOutput(out.loss.detach(), out.ce, out.penalty, (best == groups.classes(y)).sum(), largest.max())
+    loss, logits, ce, penalty = (t.detach() for t in out)
+    largest, best = logits.max(1)
+    return StepOutput(loss, ce, penalty, (best == groups.classes(y)).sum(), largest.max())
 
 
 def evaluate(

@@ -6,8 +6,9 @@ import copy
 import math
 import pickle
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import densreg
 from benchmarks.second_order import CLASSES, problem, reference, relative_error
 from densreg import RegularizedObjective
-from densreg.objective import AUXILIARY
+from densreg import objective as objective_module
+from densreg.objective import AUXILIARY, ObjectiveOutput
 from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
@@ -80,15 +82,14 @@ def test_the_step_is_torchs(compiler, fresh_dynamo):
     loss, expected = by_autograd(twin, x, Y, 0.5)
     out = objective_of(model, compiler)(x, Y)
     torch.testing.assert_close(out.loss, loss, check_dtype=False)
-    torch.testing.assert_close(out.loss.detach(), out.ce + 0.5 * out.penalty)
+    torch.testing.assert_close(out.loss, out.ce + 0.5 * out.penalty)
     out.loss.backward()
     assert relative_error(gradients(model), expected) < 1e-10
     for a, b in zip(model.buffers(), twin.buffers(), strict=True):  # one plain step's running statistics
         torch.testing.assert_close(a, b)
     assert int(model[1].num_batches_tracked) == 1
-    torch.testing.assert_close(out.logits, copy.deepcopy(twin)(x).detach())
+    torch.testing.assert_close(out.logits, copy.deepcopy(twin)(x))
     assert out.loss.requires_grad
-    assert not any(t.requires_grad for t in (out.logits, out.ce, out.penalty))
 
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
@@ -706,7 +707,7 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
 
     with pytest.raises(TypeError, match=r"floating point.*got torch\.uint8"):
         objective(linear)(x.to(torch.uint8), Y)
-    with pytest.raises(TypeError, match="x must be a tensor or a non-empty sequence of tensors, got int"):
+    with pytest.raises(TypeError, match="x must be a tensor, a sequence of inputs or a mapping to them, got int"):
         objective(linear)(3, Y)
     with pytest.raises(ValueError, match="logits do not depend on x"):
         objective(lambda x, w: linear(x.detach(), w))(x, Y)
@@ -714,8 +715,6 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
         objective(lambda x, w: "logits")(x, Y)
     with pytest.raises(ValueError, match=r"logits must have shape \[batch, classes\]"):
         objective(lambda x, w: linear(x, w).sum(1))(x, Y)
-    with pytest.raises(RuntimeError, match="in-place operation"):
-        objective(lambda x, w: linear(x.mul_(2), w))(x, Y)
     for criterion, given in ((lambda f, t: 1.0, "float"), (lambda f, t: f.sum(1), r"shape \[5\]")):
         with pytest.raises(TypeError, match=f"criterion must return a tensor of shape .., got {given}"):
             objective_of(Closure(linear), compiler, criterion=criterion)(x, Y)
@@ -982,3 +981,304 @@ def test_subclasses_in_the_model(fresh_dynamo):
     assert relative_error(gradients(model), expected) < 1e-10
     with pytest.raises(RuntimeError, match=r"model\.conv\.weight is a _Sub, a subclass of Tensor.*compile=False"):
         objective_of(model, "aot_eager")(x, Y)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what is there to be looked at
+
+
+@pytest.mark.parametrize("compiler", [None, "eager"])
+@pytest.mark.parametrize(
+    "term",
+    [
+        lambda out: F.kl_div(out.logits.log_softmax(1), torch.full((5, 7), 1 / 7), reduction="batchmean"),
+        lambda out: out.ce,
+        lambda out: 0.5 * out.penalty,
+    ],
+)
+def test_a_loss_term_that_would_train_nothing(term, compiler, fresh_dynamo):
+    objective = objective_of(_Net(nn.Tanh()), compiler)
+    parameters = list(objective.model.parameters())
+    x = torch.randn(5, 4)
+    for backward in (
+        lambda loss: loss.backward(),
+        lambda loss: loss.backward(inputs=parameters[-1:]),
+        lambda loss: torch.autograd.grad(loss, parameters[:1]),
+    ):
+        out = objective(x, Y)
+        with pytest.raises(RuntimeError, match=r"out\.logits, out\.ce or out\.penalty .* criterion=f"):
+            backward(out.loss + term(out))
+        with pytest.raises(RuntimeError, match="criterion=f"):
+            backward(term(out))
+    out = objective(x, Y)
+    (out.loss + term(ObjectiveOutput(*(t.detach() for t in out)))).backward()  # a constant
+    expected = gradients(objective.model)
+    objective.model.zero_grad()
+    objective(x, Y).loss.backward()
+    assert relative_error(expected, gradients(objective.model)) < 1e-6
+
+
+def test_what_is_looked_at_gives_no_warning(recwarn):
+    out = objective_of(_Net(nn.Tanh()))(torch.randn(5, 4), Y)
+    total = torch.zeros(())
+    for scalar in (out.ce, out.penalty):
+        assert float(scalar) == scalar.item() == float(scalar.numpy()) == float(copy.deepcopy(scalar))
+        assert f"{scalar:.3f}" == f"{scalar.item():.3f}"
+        assert math.isfinite(scalar)
+        assert float(pickle.loads(pickle.dumps(scalar))) == scalar.item()
+        total += scalar.detach()
+    assert type(out.ce + 1) is Tensor
+    (out.logits.argmax(1) == Y).float().mean().item()
+    out.logits.tolist(), out.logits.detach().numpy(), out.logits.max(1), out.penalty.isnan()
+    with pytest.raises(RuntimeError, match=r"Use tensor\.detach\(\)\.numpy\(\)"):
+        out.logits.numpy()
+    out.loss.backward()
+    assert len(recwarn) == 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# inputs
+
+
+class _Masked(nn.Module):
+    """As Hugging Face's models are called, and with what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.kinds, self.head = nn.Linear(4, 6), nn.Embedding(3, 6), nn.Linear(6, 7)
+
+    def forward(self, pixel_values, kind=None, attention_mask=None, flag=False, scale=None):
+        h = (self.first(pixel_values) + self.kinds(kind)).tanh()
+        h = h * attention_mask * (2 if flag else 1)
+        return {"logits": self.head(h if scale is None else h * scale)}
+
+
+def _masked() -> tuple[nn.Module, dict[str, Any]]:
+    x = {"pixel_values": torch.randn(5, 4).double(), "kind": torch.tensor([0, 1, 2, 1, 0]), "flag": True}
+    return _Masked().double(), {**x, "attention_mask": torch.rand(5, 6) > 0.3}
+
+
+def _expected_of_masked(model, x, penalized=("pixel_values",)) -> tuple[Tensor, list[Tensor]]:
+    leaves = [x[name].clone().requires_grad_() for name in penalized]
+    logits = model(**{**x, **dict(zip(penalized, leaves, strict=True))})["logits"]
+    score = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), leaves, create_graph=True)
+    penalty = torch.cat(score, 1).norm(dim=1).mean()
+    return penalty.detach(), list(torch.autograd.grad(0.5 * penalty, list(model.parameters()), allow_unused=True))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "options"),
+    [(None, {}), ("eager", {}), (None, {"path": "directional", "central": True})],
+)
+@pytest.mark.parametrize("form", ["mapping", "sequence"])
+def test_other_inputs_beside_the_penalized_one(form, compiler, options, fresh_dynamo):
+    model, x = _masked()
+    penalty, expected = _expected_of_masked(model, x)
+    objective = objective_of(model, compiler, criterion=nothing, output=lambda o: o["logits"], **options)
+    given = x if form == "mapping" else [x[name] for name in ("pixel_values", "kind", "attention_mask", "flag")]
+    before = x["pixel_values"].clone()
+    torch.testing.assert_close(objective.penalty(given), penalty)
+    out = objective(given, Y)
+    torch.testing.assert_close(out.penalty.detach(), penalty)
+    out.loss.backward()
+    expected = [torch.zeros_like(w) if g is None else g for w, g in zip(model.parameters(), expected, strict=True)]
+    assert relative_error(gradients(model), expected) < (1e-5 if options else 1e-10)
+    assert torch.equal(before, x["pixel_values"])
+    with torch.no_grad():
+        torch.testing.assert_close(objective(given, Y).logits, out.logits.detach())
+
+
+def test_penalized_names_the_inputs():
+    model, x = _masked()
+    x["scale"] = torch.rand(5, 6).double()
+    for penalized, names in ((None, ("pixel_values", "scale")), ("pixel_values",) * 2, (["scale"], ["scale"])):
+        names = [names] if isinstance(names, str) else names
+        objective = objective_of(model, output=lambda o: o["logits"], penalized=penalized)
+        torch.testing.assert_close(objective(x, Y).penalty.detach(), _expected_of_masked(model, x, names)[0])
+    with pytest.raises(ValueError, match=r"penalized names 'pixels', which is none of x's tensors: \['pixel_values'"):
+        objective_of(model, penalized="pixels")(x, Y)
+    with pytest.raises(TypeError, match=r"x must be floating point to have a score, got torch\.int64"):
+        objective_of(model, penalized="kind")(x, Y)
+    with pytest.raises(TypeError, match=r"floating point to have a score, got torch\.int64, bool"):
+        objective_of(model)({"kind": x["kind"], "flag": True}, Y)
+    with pytest.raises(TypeError, match=r"penalized must be positions or names of inputs, or None for all; got 1\.5"):
+        objective_of(model, penalized=1.5)
+
+
+def test_a_part_of_the_batch_takes_its_rows_of_the_other_inputs():
+    model, x = _masked()
+    torch.manual_seed(3)
+    order = torch.randperm(5)
+    for regularizer in ("density", "ig_sum"):
+        torch.manual_seed(3)
+        objective = objective_of(model, output=lambda o: o["logits"], fraction=0.4, regularizer=regularizer)
+        out = objective(x, Y)
+        torch.testing.assert_close(out.logits, model(**x)["logits"])
+        if regularizer == "density":
+            rows = {name: v[order[3:]] if isinstance(v, Tensor) else v for name, v in x.items()}
+            torch.testing.assert_close(out.penalty.detach(), _expected_of_masked(model, rows)[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"compile": False}, {"backend": "eager"}, {"path": "directional", "central": True}]
+)
+def test_a_model_that_begins_in_place(options, fresh_dynamo):
+    class InPlace(_Net):
+        def forward(self, x):
+            return super().forward(F.elu(x.sub_(0.3), inplace=True))
+
+    model = InPlace(nn.Tanh()).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    before = x.clone()
+    leaf = x.clone().requires_grad_()
+    logits = _Net.forward(model, F.elu(leaf - 0.3))
+    (g,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), leaf, create_graph=True)
+    expected = torch.autograd.grad(
+        g.norm(dim=1).mean(), list(model.parameters()), materialize_grads=True, allow_unused=True
+    )
+    objective = RegularizedObjective(model, 1.0, criterion=nothing, **options)
+    objective(x, Y).loss.backward()
+    assert relative_error(gradients(model), expected) < (1e-5 if "path" in options else 1e-10)
+    torch.testing.assert_close(objective.penalty(x), g.norm(dim=1).mean().detach())
+    assert torch.equal(x, before)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# a part of the batch; buffers
+
+
+class _OwnNorm(nn.Module):
+    """Batch statistics that no module of torch's is there to tell of."""
+
+    def forward(self, x):
+        return F.batch_norm(x, None, None, training=self.training)
+
+
+class _Detached(nn.Module):
+    """Coupled by what has no gradient."""
+
+    def forward(self, x):
+        return x - x.mean(0).detach()
+
+
+def _spectral() -> nn.Module:
+    """Far from where its power iteration ends, so that each step of it shows."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+    for vector in layer.parametrizations.weight[0].buffers():
+        vector.copy_(F.normalize(torch.randn(6), dim=0))
+    return layer
+
+
+class _Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x.tanh()
+
+
+@pytest.mark.parametrize("compiler", [None, "eager"])
+@pytest.mark.parametrize(
+    "body",
+    [_OwnNorm, _Detached, _Counter, lambda: _spectral()],
+    ids=["batch_norm", "detached", "buffer", "spectral_norm"],
+)
+def test_fraction_where_samples_meet_or_buffers_change(body, compiler, fresh_dynamo):
+    model, x = _Net(body()).double(), torch.randn(5, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    out = objective_of(model, compiler, fraction=0.4)(x, Y)
+    logits = twin(x)
+    torch.testing.assert_close(out.logits.detach(), logits.detach())
+    torch.testing.assert_close(out.ce.detach(), F.cross_entropy(logits, Y).detach())
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_fraction_costs_no_more_where_samples_do_not_meet():
+    """Dropout and layer normalization couple nothing: each sample goes through the model once."""
+    sizes = []
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Dropout(0.5), nn.Linear(6, 7))
+    model[0].register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    objective = objective_of(model, fraction=0.4)
+    objective(torch.randn(5, 4), Y)
+    assert sizes == [5, 5, 2, 3], "to find out, and the step"
+    objective(torch.randn(5, 4), Y)
+    assert sizes[4:] == [2, 3]
+
+
+def test_the_penalty_of_a_part_starts_from_the_same_buffers():
+    """As the classification does: with spectral_norm it is the same weight."""
+    model = _Net(_spectral()).double()
+    twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
+    torch.manual_seed(3)
+    part = x[torch.randperm(5)[3:]].requires_grad_()
+    torch.manual_seed(3)
+    out = objective_of(model, fraction=0.4)(x, Y)
+    torch.testing.assert_close(out.penalty.detach(), densreg.density_penalty(twin(part), part).detach())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"interval": None},
+        {"regularizer": "cure"},
+        {"fraction": 0.4},
+        {"path": "directional"},
+        {"backend": "aot_eager", "compile": True},
+    ],
+)
+def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynamo):
+    class Checkpointed(_Net):
+        def forward(self, x):
+            return self.head(torch.utils.checkpoint.checkpoint(self.body, self.first(x), use_reentrant=False))
+
+    model = Checkpointed(nn.Sequential(nn.BatchNorm1d(6), nn.Tanh())).double()
+    twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
+    objective = RegularizedObjective(model, 0.5, **{"compile": False, **options})
+    objective.penalty(x, Y)
+    objective(x, Y).loss.backward()
+    _Net.forward(twin, x)
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# compiling again and again
+
+
+def _mixup(logits: Tensor, target: Any) -> Tensor:
+    ya, yb, lam = target
+    return lam * F.cross_entropy(logits, ya) + (1 - lam) * F.cross_entropy(logits, yb)
+
+
+def test_numbers_in_a_target_do_not_compile_anew(fresh_dynamo):
+    model, x = _Net(nn.Tanh()).double(), torch.randn(5, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("eager")
+    objective = RegularizedObjective(model, 0.5, backend=counter, criterion=_mixup)
+    for lam in (0.25, 0.75, np.float32(0.1)):
+        model.zero_grad()
+        objective(x, (Y, Y.flip(0), lam)).loss.backward()
+        _, expected = by_autograd(twin, x, (Y, Y.flip(0), float(lam)), 0.5, criterion=_mixup)
+        assert relative_error(gradients(model), expected) < 1e-10
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_compiling_again_and_again_is_told_once(fresh_dynamo, monkeypatch):
+    """A number that is no float may choose what the criterion does, and stays what it is."""
+    monkeypatch.setitem(objective_module._DYNAMO, "recompile_limit", 8)
+    model = _Net(nn.Tanh())
+    objective = RegularizedObjective(model, 0.5, backend="eager", criterion=_mixup)
+    x, told = torch.randn(5, 4), r"compiled 6 times, the last time because of: .*target.* == 4.*tensors for numbers"
+    for number in range(5):
+        objective(x, (Y, Y, number))
+    with pytest.warns(RuntimeWarning, match=told):
+        objective(x, (Y, Y, 5))
+    for number in (6, 7):
+        objective(x, (Y, Y, number))
+    with pytest.raises(RuntimeError, match=r"compiled 8 times, .*target.*compile=False"):
+        objective(x, (Y, Y, 9))
