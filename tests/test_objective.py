@@ -528,6 +528,42 @@ def test_activation_checkpointing(compiler, fresh_dynamo):
     assert relative_error(gradients(model), expected) < 1e-10
 
 
+class _Attention(nn.Module):
+    """Of [B, 6], as 3 tokens of width 2."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_proj, self.layer = nn.Linear(2, 24), layer
+
+    def forward(self, x):
+        q, k, v = self.in_proj(x.unflatten(1, (3, 2))).chunk(3, 2)
+        if self.layer is None:
+            return F.scaled_dot_product_attention(q, k, v).flatten(1)
+        return self.layer(q, k, v, need_weights=False)[0].flatten(1)
+
+
+@pytest.mark.parametrize("layer", ["function", "MultiheadAttention"])
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_activation_checkpointing_of_attention(compiler, layer, fresh_dynamo):
+    """Of which torch has no second derivative: what is computed again has to be the replacement, too."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+    attention = _Attention(None if layer == "function" else nn.MultiheadAttention(8, 2, batch_first=True))
+    model, x = _Net(attention, 24).double(), torch.randn(5, 4, dtype=torch.float64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, expected = by_autograd(copy.deepcopy(model), x, Y, 0.5, criterion=nothing)
+    model.body = Checkpointed(attention)
+    objective_of(model, compiler, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
+
+
 class _Net(nn.Module):
     """Whatever a test needs of a body, and a linear head."""
 
