@@ -183,23 +183,48 @@ def _directional_step(
             norm, direction = directional.dual_direction(_score(at_x, xs, leaves, retain_graph=True), objective.p)
             penalty = norm.mean()
 
-            def difference(steps: int = 1) -> Tensor:
+            def difference(steps: int = 1, central: bool = objective.central) -> Tensor:
                 return directional.difference(
-                    lambda inputs: log_density(inputs, pieces.reused()), xs, direction, objective.central, at_x, steps
+                    lambda inputs: log_density(inputs, pieces.reused()), xs, direction, central, at_x, steps
                 )
 
             along = difference()
             objective._differences += 1
             if objective._differences & (objective._differences - 1) == 0:  # the first, second, fourth, eighth ...
-                objective._check_followed(along, norm)
+                wanted = norm.sum()
+                eps = torch.finfo(xs[0].dtype).eps
+                rounding = 2 * eps * (at_x.abs() + 1).norm()
+
+                def step(central: bool) -> Tensor:
+                    return directional.step_size(xs, direction, central)
+
+                _check_followed(along, wanted, 0.1 * wanted + rounding / step(objective.central))
                 if not objective._told:
                     pair = (directional.first_order_gradients(t, trained, leaves, True) for t in (along, difference(2)))
                     objective._check_smooth(*pair)
+                if not objective._told:  # of kinks
+                    with torch.no_grad():
+                        once, twice = difference(1, central=True), difference(2, central=True)
+                    error = 0.2 * eps ** (1 / 3) * wanted + (twice - once).abs() / 2
+                    _check_followed((4 * once - twice) / 3, wanted, error + rounding / step(central=True))
             weight = coeff.to(penalty.dtype)
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
         gradients = directional.first_order_gradients(total * scale.to(total.dtype), trained, leaves)
     return loss.detach(), outputs[0][1].detach(), ce.detach(), penalty, gradients
+
+
+def _check_followed(found: Tensor, wanted: Tensor, within: Tensor) -> None:
+    """A difference must be the norm's sum, which is known. Reading them synchronises, so it is done seldom."""
+    difference, norm, tolerance = torch.stack([found, wanted, within]).tolist()
+    if abs(difference - norm) > tolerance:
+        raise RuntimeError(
+            f'path "directional": the difference of the log density is {difference:.6g}, and {norm:.6g} by the score, '
+            f"with a tolerance of {tolerance:.2g}. The perturbed forwards differ from the first by more than their "
+            "input: a detached part that depends on x (detach(), no_grad(), a running mean used in the same forward), "
+            "random numbers that are not of torch's, Python's or NumPy's own generators, or too curved a network (try "
+            'central=True). Where the model can be differentiated twice, path="fused" has none of these limits'
+        )
 
 
 def _score(
@@ -529,16 +554,6 @@ class RegularizedObjective(nn.Module):
 
     def _trained(self) -> list[nn.Parameter]:
         return [w for w in self.parameters() if w.requires_grad]
-
-    def _check_followed(self, along: Tensor, norm: Tensor) -> None:
-        """The difference must be the norm's sum, which is known. Reading it synchronises, so it is done seldom."""
-        found, wanted = along.item(), norm.sum().item()
-        if abs(found - wanted) > 0.1 * wanted:
-            raise RuntimeError(
-                f'path "directional": the difference of the log density is {found:.4g}, and {wanted:.4g} by the score. '
-                "The perturbed forwards differ from the first by more than their input: random numbers that are not of "
-                "torch's, Python's or NumPy's own generators, a detached part, or too curved a network (try central)"
-            )
 
     def _check_smooth(self, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
         """The gradient must not depend on the step, as it does where an unknown kink lies inside of it."""
