@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -500,11 +501,9 @@ class RegularizedObjective(nn.Module):
             except torch._dynamo.exc.TorchDynamoException as error:
                 failure = error
         self._raise_what_eager_raises(step, *args, **kwargs)
-        lines = (str(failure).strip() or type(failure).__name__).splitlines()
-        reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
         raise RuntimeError(
-            f"the training step could not be compiled as one graph: {reason} (above in full). compile=False runs it in "
-            "eager, where there is no error"
+            f"the training step could not be compiled as one graph: {_explanation(failure, self.model, args[0])}; or "
+            "compile=False, which runs it in eager, where there is no error (torch's own words are above in full)"
         ) from failure
 
     def _raise_what_eager_raises(self, step: Callable[..., _Results], *args, **kwargs) -> None:
@@ -595,6 +594,71 @@ class RegularizedObjective(nn.Module):
     def extra_repr(self) -> str:
         options = ["regularizer", "interval", "fraction", "compiled"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+
+_REMEDIES = (
+    ("consumed returned tensor's grad_fn", "", "keep the tensor detached, or not at all"),
+    ("ToFloat(u0)", "momentum=None averages by a count, which is read from a tensor", "give it a momentum"),
+    ("Data-dependent branching", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
+    ("data-dependent", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
+    ("from a Tensor.item()", "a tensor's value is read", "compute with the tensor"),
+    ("marked as skipped", "it calls a function that torch.compile does not trace", "call what that one calls"),
+    ("call to torch._dynamo.graph_break()", "it asks for a graph break", "take that out"),
+)
+"""What torch says, what that means, and what to do."""
+
+_HOOKS = {
+    "WeightNorm": "use torch.nn.utils.parametrizations.weight_norm",
+    "SpectralNorm": "use torch.nn.utils.parametrizations.spectral_norm",
+    "BasePruningMethod": "make the pruning permanent, torch.nn.utils.prune.remove",
+}
+"""Hooks of torch that keep a weight they computed, and what to do."""
+
+
+def _explanation(failure: BaseException, model: nn.Module, xs: tuple[Tensor, ...]) -> str:
+    """Why a step could not be compiled, in one line: layer, reason, remedy."""
+    if torch.is_anomaly_enabled():
+        return "torch.autograd.detect_anomaly looks at every gradient's values: leave it out"
+    for x in xs:
+        if type(x) is not Tensor:
+            return f"x is of {type(x).__name__}, a subclass of Tensor: give x.as_subclass(torch.Tensor)"
+    chain: list[BaseException] = []
+    error: BaseException | None = failure
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    said = "\n".join(str(error) for error in chain)
+    lines = (str(failure).strip() or type(failure).__name__).splitlines()
+    reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
+    words, meaning, remedy = next((row for row in _REMEDIES if row[0] in said), ("", "", ""))
+    layer = next((layer for error in chain if (layer := _layer_of(error, model))), "")
+    if words.startswith("consumed"):
+        layer, meaning, remedy = _keeping_a_graph(model) or (layer, reason, remedy)
+    meaning = f"{meaning} ({reason})" if meaning else reason
+    return f"{layer}: {meaning}; {remedy}" if layer and remedy else f"{layer}: {meaning}" if layer else meaning
+
+
+def _layer_of(error: BaseException, model: nn.Module) -> str:
+    """The innermost module in whose forward the error came up."""
+    for frame in reversed(getattr(error, "real_stack", None) or traceback.StackSummary()):
+        for name, module in model.named_modules():
+            code = getattr(type(module).forward, "__code__", None)
+            lines = {(code.co_filename, line) for *_, line in code.co_lines()} if code is not None else ()
+            if (frame.filename, frame.lineno) in lines:
+                return f"{name or 'the model itself'} ({type(module).__name__})"
+    return ""
+
+
+def _keeping_a_graph(model: nn.Module) -> tuple[str, str, str] | None:
+    """(layer, reason, remedy) of the first module that keeps a tensor with a graph."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                kinds = {kind.__name__ for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__}
+                remedy = next((_HOOKS[kind] for kind in _HOOKS if kind in kinds), "keep it detached, or not at all")
+                layer = f"{name or 'the model itself'} ({type(module).__name__})"
+                return layer, f"it keeps a tensor of the step's graph as its attribute {key!r}", remedy
+    return None
 
 
 # What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its

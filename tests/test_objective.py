@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from reference import by_autograd, gradients, nothing
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 
 import densreg
 from benchmarks.second_order import CLASSES, problem, reference, relative_error
 from densreg import RegularizedObjective
-from densreg.objective import AUXILIARY
+from densreg.objective import AUXILIARY, _explanation
 from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
@@ -857,3 +858,61 @@ def test_inside_the_users_torch_compile(fresh_dynamo):
     objective = RegularizedObjective(model, 0.5, compile=False)
     with pytest.raises(Exception, match=r"call it outside of torch\.compile"):
         torch.compile(objective, backend="aot_eager", fullgraph=True)(x.detach(), Y)
+
+
+class _Decides(nn.Module):
+    def forward(self, x):
+        return x.tanh() if x.sum() > 0 else x.sin()
+
+
+class _Keeps(nn.Module):
+    def forward(self, x):
+        self.last = x.tanh()
+        return self.last
+
+
+def _pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (
+            lambda: nn.utils.weight_norm(nn.Linear(6, 6)),
+            r"\(Linear\).*attribute 'weight'.*parametrizations\.weight_norm",
+        ),
+        (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), r"\(Linear\).*'weight'.*parametrizations\.spectral_norm"),
+        (lambda: _pruned(nn.Linear(6, 6)), r"\(Linear\).*'weight'.*prune\.remove"),
+        (_Keeps, r"\(_Keeps\).*attribute 'last'.*keep it detached"),
+        (lambda: nn.BatchNorm1d(6, momentum=None), r"\(BatchNorm1d\): momentum=None.*give it a momentum"),
+        (_Decides, r"\(_Decides\).*a tensor's value decides.*torch\.where"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_what_does_not_compile_is_named(layer, words, fresh_dynamo):
+    """Layer, reason and remedy; in eager the step runs."""
+    model, x = _Net(nn.Sequential(nn.Tanh(), layer())), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match=rf"one graph: body\.1 {words}.*compile=False"):
+        RegularizedObjective(model, 0.5, backend="aot_eager")(x, Y)
+    RegularizedObjective(model, 0.5, compile=False)(x, Y)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled", "ignore:Error detected in")
+def test_anomaly_detection_is_named(fresh_dynamo):
+    with (
+        torch.autograd.detect_anomaly(),
+        pytest.raises(RuntimeError, match=r"one graph: .*detect_anomaly.*leave it out"),
+    ):
+        RegularizedObjective(_Net(nn.Tanh()), 0.5, backend="aot_eager")(torch.randn(5, 4), Y)
+
+
+def test_a_subclass_of_tensor_is_named():
+    class Image(Tensor):
+        pass
+
+    x = torch.randn(5, 4).as_subclass(Image)
+    assert _explanation(RuntimeError("no"), nn.Tanh(), (x,)) == (
+        "x is of Image, a subclass of Tensor: give x.as_subclass(torch.Tensor)"
+    )
