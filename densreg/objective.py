@@ -9,6 +9,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.fx.traceback
@@ -689,11 +690,37 @@ def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             w._backward_hooks = kept
 
 
+@contextlib.contextmanager
+def _stores_apart() -> Iterator[None]:
+    """inductor's C++ with each stored reduction in a scope of its own.
+
+    Two half-precision results of one vectorized reduction, ``(x.sum(0), x.sum(0).view(4, 4))`` of a [64, 16] bfloat16
+    x, are otherwise one name declared twice, which no C++ compiler takes. A penalized step under autocast has many.
+    """
+    from torch._inductor.codegen.common import IndentedBuffer
+    from torch._inductor.codegen.cpp import CppVecKernel
+
+    store_reduction = CppVecKernel.store_reduction
+
+    def apart(kernel: Any, name: str, index: Any, value: Any) -> None:
+        before, kernel.reduction_suffix = kernel.reduction_suffix, IndentedBuffer()
+        store_reduction(kernel, name, index, value)
+        before.writeline("{")
+        before.splice(kernel.reduction_suffix)
+        before.writeline("}")
+        kernel.reduction_suffix = before
+
+    with mock.patch.object(CppVecKernel, "store_reduction", apart):
+        yield
+
+
 class _Refusing:
     """A backend of torch.compile that raises where second order would be lost without a word: see functional.py."""
 
-    def __init__(self, mode: str | None, backend: str | Callable) -> None:
+    def __init__(self, mode: str | None, backend: str | Callable, penalized: bool) -> None:
         self.inner: Any
+        self.penalized = penalized
+        self.stores = _stores_apart if backend == "inductor" else contextlib.nullcontext
         if backend == "inductor":
             self.inner = torch._TorchCompileInductorWrapper(mode, None, False)
         else:
@@ -701,14 +728,18 @@ class _Refusing:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
-        if any("autograd_function_apply" in str(node.target) for each in graphs for node in each.nodes):
+        # A plain step has no second order to lose.
+        if self.penalized and any(
+            "autograd_function_apply" in str(node.target) for each in graphs for node in each.nodes
+        ):
             raise RuntimeError(
                 "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
                 "its class with torch._dynamo.allow_in_graph"
             )
         if torch._inductor.config.post_grad_custom_pre_pass is not None:  # the user's own: there is room for one
-            return self.inner(graph, inputs)
-        with torch._inductor.config.patch(post_grad_custom_pre_pass=MergeProducts()):
+            with self.stores():
+                return self.inner(graph, inputs)
+        with self.stores(), torch._inductor.config.patch(post_grad_custom_pre_pass=MergeProducts()):
             return self.inner(graph, inputs)
 
     def __getattr__(self, name: str) -> Any:  # name, configuration, reset
@@ -724,10 +755,8 @@ def _compile(objective: RegularizedObjective) -> Callable[..., _Results] | None:
     # Dynamo keeps what it compiled by code object, with one limit for all: each objective gets its own.
     code = _whole_step.__code__.replace()
     step = types.FunctionType(code, _whole_step.__globals__, argdefs=_whole_step.__defaults__)
-    mode, backend = objective.mode, objective.backend
-    if objective.interval is not None:  # a plain step has no second order to lose
-        mode, backend = None, _Refusing(mode, backend)
-    return torch.compile(step, fullgraph=True, dynamic=False, mode=mode, backend=backend)
+    backend = _Refusing(objective.mode, objective.backend, penalized=objective.interval is not None)
+    return torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _bare(model: nn.Module) -> nn.Module:

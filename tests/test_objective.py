@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 import densreg
 from benchmarks.second_order import CLASSES, problem, reference, relative_error
 from densreg import RegularizedObjective
-from densreg.objective import AUXILIARY, _explanation
+from densreg.objective import AUXILIARY, _explanation, _Refusing
 from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
@@ -916,3 +916,29 @@ def test_a_subclass_of_tensor_is_named():
     assert _explanation(RuntimeError("no"), nn.Tanh(), (x,)) == (
         "x is of Image, a subclass of Tensor: give x.as_subclass(torch.Tensor)"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_two_results_of_one_reduction_compile(dtype, fresh_dynamo):
+    """inductor's own C++ declares one name twice there, and is not compiled."""
+
+    def twice(x):
+        return x.sum(0), x.sum(0).view(4, 8)
+
+    x = torch.randint(-4, 4, (64, 32)).to(dtype)
+    compiled = torch.compile(twice, backend=_Refusing(None, "inductor", penalized=True))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for a, b in zip(compiled(x), twice(x), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_bfloat16_compiles_on_the_cpu(fresh_dynamo):
+    conv = (nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU(), nn.AdaptiveAvgPool2d(1))
+    model, x = nn.Sequential(*conv, nn.Flatten(), nn.Linear(16, 7)), torch.randn(5, 3, 8, 8)
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), Y, 1.0, criterion=nothing)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = RegularizedObjective(model, 1.0, criterion=nothing)(x, Y)
+    out.loss.backward()
+    assert relative_error(gradients(model), expected) < 0.05
