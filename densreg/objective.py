@@ -16,6 +16,7 @@ import torch.fx.traceback
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from densreg import directional, functional, ops, paths, regularizers
 from densreg.merge import MergeProducts
@@ -598,13 +599,26 @@ class RegularizedObjective(nn.Module):
 
 
 _REMEDIES = (
-    ("consumed returned tensor's grad_fn", "", "keep the tensor detached, or not at all"),
-    ("ToFloat(u0)", "momentum=None averages by a count, which is read from a tensor", "give it a momentum"),
+    ("consumed returned tensor's grad_fn", "a tensor of the step's graph is kept", "keep it detached, or not at all"),
+    (
+        "FloatTrueDiv(1.0, ToFloat(",
+        "momentum=None averages by a count, which is read from a tensor",
+        "give it a momentum",
+    ),
     ("Data-dependent branching", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
     ("data-dependent", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
-    ("from a Tensor.item()", "a tensor's value is read", "compute with the tensor"),
+    (
+        "RNG ops in recompute",
+        "a checkpoint has dropout inside, which this torch does not compile",
+        "leave one of them out",
+    ),
     ("marked as skipped", "it calls a function that torch.compile does not trace", "call what that one calls"),
-    ("call to torch._dynamo.graph_break()", "it asks for a graph break", "take that out"),
+    (
+        "trace builtin operator",
+        "it calls a builtin of Python that torch.compile does not trace, as print",
+        "leave it out",
+    ),
+    ("torch._dynamo.graph_break()", "it asks for a graph break", "leave that out"),
 )
 """What torch says, what that means, and what to do."""
 
@@ -634,9 +648,9 @@ def _explanation(failure: BaseException, model: nn.Module, xs: tuple[Tensor, ...
     words, meaning, remedy = next((row for row in _REMEDIES if row[0] in said), ("", "", ""))
     layer = next((layer for error in chain if (layer := _layer_of(error, model))), "")
     if words.startswith("consumed"):
-        layer, meaning, remedy = _keeping_a_graph(model) or (layer, reason, remedy)
+        layer, meaning, remedy = _keeping_a_graph(model) or (layer, meaning, remedy)
     meaning = f"{meaning} ({reason})" if meaning else reason
-    return f"{layer}: {meaning}; {remedy}" if layer and remedy else f"{layer}: {meaning}" if layer else meaning
+    return "".join((f"{layer}: " if layer else "", meaning, f"; {remedy}" if remedy else ""))
 
 
 def _layer_of(error: BaseException, model: nn.Module) -> str:
@@ -654,7 +668,7 @@ def _keeping_a_graph(model: nn.Module) -> tuple[str, str, str] | None:
     """(layer, reason, remedy) of the first module that keeps a tensor with a graph."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
+            if any(isinstance(t, Tensor) and t.grad_fn is not None for t in tree_leaves(value)):
                 kinds = {kind.__name__ for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__}
                 remedy = next((_HOOKS[kind] for kind in _HOOKS if kind in kinds), "keep it detached, or not at all")
                 layer = f"{name or 'the model itself'} ({type(module).__name__})"

@@ -866,9 +866,20 @@ class _Decides(nn.Module):
 
 
 class _Keeps(nn.Module):
+    def __init__(self, kept=None):
+        super().__init__()
+        self.kept = kept
+
     def forward(self, x):
-        self.last = x.tanh()
-        return self.last
+        y = x.tanh()
+        self.kept = y if self.kept is None else [y]
+        return y
+
+
+class _Prints(nn.Module):
+    def forward(self, x):
+        print(x.sum())
+        return x
 
 
 def _pruned(layer):
@@ -885,8 +896,10 @@ def _pruned(layer):
         ),
         (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), r"\(Linear\).*'weight'.*parametrizations\.spectral_norm"),
         (lambda: _pruned(nn.Linear(6, 6)), r"\(Linear\).*'weight'.*prune\.remove"),
-        (_Keeps, r"\(_Keeps\).*attribute 'last'.*keep it detached"),
+        (_Keeps, r"\(_Keeps\).*attribute 'kept'.*keep it detached"),
         (lambda: nn.BatchNorm1d(6, momentum=None), r"\(BatchNorm1d\): momentum=None.*give it a momentum"),
+        (lambda: _Keeps([]), r"\(_Keeps\).*attribute 'kept'.*keep it detached"),
+        (_Prints, r"\(_Prints\): it calls a builtin of Python.*leave it out"),
         (_Decides, r"\(_Decides\).*a tensor's value decides.*torch\.where"),
     ],
 )
