@@ -196,12 +196,13 @@ def _directional_step(
             if objective._differences & (objective._differences - 1) == 0:  # the first, second, fourth, eighth ...
                 wanted = norm.sum()
                 eps = torch.finfo(xs[0].dtype).eps
-                rounding = 2 * eps * (at_x.abs() + 1).norm()
+                rounding = 2 * (at_x.abs() + 1).norm()
 
                 def step(central: bool) -> Tensor:
                     return directional.step_size(xs, direction, central)
 
-                _check_followed(along, wanted, 0.1 * wanted + rounding / step(objective.central))
+                coarse = torch.finfo(at_x.dtype).eps  # a half model's log density is a float32
+                _check_followed(along, wanted, 0.1 * wanted + coarse * rounding / step(objective.central))
                 if not objective._told:
                     pair = (directional.first_order_gradients(t, trained, leaves, True) for t in (along, difference(2)))
                     objective._check_smooth(*pair)
@@ -209,7 +210,7 @@ def _directional_step(
                     with torch.no_grad():
                         once, twice = difference(1, central=True), difference(2, central=True)
                     error = 0.2 * eps ** (1 / 3) * wanted + (twice - once).abs() / 2
-                    _check_followed((4 * once - twice) / 3, wanted, error + rounding / step(central=True))
+                    _check_followed((4 * once - twice) / 3, wanted, error + eps * rounding / step(central=True))
             weight = coeff.to(penalty.dtype)
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
