@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import numbers
 import threading
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.fx.traceback
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from densreg import directional, functional, ops, paths, regularizers
 from densreg.merge import MergeProducts
@@ -269,24 +271,50 @@ def _directional_step(
             norm, direction = directional.dual_direction(_score(at_x, xs, leaves, retain_graph=True), objective.p)
             penalty = norm.mean()
 
-            def difference(steps: int = 1) -> Tensor:
+            def difference(steps: int = 1, central: bool = objective.central) -> Tensor:
                 return directional.difference(
-                    lambda inputs: log_density(inputs, pieces.reused()), xs, direction, objective.central, at_x, steps
+                    lambda inputs: log_density(inputs, pieces.reused()), xs, direction, central, at_x, steps
                 )
 
             along = difference()
             objective._differences += 1
             if objective._differences & (objective._differences - 1) == 0:  # the first, second, fourth, eighth ...
-                objective._check_followed(along, norm)
+                wanted = norm.sum()
+                eps = torch.finfo(xs[0].dtype).eps
+                rounding = 2 * (at_x.abs() + 1).norm()
+
+                def step(central: bool) -> Tensor:
+                    return directional.step_size(xs, direction, central)
+
+                coarse = torch.finfo(at_x.dtype).eps  # a half model's log density is a float32
+                _check_followed(along, wanted, 0.1 * wanted + coarse * rounding / step(objective.central))
                 if not objective._told:
                     pair = (directional.first_order_gradients(t, trained, leaves, True) for t in (along, difference(2)))
                     objective._check_smooth(*pair)
+                if not objective._told:  # of kinks
+                    with torch.no_grad():
+                        once, twice = difference(1, central=True), difference(2, central=True)
+                    error = 0.2 * eps ** (1 / 3) * wanted + (twice - once).abs() / 2
+                    _check_followed((4 * once - twice) / 3, wanted, error + eps * rounding / step(central=True))
             weight = coeff.to(penalty.dtype)
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
         gradients = directional.first_order_gradients(total * scale.to(total.dtype), trained, leaves)
     _put_back(kept)
     return loss.detach(), outputs[0][1].detach(), ce.detach(), penalty, gradients
+
+
+def _check_followed(found: Tensor, wanted: Tensor, within: Tensor) -> None:
+    """A difference must be the norm's sum, which is known. Reading them synchronises, so it is done seldom."""
+    difference, norm, tolerance = torch.stack([found, wanted, within]).tolist()
+    if abs(difference - norm) > tolerance:
+        raise RuntimeError(
+            f'path "directional": the difference of the log density is {difference:.6g}, and {norm:.6g} by the score, '
+            f"with a tolerance of {tolerance:.2g}. The perturbed forwards differ from the first by more than their "
+            "input: a detached part that depends on x (detach(), no_grad(), a running mean used in the same forward), "
+            "random numbers that are not of torch's, Python's or NumPy's own generators, or too curved a network (try "
+            'central=True). Where the model can be differentiated twice, path="fused" has none of these limits'
+        )
 
 
 def _score(
@@ -643,17 +671,10 @@ class RegularizedObjective(nn.Module):
                     warnings.warn(_often_compiled(self._compiled_step), RuntimeWarning, stacklevel=2)
                 return results
         self._raise_what_eager_raises(step, *args, **kwargs)
-        for name, t in (*self.named_parameters(), *self.named_buffers()):
-            if type(t) not in (Tensor, nn.Parameter, nn.Buffer):
-                raise RuntimeError(
-                    f"the training step could not be compiled: {name} is a {type(t).__name__}, a subclass of Tensor, "
-                    "expected a plain one (above in full). compile=False runs it in eager, where there is no error"
-                ) from failure
-        lines = (str(failure).strip() or type(failure).__name__).splitlines()
-        reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
+        explained = _explanation(failure, self.model, args[0].xs)
         raise RuntimeError(
-            f"the training step could not be compiled as one graph: {reason} (above in full). compile=False runs it in "
-            "eager, where there is no error"
+            f"the training step could not be compiled as one graph: {explained}; or "
+            "compile=False, which runs it in eager, where there is no error (torch's own words are above in full)"
         ) from failure
 
     def _raise_what_eager_raises(self, step: Callable[..., _Results], *args, **kwargs) -> None:
@@ -708,16 +729,6 @@ class RegularizedObjective(nn.Module):
 
     def _trained(self) -> list[nn.Parameter]:
         return [w for w in self.parameters() if w.requires_grad]
-
-    def _check_followed(self, along: Tensor, norm: Tensor) -> None:
-        """The difference must be the norm's sum, which is known. Reading it synchronises, so it is done seldom."""
-        found, wanted = along.item(), norm.sum().item()
-        if abs(found - wanted) > 0.1 * wanted:
-            raise RuntimeError(
-                f'path "directional": the difference of the log density is {found:.4g}, and {wanted:.4g} by the score. '
-                "The perturbed forwards differ from the first by more than their input: random numbers that are not of "
-                "torch's, Python's or NumPy's own generators, a detached part, or too curved a network (try central)"
-            )
 
     def _check_smooth(self, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
         """The gradient must not depend on the step, as it does where an unknown kink lies inside of it."""
@@ -780,6 +791,87 @@ class RegularizedObjective(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
+_REMEDIES = (
+    ("consumed returned tensor's grad_fn", "a tensor of the step's graph is kept", "keep it detached, or not at all"),
+    (
+        "FloatTrueDiv(1.0, ToFloat(",
+        "momentum=None averages by a count, which is read from a tensor",
+        "give it a momentum",
+    ),
+    ("Data-dependent branching", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
+    ("data-dependent", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
+    (
+        "RNG ops in recompute",
+        "a checkpoint has dropout inside, which this torch does not compile",
+        "leave one of them out",
+    ),
+    ("marked as skipped", "it calls a function that torch.compile does not trace", "call what that one calls"),
+    (
+        "trace builtin operator",
+        "it calls a builtin of Python that torch.compile does not trace, as print",
+        "leave it out",
+    ),
+    ("torch._dynamo.graph_break()", "it asks for a graph break", "leave that out"),
+)
+"""What torch says, what that means, and what to do."""
+
+_HOOKS = {
+    "WeightNorm": "use torch.nn.utils.parametrizations.weight_norm",
+    "SpectralNorm": "use torch.nn.utils.parametrizations.spectral_norm",
+    "BasePruningMethod": "make the pruning permanent, torch.nn.utils.prune.remove",
+}
+"""Hooks of torch that keep a weight they computed, and what to do."""
+
+
+def _explanation(failure: BaseException, model: nn.Module, xs: tuple[Tensor, ...]) -> str:
+    """Why a step could not be compiled, in one line: layer, reason, remedy."""
+    if torch.is_anomaly_enabled():
+        return "torch.autograd.detect_anomaly looks at every gradient's values: leave it out"
+    for x in xs:
+        if type(x) is not Tensor:
+            return f"x is of {type(x).__name__}, a subclass of Tensor: give x.as_subclass(torch.Tensor)"
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if type(t) not in (Tensor, nn.Parameter, nn.Buffer):
+            return f"{name} is a {type(t).__name__}, a subclass of Tensor, expected a plain one"
+    chain: list[BaseException] = []
+    error: BaseException | None = failure
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    said = "\n".join(str(error) for error in chain)
+    lines = (str(failure).strip() or type(failure).__name__).splitlines()
+    reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
+    words, meaning, remedy = next((row for row in _REMEDIES if row[0] in said), ("", "", ""))
+    layer = next((layer for error in chain if (layer := _layer_of(error, model))), "")
+    if words.startswith("consumed"):
+        layer, meaning, remedy = _keeping_a_graph(model) or (layer, meaning, remedy)
+    meaning = f"{meaning} ({reason})" if meaning else reason
+    return "".join((f"{layer}: " if layer else "", meaning, f"; {remedy}" if remedy else ""))
+
+
+def _layer_of(error: BaseException, model: nn.Module) -> str:
+    """The innermost module in whose forward the error came up."""
+    for frame in reversed(getattr(error, "real_stack", None) or traceback.StackSummary()):
+        for name, module in model.named_modules():
+            code = getattr(type(module).forward, "__code__", None)
+            lines = {(code.co_filename, line) for *_, line in code.co_lines()} if code is not None else ()
+            if (frame.filename, frame.lineno) in lines:
+                return f"{name or 'the model itself'} ({type(module).__name__})"
+    return ""
+
+
+def _keeping_a_graph(model: nn.Module) -> tuple[str, str, str] | None:
+    """(layer, reason, remedy) of the first module that keeps a tensor with a graph."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if any(isinstance(t, Tensor) and t.grad_fn is not None for t in tree_leaves(value)):
+                kinds = {kind.__name__ for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__}
+                remedy = next((_HOOKS[kind] for kind in _HOOKS if kind in kinds), "keep it detached, or not at all")
+                layer = f"{name or 'the model itself'} ({type(module).__name__})"
+                return layer, f"it keeps a tensor of the step's graph as its attribute {key!r}", remedy
+    return None
+
+
 # What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its
 # splitting into buckets would cut; that new shapes, not an oversight, are what a step is compiled again for; and that
 # a hook which comes after the first step counts.
@@ -808,11 +900,37 @@ def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             w._backward_hooks = kept
 
 
+@contextlib.contextmanager
+def _stores_apart() -> Iterator[None]:
+    """inductor's C++ with each stored reduction in a scope of its own.
+
+    Two half-precision results of one vectorized reduction, ``(x.sum(0), x.sum(0).view(4, 4))`` of a [64, 16] bfloat16
+    x, are otherwise one name declared twice, which no C++ compiler takes. A penalized step under autocast has many.
+    """
+    from torch._inductor.codegen.common import IndentedBuffer
+    from torch._inductor.codegen.cpp import CppVecKernel
+
+    store_reduction = CppVecKernel.store_reduction
+
+    def apart(kernel: Any, name: str, index: Any, value: Any) -> None:
+        before, kernel.reduction_suffix = kernel.reduction_suffix, IndentedBuffer()
+        store_reduction(kernel, name, index, value)
+        before.writeline("{")
+        before.splice(kernel.reduction_suffix)
+        before.writeline("}")
+        kernel.reduction_suffix = before
+
+    with mock.patch.object(CppVecKernel, "store_reduction", apart):
+        yield
+
+
 class _Refusing:
     """A backend of torch.compile that raises where second order would be lost without a word: see functional.py."""
 
-    def __init__(self, mode: str | None, backend: str | Callable) -> None:
+    def __init__(self, mode: str | None, backend: str | Callable, penalized: bool) -> None:
         self.inner: Any
+        self.penalized = penalized
+        self.stores = _stores_apart if backend == "inductor" else contextlib.nullcontext
         if backend == "inductor":
             self.inner = torch._TorchCompileInductorWrapper(mode, None, False)
         else:
@@ -820,14 +938,18 @@ class _Refusing:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
-        if any("autograd_function_apply" in str(node.target) for each in graphs for node in each.nodes):
+        # A plain step has no second order to lose.
+        if self.penalized and any(
+            "autograd_function_apply" in str(node.target) for each in graphs for node in each.nodes
+        ):
             raise RuntimeError(
                 "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
                 "its class with torch._dynamo.allow_in_graph"
             )
         if torch._inductor.config.post_grad_custom_pre_pass is not None:  # the user's own: there is room for one
-            return self.inner(graph, inputs)
-        with torch._inductor.config.patch(post_grad_custom_pre_pass=MergeProducts()):
+            with self.stores():
+                return self.inner(graph, inputs)
+        with self.stores(), torch._inductor.config.patch(post_grad_custom_pre_pass=MergeProducts()):
             return self.inner(graph, inputs)
 
     def __getattr__(self, name: str) -> Any:  # name, configuration, reset
@@ -843,10 +965,8 @@ def _compile(objective: RegularizedObjective) -> Callable[..., _Results] | None:
     # Dynamo keeps what it compiled by code object, with one limit for all: each objective gets its own.
     code = _whole_step.__code__.replace()
     step = types.FunctionType(code, _whole_step.__globals__, argdefs=_whole_step.__defaults__)
-    mode, backend = objective.mode, objective.backend
-    if objective.interval is not None:  # a plain step has no second order to lose
-        mode, backend = None, _Refusing(mode, backend)
-    return torch.compile(step, fullgraph=True, dynamic=False, mode=mode, backend=backend)
+    backend = _Refusing(objective.mode, objective.backend, penalized=objective.interval is not None)
+    return torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
 
 
 _OPTIONS = (

@@ -223,6 +223,16 @@ def _undispatched(function: Any) -> Callable:
 _BACKWARDS = {f: _undispatched(f) for f in (torch.autograd.grad, Tensor.backward)}
 
 
+def _inside(function: Callable) -> Callable:
+    """The function run under a mode of its own."""
+
+    def run(*args, **kwargs):
+        with fast_second_order():
+            return function(*args, **kwargs)
+
+    return run
+
+
 class fast_second_order(TorchFunctionMode):
     """Context in which a model is run so that its gradients can be differentiated again, fast.
 
@@ -247,6 +257,8 @@ class fast_second_order(TorchFunctionMode):
         if func in _BACKWARDS and not torch.compiler.is_compiling():
             with self:  # a mode is off while it handles a call, and what is computed again has to be the same
                 return _BACKWARDS[func](*args, **kwargs)
+        if func is torch.utils.checkpoint.checkpoint:  # only Dynamo asks a mode about it, and the mode is off meanwhile
+            return func(_inside(args[0]), *args[1:], **kwargs)
         replacement = _REPLACEMENTS.get(func)
         convolves = replacement in (_conv, _conv_transpose)
         if convolves and (_transformed() or (args[0] if args else kwargs["input"]).is_complex()):

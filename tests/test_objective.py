@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from reference import by_autograd, gradients, nothing
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 
 import densreg
 from benchmarks.second_order import CLASSES, problem, reference, relative_error
 from densreg import RegularizedObjective
 from densreg import objective as objective_module
-from densreg.objective import AUXILIARY, ObjectiveOutput
+from densreg.objective import AUXILIARY, ObjectiveOutput, _explanation, _Refusing
 from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
@@ -529,6 +530,42 @@ def test_activation_checkpointing(compiler, fresh_dynamo):
     assert relative_error(gradients(model), expected) < 1e-10
 
 
+class _Attention(nn.Module):
+    """Of [B, 6], as 3 tokens of width 2."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_proj, self.layer = nn.Linear(2, 24), layer
+
+    def forward(self, x):
+        q, k, v = self.in_proj(x.unflatten(1, (3, 2))).chunk(3, 2)
+        if self.layer is None:
+            return F.scaled_dot_product_attention(q, k, v).flatten(1)
+        return self.layer(q, k, v, need_weights=False)[0].flatten(1)
+
+
+@pytest.mark.parametrize("layer", ["function", "MultiheadAttention"])
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_activation_checkpointing_of_attention(compiler, layer, fresh_dynamo):
+    """Of which torch has no second derivative: what is computed again has to be the replacement, too."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+    attention = _Attention(None if layer == "function" else nn.MultiheadAttention(8, 2, batch_first=True))
+    model, x = _Net(attention, 24).double(), torch.randn(5, 4, dtype=torch.float64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, expected = by_autograd(copy.deepcopy(model), x, Y, 0.5, criterion=nothing)
+    model.body = Checkpointed(attention)
+    objective_of(model, compiler, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
+
+
 class _Net(nn.Module):
     """Whatever a test needs of a body, and a linear head."""
 
@@ -979,7 +1016,7 @@ def test_subclasses_in_the_model(fresh_dynamo):
     model.conv.weight = nn.Parameter(model.conv.weight.detach().as_subclass(_Sub))
     objective_of(model, None, 1.0, criterion=nothing)(x, Y).loss.backward()
     assert relative_error(gradients(model), expected) < 1e-10
-    with pytest.raises(RuntimeError, match=r"model\.conv\.weight is a _Sub, a subclass of Tensor.*compile=False"):
+    with pytest.raises(RuntimeError, match=r"conv\.weight is a _Sub, a subclass of Tensor.*compile=False"):
         objective_of(model, "aot_eager")(x, Y)
 
 
@@ -1282,3 +1319,104 @@ def test_compiling_again_and_again_is_told_once(fresh_dynamo, monkeypatch):
         objective(x, (Y, Y, number))
     with pytest.raises(RuntimeError, match=r"compiled 8 times, .*target.*compile=False"):
         objective(x, (Y, Y, 9))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what does not compile
+
+
+class _Decides(nn.Module):
+    def forward(self, x):
+        return x.tanh() if x.sum() > 0 else x.sin()
+
+
+class _Keeps(nn.Module):
+    def __init__(self, kept=None):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x):
+        y = x.tanh()
+        self.kept = y if self.kept is None else [y]
+        return y
+
+
+class _Prints(nn.Module):
+    def forward(self, x):
+        print(x.sum())
+        return x
+
+
+def _pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (
+            lambda: nn.utils.weight_norm(nn.Linear(6, 6)),
+            r"\(Linear\).*attribute 'weight'.*parametrizations\.weight_norm",
+        ),
+        (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), r"\(Linear\).*'weight'.*parametrizations\.spectral_norm"),
+        (lambda: _pruned(nn.Linear(6, 6)), r"\(Linear\).*'weight'.*prune\.remove"),
+        (_Keeps, r"\(_Keeps\).*attribute 'kept'.*keep it detached"),
+        (lambda: nn.BatchNorm1d(6, momentum=None), r"\(BatchNorm1d\): momentum=None.*give it a momentum"),
+        (lambda: _Keeps([]), r"\(_Keeps\).*attribute 'kept'.*keep it detached"),
+        (_Prints, r"\(_Prints\): it calls a builtin of Python.*leave it out"),
+        (_Decides, r"\(_Decides\).*a tensor's value decides.*torch\.where"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_what_does_not_compile_is_named(layer, words, fresh_dynamo):
+    """Layer, reason and remedy; in eager the step runs."""
+    model, x = _Net(nn.Sequential(nn.Tanh(), layer())), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match=rf"one graph: body\.1 {words}.*compile=False"):
+        RegularizedObjective(model, 0.5, backend="aot_eager")(x, Y)
+    RegularizedObjective(model, 0.5, compile=False)(x, Y)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled", "ignore:Error detected in")
+def test_anomaly_detection_is_named(fresh_dynamo):
+    with (
+        torch.autograd.detect_anomaly(),
+        pytest.raises(RuntimeError, match=r"one graph: .*detect_anomaly.*leave it out"),
+    ):
+        RegularizedObjective(_Net(nn.Tanh()), 0.5, backend="aot_eager")(torch.randn(5, 4), Y)
+
+
+def test_a_subclass_of_tensor_is_named():
+    class Image(Tensor):
+        pass
+
+    x = torch.randn(5, 4).as_subclass(Image)
+    assert _explanation(RuntimeError("no"), nn.Tanh(), (x,)) == (
+        "x is of Image, a subclass of Tensor: give x.as_subclass(torch.Tensor)"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_two_results_of_one_reduction_compile(dtype, fresh_dynamo):
+    """inductor's own C++ declares one name twice there, and is not compiled."""
+
+    def twice(x):
+        return x.sum(0), x.sum(0).view(4, 8)
+
+    x = torch.randint(-4, 4, (64, 32)).to(dtype)
+    compiled = torch.compile(twice, backend=_Refusing(None, "inductor", penalized=True))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for a, b in zip(compiled(x), twice(x), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_bfloat16_compiles_on_the_cpu(fresh_dynamo):
+    conv = (nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU(), nn.AdaptiveAvgPool2d(1))
+    model, x = nn.Sequential(*conv, nn.Flatten(), nn.Linear(16, 7)), torch.randn(5, 3, 8, 8)
+    _, expected = by_autograd(copy.deepcopy(model).double(), x.double(), Y, 1.0, criterion=nothing)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = RegularizedObjective(model, 1.0, criterion=nothing)(x, Y)
+    out.loss.backward()
+    assert relative_error(gradients(model), expected) < 0.05
