@@ -24,7 +24,7 @@ from densreg.merge import MergeProducts
 from densreg.paths import Inputs
 from densreg.penalty import density_loss, mean_over_targets
 from densreg.regularizers import REGULARIZERS, WITH_ORDER, Density, Hessian, Regularizer
-from densreg.second_order import fast_second_order, hardsigmoid_under_compile
+from densreg.second_order import KEPT_ADVICE, fast_second_order, hardsigmoid_under_compile, kept_from_earlier
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 """Weight of the auxiliary classifiers' loss, by torchvision's output type: what its models are trained with."""
@@ -540,7 +540,12 @@ class RegularizedObjective(nn.Module):
         if penalized and getattr(self.regularizer, "differences", False):
             _check_no_dropout(self.model, self.regularizer.name)
         factor, scale = self._scales(xs, loss_scale, coeff)
-        *shown, gradients = self._run(batch, target, coeff, scale, penalized)
+        try:
+            *shown, gradients = self._run(batch, target, coeff, scale, penalized)
+        except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                self._raise_what_is_kept(batch, error)
+            raise
         if penalized and isinstance(self.regularizer, Hessian) and not self._nonzero:
             if shown[3] == 0:
                 raise RuntimeError(
@@ -671,6 +676,7 @@ class RegularizedObjective(nn.Module):
                     warnings.warn(_often_compiled(self._compiled_step), RuntimeWarning, stacklevel=2)
                 return results
         self._raise_what_eager_raises(step, *args, **kwargs)
+        self._raise_what_is_kept(args[0], failure)
         explained = _explanation(failure, self.model, args[0].xs)
         raise RuntimeError(
             f"the training step could not be compiled as one graph: {explained}; or "
@@ -688,6 +694,15 @@ class RegularizedObjective(nn.Module):
             with torch.no_grad():
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
+
+    def _raise_what_is_kept(self, batch: _Batch, error: Exception) -> None:
+        """Of a step whose graph is in part that of an earlier one: which tensor the model kept."""
+        for name, attribute in kept_from_earlier(self.model, lambda: self._classify(batch, _buffers(self.model))):
+            kind = type(self.model.get_submodule(name)).__name__
+            raise RuntimeError(
+                f"{name or 'the model'} ({kind}) keeps a tensor of an earlier step's graph, {attribute}, which cannot "
+                f"be differentiated again. {KEPT_ADVICE}"
+            ) from error
 
     def _classify(self, batch: _Batch, buffers: dict[str, Tensor] | None = None) -> _Outputs:
         """The model's logits; with copies of these buffers in place of its own, which stay as they are."""

@@ -32,12 +32,11 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from densreg import attacks, functional, ops, paths
 from densreg.penalty import _norm, density_penalty
+from densreg.second_order import third_order
 
 Classify = Callable[[tuple[Tensor, ...]], Tensor]
 
@@ -269,28 +268,6 @@ class IGSum:
         return tuple(end.detach() for end in ends)
 
 
-class _PlainBatchNorm(TorchFunctionMode):
-    """Context in which BatchNorm is its formula: torch's own has no third derivative."""
-
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        return (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
-
-
-def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    """As :func:`torch.nn.functional.batch_norm`; running statistics are not updated."""
-    mean, var = running_mean, running_var
-    if training:
-        dims = [0, *range(2, input.ndim)]
-        mean, var = input.mean(dims), input.var(dims, correction=0)
-
-    def per_channel(t: Tensor) -> Tensor:
-        return t.view(1, -1, *[1] * (input.ndim - 2))
-
-    y = (input - per_channel(mean)) * per_channel((var + eps).rsqrt())
-    y = y if weight is None else y * per_channel(weight)
-    return y if bias is None else y + per_channel(bias)
-
-
 @dataclass(frozen=True)
 class Hessian:
     """``|| Hess_x f_y(x) v ||_2^2`` for v ~ N(0, I), whose mean is ``|| Hess_x f_y(x) ||_F^2``.
@@ -299,9 +276,10 @@ class Hessian:
     Hessian of the network is minimized. Assumed: that it is the Hessian of the label's logit, and one sample of v.
 
     The product is exact, by differentiating twice, and so the parameters' gradient is of third order. It classifies
-    anew, with BatchNorm as its formula, of which torch has no third derivative. In a piecewise linear network (ReLU)
-    the Hessian is 0 wherever it exists: it needs SoftPlus, as in the paper. RegularizedObjective refuses a penalty
-    that is exactly 0 at the first step; a call of the regularizer itself does not look.
+    anew, with LayerNorm, BatchNorm and InstanceNorm as their formulas (:class:`densreg.second_order.third_order`);
+    ``check_model(model, x, order=3)`` looks at the other layers. In a piecewise linear network (ReLU) the Hessian is 0
+    wherever it exists: it needs SoftPlus, as in the paper. RegularizedObjective refuses a penalty that is exactly 0 at
+    the first step; a call of the regularizer itself does not look.
 
     Args:
         samples: of v, for each image.
@@ -315,7 +293,7 @@ class Hessian:
         _check(self, samples=1)
 
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        with _PlainBatchNorm():
+        with third_order():
             logits = classify(xs)
         g = _gradient(_label_logit(logits, target), xs)
         total = torch.zeros_like(logits[:, 0], dtype=ops.accumulation_dtype(logits.dtype))

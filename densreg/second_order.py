@@ -8,6 +8,7 @@ both, function by function, without touching the model: its modules, parameters 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from densreg.functional import _Function, _transformed, _undifferentiated
+from densreg.paths import graph_nodes
 
 # --------------------------------------------------------------------------------------------------------------------
 # convolution
@@ -188,6 +190,10 @@ def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, 
     return (wide * wide.square().sum(dim, keepdim=True).clamp_min(eps**2).rsqrt()).to(input.dtype)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))  # torch's second derivative, in a v that depends on x, is wrong
+
+
 def _attention(function: Callable) -> Callable:
     """Attention by torch's plain formula: its fused kernels have no second derivative."""
 
@@ -207,6 +213,7 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     torch.conv_transpose3d: _conv_transpose,
     F.hardsigmoid: _hardsigmoid,
     F.normalize: _normalize,
+    torch._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _attention(F.multi_head_attention_forward),
 }
@@ -277,6 +284,95 @@ def hardsigmoid_under_compile() -> AbstractContextManager:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# what torch cannot differentiate three times, or only wrongly, as its formula
+
+
+def _normalized(
+    input: Tensor, dims: Sequence[int], shape: Sequence[int], statistics: tuple | None, weight, bias, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(input - mean) / sqrt(var + eps) * weight + bias, in at least float32, with mean and var.
+
+    Both are taken over dims unless given; all four are viewed in shape.
+    """
+    wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    if statistics is None:
+        var, mean = torch.var_mean(wide, list(dims), correction=0, keepdim=True)
+    else:
+        mean, var = (t.view(shape) for t in statistics)
+    y = (wide - mean) * (var + eps).rsqrt()
+    y = y if weight is None else y * weight.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(input.dtype), mean, var
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    if not shape or list(input.shape[-len(shape) :]) != shape:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # raises
+    return _normalized(input, list(range(-len(shape), 0)), shape, None, weight, bias, eps)[0]
+
+
+@torch.no_grad()
+def _track(running_mean, running_var, mean, var, count: int, momentum: float) -> None:
+    if running_mean is not None:
+        running_mean.lerp_(mean.view(running_mean.shape).to(running_mean.dtype), momentum)
+        unbiased = var.view(running_var.shape) * (count / max(count - 1, 1))
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+
+
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    shape, dims = [1, -1, *[1] * (input.ndim - 2)], [0, *range(2, input.ndim)]
+    given = None if training or running_mean is None else (running_mean, running_var)
+    y, mean, var = _normalized(input, dims, shape, given, weight, bias, eps)
+    if training:
+        _track(running_mean, running_var, mean, var, input.numel() // input.shape[1], momentum)
+    return y
+
+
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    shape, dims = [1, -1, *[1] * (input.ndim - 2)], list(range(2, input.ndim))
+    given = None if use_input_stats else (running_mean, running_var)
+    y, mean, var = _normalized(input, dims, shape, given, weight, bias, eps)
+    if use_input_stats:
+        _track(running_mean, running_var, mean.mean(0), var.mean(0), input[0, 0].numel(), momentum)
+    return y
+
+
+def _weight_first(norm: Callable) -> Callable:
+    """With the arguments of torch.batch_norm in place of F.batch_norm's."""
+
+    def normalize(input, weight, bias, running_mean, running_var, of_input, momentum, eps, cudnn_enabled):
+        return norm(input, running_mean, running_var, weight, bias, of_input, momentum, eps)
+
+    return normalize
+
+
+_FORMULAS: dict[Callable, Callable] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _weight_first(_batch_norm),
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _weight_first(_instance_norm),
+}
+
+
+class third_order(TorchFunctionMode):
+    """Context in which a model is run so that its gradients can be differentiated twice again, as a Hessian's norm is.
+
+        with densreg.fast_second_order(), densreg.second_order.third_order():
+            ...  # the model, and a penalty made of second derivatives
+
+    LayerNorm, BatchNorm and InstanceNorm are their formulas in it: torch's third derivative of LayerNorm is wrong,
+    without an error, and of the others it has none.
+    """
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        return _FORMULAS.get(func, func)(*args, **(kwargs or {}))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # which layers stand in the way
 
 
@@ -300,51 +396,107 @@ class Finding(NamedTuple):
 
 
 _ADVICE = 'Replace the layer, or train with RegularizedObjective(..., path="directional")'
+KEPT_ADVICE = "Empty it before each step, or train in the mode in which nothing is kept (often model.train())"
+_FORMULA = "Write the layer as its formula, in torch's elementary operations"
 
 
-def check_model(model: nn.Module, *example: Tensor) -> list[Finding]:
+def check_model(model: nn.Module, *example: Tensor, order: int = 2) -> list[Finding]:
     """The layers of a model that :class:`densreg.RegularizedObjective` cannot differentiate twice, or only to NaN.
 
     Runs the model once, and then each of its modules by itself on what it was given there: gradients, and gradients of
     gradients. Of nested modules the innermost is named. Nothing in the model changes.
 
-    It sees a missing second derivative, one that is NaN at the example's values, and a backward that loses its
-    dependence on the incoming gradient. It does not see one that is there and wrong in some other way.
+    It sees a missing second derivative, one that is NaN at the example's values, a backward that loses its dependence
+    on the incoming gradient, and a module that keeps a tensor of an earlier forward's graph. It does not see one that
+    is there and wrong in some other way, unless asked for ``order=3``.
 
     Args:
         model: in the mode in which it is trained.
         example: its inputs, as few as two samples.
+        order: 2; or 3 for what differentiates once more, the regularizer "hessian": the model then runs in float64,
+            under :class:`third_order`, and second and third derivatives are compared with finite differences.
 
     Returns:
         One :class:`Finding` for each such layer; an empty list if there is none.
 
     Raises:
+        ValueError: another order.
         Exception: whatever the model itself raises on the example.
     """
-    model = copy.deepcopy(getattr(model, "_orig_mod", model))
+    if order not in (2, 3):
+        raise ValueError(f"order must be 2 or 3, got {order}")
+    model = _copy(getattr(model, "_orig_mod", model))
+    if order == 3:
+        model = model.double()
+        example = tuple(t.double() if t.is_floating_point() else t for t in example)
     calls: dict[nn.Module, tuple[tuple, dict]] = {}
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module not in calls:
             calls[module] = tree_map(lambda v: v, (args, kwargs))  # DenseNet appends to the list that it passes on
 
+    def run() -> Any:
+        return model(*(t.detach().requires_grad_(t.is_floating_point()) for t in example))
+
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
     devices = [t.device for t in example if t.device.type == "cuda"][:1]
     findings: list[Finding] = []
-    with torch.random.fork_rng(devices), fast_second_order(), torch.enable_grad():
-        model(*(t.detach().requires_grad_(t.is_floating_point()) for t in example))
+    with (
+        torch.random.fork_rng(devices),
+        fast_second_order(),
+        third_order() if order == 3 else contextlib.nullcontext(),
+        torch.enable_grad(),
+    ):
+        run()
         for hook in hooks:
             hook.remove()
+        kept = dict(kept_from_earlier(model, run))
         for name, module in reversed(list(model.named_modules())):  # children before their parents
             inside = f"{name}." if name else ""
-            if module in calls and not any(f.module.startswith(inside) for f in findings):
-                problem = _problem(module, *calls[module])
-                if problem is not None:
-                    findings.append(Finding(name, type(module).__name__, *problem))
+            if name in kept:
+                problem = f"it keeps a tensor of an earlier graph, {kept[name]}, which no second step can go through"
+                findings.append(Finding(name, type(module).__name__, problem, KEPT_ADVICE))
+            elif module in calls and not any(f.module.startswith(inside) for f in findings):
+                # A Sequential has nothing of its own; and the weights are not what is differentiated twice and more.
+                own = type(module) is not nn.Sequential and ".parametrizations." not in f".{name}."
+                found = _problem(module, *calls[module], order if own else 2)
+                if found is not None:
+                    findings.append(Finding(name, type(module).__name__, *found))
     return findings[::-1]
 
 
-def _problem(module: nn.Module, args: tuple, kwargs: dict) -> tuple[str, str] | None:
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that may hold tensors of a graph, as weight_norm's weight after a forward: detached."""
+    return copy.deepcopy(model, {id(t): t.detach().clone() for _, _, t in _of_a_graph(model)})
+
+
+def _of_a_graph(model: nn.Module) -> list[tuple[str, str, Tensor]]:
+    """(module, attribute, tensor) of what modules hold that was computed from parameters or inputs."""
+    return [
+        (name, attribute, t)
+        for name, module in model.named_modules()
+        for attribute, value in (module._buffers | vars(module)).items()
+        if attribute not in ("_parameters", "_buffers", "_modules")
+        for t in tree_leaves(value)
+        if isinstance(t, Tensor) and t.grad_fn is not None
+    ]
+
+
+def kept_from_earlier(model: nn.Module, run: Callable[[], Any]) -> list[tuple[str, str]]:
+    """(module, attribute) of each tensor of an earlier forward's graph that is in the graph of a new one too.
+
+    Args:
+        run: a forward of the model, after at least one.
+    """
+    held = _of_a_graph(model)
+    if not held:
+        return []
+    outputs = [t for t in tree_leaves(run()) if isinstance(t, Tensor)]
+    nodes = set(graph_nodes(outputs))
+    return list({(module, attribute): None for module, attribute, t in held if t.grad_fn in nodes})
+
+
+def _problem(module: nn.Module, args: tuple, kwargs: dict, order: int) -> tuple[str, str] | None:
     """(problem, advice) of a module on these inputs, or None."""
     if isinstance(module, nn.SyncBatchNorm):
         return "torch does not differentiate it twice across processes", "Use BatchNorm. " + _ADVICE
@@ -353,9 +505,13 @@ def _problem(module: nn.Module, args: tuple, kwargs: dict) -> tuple[str, str] | 
     inputs = [v.requires_grad_() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
     inputs += [w for w in module.parameters() if w.requires_grad]
     args, kwargs = tree_unflatten(values, spec)
-    # A clone, as the module may change it in place.
-    args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
-    outputs = [t for t in tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+
+    def run() -> list[Tensor]:
+        # A clone, as the module may change it in place.
+        given, named = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+        return [t for t in tree_leaves(module(*given, **named)) if isinstance(t, Tensor) and t.requires_grad]
+
+    outputs = run()
     if not outputs or not inputs:
         return None
     cotangents = [torch.randn_like(t).requires_grad_() for t in outputs]
@@ -379,4 +535,77 @@ def _problem(module: nn.Module, args: tuple, kwargs: dict) -> tuple[str, str] | 
     size = sum(g.double().abs().sum() for g in present)
     if not (along.double() - again).abs() <= 1e-2 * size:
         return "its second derivative is wrong: it loses the incoming gradient", _ADVICE
+    given = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+    return _wrong_third(module, run, given, inputs) if order == 3 and given else None
+
+
+def _wrong_third(
+    module: nn.Module, run: Callable[[], list[Tensor]], given: list[Tensor], inputs: list[Tensor]
+) -> tuple[str, str] | None:
+    """(problem, advice) where a second or third derivative is not that of finite differences, or None.
+
+    All but the last derivative are taken in what is given to the module, the last in all inputs, the weights too.
+    """
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    drawn: list[list[Tensor]] = []
+
+    def dot(tensors: Sequence[Tensor], number: int) -> Tensor:
+        """With fixed random tensors."""
+        if len(drawn) == number:
+            drawn.append([torch.randn_like(t) for t in tensors])
+        return torch.stack([(t * r).sum() for t, r in zip(tensors, drawn[number], strict=True)]).sum()
+
+    def value(order: int) -> Tensor:
+        """A derivative of that order less one, along fixed directions."""
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)  # the same masks in all
+        result = dot(run(), 0)
+        torch.set_rng_state(state)
+        for number in range(1, order):
+            result = dot(_gradients(result, given, create_graph=True), number)
+        return result
+
+    if not _agrees(value, 1, inputs):
+        return None  # a part of it is detached: its derivatives are not those of its values
+    for order, ordinal in ((2, "second"), (3, "third")):
+        try:
+            right = _agrees(value, order, inputs)
+        except RuntimeError as error:
+            return f"it cannot be differentiated three times: {str(error).splitlines()[0]}", _FORMULA
+        if not right:
+            return f"its {ordinal} derivative is wrong: finite differences give another", _FORMULA
     return None
+
+
+def _gradients(of: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor]:
+    if not of.requires_grad:
+        return [torch.zeros_like(t) for t in inputs]
+    return torch.autograd.grad(of, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+def _agrees(value: Callable[[int], Tensor], order: int, inputs: list[Tensor]) -> bool:
+    """Whether the gradient of a float64 value is its central difference.
+
+    Tried with ever smaller steps, as a kink may lie inside of one.
+    """
+    at = value(order)
+    gradients = _gradients(at, inputs)
+    for step in (1e-6, 1e-7, 1e-8):
+        direction = [torch.randn_like(t) for t in inputs]
+        along = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
+        values = []
+        for side in (step, -step):
+            with torch.no_grad():
+                for t, d in zip(inputs, direction, strict=True):
+                    t.add_(d, alpha=side)
+            values.append(value(order).item())
+            with torch.no_grad():
+                for t, d in zip(inputs, direction, strict=True):
+                    t.sub_(d, alpha=side)
+        difference = (values[0] - values[1]) / (2 * step)
+        if abs(along - difference) <= 1e-3 * max(abs(along), abs(difference)) + 1e-6 * (1 + abs(at.item())):
+            return True
+    return False

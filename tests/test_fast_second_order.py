@@ -507,3 +507,68 @@ def test_check_model_on_sound_models():
 def test_check_model_raises_what_the_model_raises():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         densreg.check_model(nn.Linear(4, 3), torch.randn(2, 5))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# third derivatives, and what a model keeps
+
+
+class _Cached(nn.Module):
+    """In eval mode it keeps what was computed from its parameter, as timm's LeViT keeps its attention biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.cache = nn.Parameter(torch.randn(4)), {}
+
+    def forward(self, x):
+        if self.training:
+            return x * self.bias.exp()
+        return x * self.cache.setdefault("bias", self.bias.exp())
+
+
+def test_check_model_names_what_is_kept_from_an_earlier_graph():
+    model = nn.Sequential(nn.Linear(4, 4), _Cached(), nn.Linear(4, 3))
+    x, y = torch.randn(3, 4), torch.arange(3)
+    assert densreg.check_model(model, x) == []
+    (finding,) = densreg.check_model(model.eval(), x)
+    assert finding.module == "1"
+    assert "keeps a tensor of an earlier graph, cache" in finding.problem
+    objective = densreg.RegularizedObjective(model, 0.1, compile=False)
+    objective(x, y).loss.backward()
+    with pytest.raises(RuntimeError, match=r"1 \(_Cached\) keeps a tensor of an earlier step's graph, cache"):
+        objective(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_check_model_after_a_forward_of_weight_norm():
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 3)), nn.Tanh())
+    model(torch.randn(2, 4))
+    assert densreg.check_model(model, torch.randn(2, 4)) == []
+
+
+def test_check_model_of_third_order():
+    x = torch.randn(5, 6)
+    sound = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 3))
+    assert densreg.check_model(sound, x, order=3) == []
+    for function, problem in (
+        (lambda t: torch.native_layer_norm(t, [6], None, None, 1e-5)[0], "third derivative is wrong"),
+        (lambda t: torch.native_batch_norm(t, None, None, None, None, True, 0.1, 1e-5)[0], "three times"),
+    ):
+        model = nn.Sequential(nn.Linear(6, 6), _Layer(function), nn.Linear(6, 3))
+        assert densreg.check_model(model, x) == []
+        (finding,) = densreg.check_model(model, x, order=3)
+        assert finding.module == "1"
+        assert problem in finding.problem
+    with pytest.raises(ValueError, match="order must be 2 or 3, got 4"):
+        densreg.check_model(sound, x, order=4)
+
+
+def test_weight_norm_of_a_weight_that_depends_on_x():
+    v, g = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (3, 1)))
+
+    def weight(v, g):
+        with fast_second_order():
+            return torch._weight_norm(v, g, 0)
+
+    torch.testing.assert_close(weight(v, g), torch._weight_norm(v, g, 0))
+    assert torch.autograd.gradgradcheck(weight, (v, g))

@@ -460,3 +460,30 @@ def test_objectives_errors():
     objective = RegularizedObjective(model, 1.0, compile=False, regularizer="input_gradient", criterion=F.cross_entropy)
     with pytest.raises(TypeError, match=r"target must hold int64 class indices, got torch\.float64"):
         objective(x, torch.rand(4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_hessian_through_layer_norm(compiler, fresh_dynamo):
+    """Of which torch's third derivative is wrong: against the formula in plain torch."""
+
+    class Plain(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.weight, self.bias = norm.weight, norm.bias
+
+        def forward(self, x):
+            centred = x - x.mean(1, keepdim=True)
+            return centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * self.weight + self.bias
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 4)).double()
+    x = torch.rand(4, 6, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    twin[1] = Plain(twin[1])
+    value = expected(regularizers.Hessian(), twin, x).mean()
+    wanted = torch.autograd.grad(value, list(twin.parameters()), allow_unused=True, materialize_grads=True)
+    options = {"compile": compiler is not None, "backend": compiler or "inductor"}
+    torch.manual_seed(SEED)
+    out = RegularizedObjective(model, 1.0, criterion=nothing, regularizer="hessian", **options)(x, Y)
+    out.loss.backward()
+    torch.testing.assert_close(out.penalty, value.detach())
+    assert relative_error(gradients(model), list(wanted)) < 1e-9
