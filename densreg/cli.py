@@ -95,7 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--on-nonfinite", default="stop", metavar="WHAT", help="a loss or gradient that is not finite: stop or record")
     add("--tensorboard", action="store_true", help="write events for TensorBoard too")
     add("--out", metavar="DIR", help="run directory; by default runs/DATA-MODEL-PATH-pP-cCOEFF-sSEED")
-    add("--resume", action="store_true", help="go on with the run in the run directory")
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="auto",
+        help="go on with the run in the run directory; auto: from the beginning where there is none",
+    )
     add("--overwrite", action="store_true", help="replace a run that is already in the run directory")
 
     stability = commands.add_parser(
