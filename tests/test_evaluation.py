@@ -146,6 +146,8 @@ def test_options_as_text():
         "activation_maximisation": {"classes": (1, 2)},
         "accuracy": {},
     }
+    with pytest.raises(ValueError, match=r"; did you mean points\?$"):
+        parse_options(["pionts=7"], names)
 
 
 @pytest.mark.parametrize(
