@@ -332,7 +332,7 @@ def test_the_digest_of_a_folder(image_folder, tmp_path_factory):
     copy = tmp_path_factory.mktemp("elsewhere") / "deeper"
     assert digests(root=shutil.copytree(image_folder, copy)) == before
     assert digests(image_size=16) != before
-    (copy / "train" / "cat" / "0.png").rename(copy / "train" / "cat" / "2.png")
+    (copy / "train" / "cat" / "0.png").rename(copy / "train" / "cat" / "0a.png")
     assert digests(root=copy)[0] != before[0], "another name"
     file = image_folder / "train" / "emu" / "1.png"
     whole = file.read_bytes()
