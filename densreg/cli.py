@@ -95,7 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--on-nonfinite", default="stop", metavar="WHAT", help="a loss or gradient that is not finite: stop or record")
     add("--tensorboard", action="store_true", help="write events for TensorBoard too")
     add("--out", metavar="DIR", help="run directory; by default runs/DATA-MODEL-PATH-pP-cCOEFF-sSEED")
-    add("--resume", action="store_true", help="go on with the run in the run directory")
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="auto",
+        help="go on with the run in the run directory; auto: from the beginning where there is none",
+    )
     add("--overwrite", action="store_true", help="replace a run that is already in the run directory")
 
     stability = commands.add_parser(
@@ -126,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         help="measure trained classifiers: robustness, attributions, out-of-distribution detection",
         description="Measure runs of densreg train on their test images; writes evaluation.json, evaluation.csv and "
-        "pictures, and prints a table. Several runs of one data set are compared side by side.",
+        "pictures, and prints a table. Several runs are compared side by side if they were trained on the same images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = evaluate.add_argument
@@ -137,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the metrics with their options and defaults, and stop")
     add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of metrics; METRIC.OPTION=VALUE for one")
     add("--data", metavar="NAME", help="data set; by default the run's, and another one is an error")
-    add("--data-dir", metavar="DIR", help="folder of the data set; by default the run's")
+    add("--data-dir", metavar="DIR", help="measure the images there; by default the run's, as they were in training")
     add("--out", metavar="DIR", help="folder for the results; by default RUN/evaluation")
     add("--test-size", type=int, metavar="N", help="use the first N test images only")
     add("--val", action="store_true", help="use the training images that the runs held out by --val-size instead")

@@ -8,6 +8,8 @@ resumed in the middle of an epoch skips to its batch, and workers change nothing
 from __future__ import annotations
 
 import csv
+import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from densreg import runs
 from densreg.runs import first_line
+
+CONTENTS = 1000
+"""Of so many files of a split the content is in a run's digest: enough to tell that the images were replaced."""
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -45,6 +51,27 @@ class Files:
         if isinstance(index, slice):
             return Files(self.paths[index], self.size, self.fit)
         return torch.stack([self._read(self.paths[i]) for i in index.tolist()])
+
+    def digest(self, contents: int | None = None) -> str:
+        """16 hexadecimal digits that tell other files: of all names below their common folder, and of all sizes.
+
+        Args:
+            contents: and of the content of at most so many, evenly spread; of all of them for None.
+
+        Raises:
+            DataError: a file is absent or cannot be read.
+        """
+        names, found = [str(path) for path in self.paths], hashlib.sha256(f"{self.size}{self.fit}".encode())
+        root = len(os.path.commonpath({str(path.parent) for path in self.paths}))
+        every = 1 if contents is None else -(-len(names) // contents)
+        for i, name in enumerate(names):
+            try:
+                found.update(f"{name[root:].lstrip(os.sep)} {Path(name).stat().st_size}\n".encode())
+                if i % every == 0:
+                    found.update(Path(name).read_bytes())
+            except OSError as error:
+                raise DataError(f"cannot read the image {name}: {error.strerror}") from error
+        return found.hexdigest()[:16]
 
     def _read(self, path: Path) -> Tensor:
         image = read_image(path)
@@ -145,6 +172,12 @@ class Split:
             images = self.transform(images, generator)
         return images, self.labels[index]
 
+    def digest(self, contents: int | None = None) -> str:
+        """16 hexadecimal digits that tell other images, labels or groups; ``contents``: see :meth:`Files.digest`."""
+        images = runs.digest(self.images) if isinstance(self.images, Tensor) else self.images.digest(contents)
+        numbers = runs.digest(self.labels, *([] if self.groups is None else [self.groups]))
+        return hashlib.sha256(f"{images} {numbers}".encode()).hexdigest()[:16]
+
     def first(self, n: int | None) -> Split:
         """The first n samples; all of them for None."""
         return self if n is None else self._part(slice(n))
@@ -174,6 +207,7 @@ class DataSet:
         mean, std: per channel, of pixels in [0, 1], for the model's normalisation; 0 and 1 for none.
         note: what a user must know of it: that it is a subset, for one.
         groups: names of the groups, where it has some: what is classified, and what goes along with it.
+        class_names: of the classes in their order, where it is the files that say them.
     """
 
     name: str
@@ -184,12 +218,18 @@ class DataSet:
     std: tuple[float, ...] = (1.0,)
     note: str = ""
     groups: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(channels, H, W) of what the model sees."""
         images, _ = self.test.batch(torch.arange(1), torch.Generator())
         return tuple(images.shape[1:])
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this data set from another of its name, as JSON can hold it: it is written into a run."""
+        images = {name: split.digest(CONTENTS) for name, split in (("train", self.train), ("test", self.test))}
+        return {"class_names": list(self.class_names), "image_shape": list(self.image_shape), "images": images}
 
     def held_out(self, n: int) -> DataSet:
         """The last n training images as the test images, seen as test images are, and no longer trained on.
@@ -202,6 +242,14 @@ class DataSet:
             raise DataError(f"val_size {n} leaves none of {self.name}'s {len(self.train)} training images")
         val = replace(self.train._part(slice(left, None)), transform=self.test.transform)
         return replace(self, train=self.train.first(left), test=val)
+
+
+def other_class(held: Sequence[str] | None, got: Sequence[str]) -> str:
+    """The first class whose name is another one: "class 0 is 'a', got 'b'"; "" where none is, or none is known."""
+    for i, (a, b) in enumerate(itertools.zip_longest(held or got, got)):
+        if a != b:
+            return f"class {i} is {a!r}, got {b!r}"  # None: there are fewer
+    return ""
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -572,6 +620,7 @@ def _tiny_imagenet(request: _Request) -> DataSet:
         (0.4802, 0.4481, 0.3975),
         (0.2770, 0.2691, 0.2821),
         "" if all(a == b for a, b in counts) else note.format(*(n for pair in counts for n in pair)),
+        class_names=tuple(names),
     )
 
 
@@ -603,6 +652,7 @@ def _folder(request: _Request) -> DataSet:
         len(names),
         (0.485, 0.456, 0.406),  # ImageNet's
         (0.229, 0.224, 0.225),
+        class_names=tuple(names),
     )
 
 
@@ -783,7 +833,8 @@ def load(
         DataError: unknown name, or files that are absent or damaged: named in one line.
     """
     if name not in DATA_SETS:
-        raise DataError(f"unknown data set {name!r}; wanted one of {', '.join(DATA_SETS)}")
+        near = runs.did_you_mean(name, DATA_SETS)
+        raise DataError(f"unknown data set {name!r}; wanted one of {', '.join(DATA_SETS)}{near}")
     for option, value, users in (("classes", classes, ("synthetic",)), ("image-size", image_size, _SIZED)):
         if value is not None and name not in users:
             raise DataError(f"--{option} is for --data {', '.join(users)}; {name} has its own")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from densreg import runs
 from densreg.objective import RegularizedObjective
 from densreg.regularizers import Regularizer
 from densreg.second_order import check_model
+from densreg.version import __version__
 
 SMALL_IMAGE = 64
 """Up to this size ResNets get the stem of the CIFAR papers: a 3x3 convolution of stride 1 and no pooling."""
@@ -200,9 +201,8 @@ def check_name(name: str) -> str:
         return name
     known = torchvision_names()
     if name not in known:
-        near = difflib.get_close_matches(name, sorted({*OWN_MODELS, *known}), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"unknown model {name!r}; wanted {', '.join(OWN_MODELS)} or a torchvision classifier{hint}")
+        near = runs.did_you_mean(name, {*OWN_MODELS, *known})
+        raise ModelError(f"unknown model {name!r}; wanted {', '.join(OWN_MODELS)} or a torchvision classifier{near}")
     return name
 
 
@@ -297,9 +297,13 @@ def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> 
         saved, note = runs.load_checkpoint(Path(run_dir), device)
         if saved is None:
             raise runs.RunError(f"there is no {runs.CHECKPOINT}")
-        model = build(**saved["spec"])
+        spec, config = saved["spec"], saved["config"]
+        unknown = sorted(spec.keys() - inspect.signature(build).parameters.keys())
+        if unknown:
+            raise runs.RunError(f"its model has the option {unknown[0]!r}, which densreg {__version__} does not know")
+        model = build(**spec)
         model.load_state_dict(saved["model"])
-        config = saved["config"]
+        config.setdefault("image_shape", list(spec["image_shape"]))  # an older run's
     except ModelError:
         raise
     except Exception as error:  # what is not ours can lack anything

@@ -130,7 +130,7 @@ def _on(data: str, model: str, rows: Mapping[str, tuple[float, ...]]) -> dict[tu
 
 
 def _outside(name: str) -> Measure:
-    """AUROC against another data set, whose folder is that of the command."""
+    """AUROC against another data set, whose folder is that of the command unless --set says another."""
     shown = ("log_density", "maximum_logit", "maximum_softmax")
     return Measure("out_of_distribution", shown, {"data": name}, name)
 
@@ -317,7 +317,9 @@ def experiment(name: str) -> Experiment:
         ValueError: there is none of that name.
     """
     if name not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {name!r}; wanted one of {', '.join(NAMES)}")
+        raise ValueError(
+            f"unknown experiment {name!r}; wanted one of {', '.join(NAMES)}{runs.did_you_mean(name, NAMES)}"
+        )
     return EXPERIMENTS[name]
 
 
@@ -390,10 +392,12 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
             raise ValueError(f"no {kind} is given; wanted at least one")
         unknown = [value for value in given or () if known is not None and value not in known]
         if unknown:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; wanted some of {', '.join(METHODS)}")
+            near = runs.did_you_mean(str(unknown[0]), METHODS)
+            raise ValueError(f"unknown {kind} {unknown[0]!r}; wanted some of {', '.join(METHODS)}{near}")
     strange = [method for method in (*budget.coeff, *budget.config) if method and method not in METHODS]
     if strange:
-        raise ValueError(f"unknown method {strange[0]!r}; wanted some of {', '.join(METHODS)}")
+        near = runs.did_you_mean(strange[0], METHODS)
+        raise ValueError(f"unknown method {strange[0]!r}; wanted some of {', '.join(METHODS)}{near}")
     rows: dict[str, Row] = {}
     for data, model in itertools.product(wanted.data, budget.models or wanted.models):
         for method in budget.methods or wanted.methods:
@@ -422,7 +426,8 @@ def _row(budget: Budget, data: str, model: str, method: str, p: float, coeff: fl
     known = {entry.name for entry in dataclasses.fields(training.Config)}
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r} of method {method}; wanted options of densreg train")
+        near = runs.did_you_mean(unknown[0], known)
+        raise ValueError(f"unknown option {unknown[0]!r} of method {method}; wanted options of densreg train{near}")
     config = training.Config(out="", **values)
     if budget.match_norms and config.coeff > 0 and p != 2:
         config = dataclasses.replace(config, coeff=float(f"{config.coeff * _match(budget, data, p):.3g}"))
@@ -500,25 +505,27 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
         yield from _fig2a(budget, out)
         return
     wanted = experiment(name)
-    outside = [str(m.options["data"]) for m in wanted.measures if m.metric == "out_of_distribution"]
-    for data in dict.fromkeys([*wanted.data, *outside]):  # before hours of training
+    rows = rows_of(name, budget)
+    # Before hours of training:
+    for data in wanted.data:
         datasets.load(data, budget.data_dir, budget.download)
+    for measure in wanted.measures:
+        _outside_images(_options(measure, budget), budget.download)
     for module, extra in (("matplotlib.figure", "train"), *(_NEEDS[m.metric] for m in wanted.measures)):
         samples.require(module, extra)
-    rows = rows_of(name, budget)
-    folder = runs.open_run(out, True)
     table: list[dict[str, Any]] = []
-    for i, row in enumerate(rows, 1):
-        yield f"{i}/{len(rows)}: {row.config.out}"
-        begun = any((Path(row.config.out) / file).exists() for file in runs.FILES)
-        torch.compiler.reset()  # or the limit of compilations of one function is met
-        training.fit(row.config, resume=begun)
-        table.append(_describe(row) | measured(row, wanted.measures, budget))
-        paper = wanted.figures.get(row.key, (None,) * len(wanted.columns))
-        table[-1] |= {f"paper: {column}": value for column, value in zip(wanted.columns, paper, strict=True)}
-        _write(folder, name, wanted, budget, table, rows)
-    if wanted.picture:
-        runs.save_picture(folder / f"{name}.png", _PICTURES[wanted.picture](wanted, rows, table, budget))
+    with runs.open_run(out, True) as folder:
+        for i, row in enumerate(rows, 1):
+            yield f"{i}/{len(rows)}: {row.config.out}"
+            begun = any((Path(row.config.out) / file).exists() for file in runs.FILES)
+            torch.compiler.reset()  # or the limit of compilations of one function is met
+            training.fit(row.config, resume="auto" if begun else False)
+            table.append(_describe(row) | measured(row, wanted.measures, budget))
+            paper = wanted.figures.get(row.key, (None,) * len(wanted.columns))
+            table[-1] |= {f"paper: {column}": value for column, value in zip(wanted.columns, paper, strict=True)}
+            _write(folder, name, wanted, budget, table, rows)
+        if wanted.picture:
+            runs.save_picture(folder / f"{name}.png", _PICTURES[wanted.picture](wanted, rows, table, budget))
     yield f"results: {folder}"
     yield markdown(wanted, table)
 
@@ -537,39 +544,62 @@ def _describe(row: Row) -> dict[str, Any]:
     }
 
 
+def _options(measure: Measure, budget: Budget) -> dict[str, Any]:
+    """All options of a metric, as they are measured with.
+
+    Raises:
+        ValueError: one is asked for that makes the column what it is.
+    """
+    asked = budget.options.get(measure.metric, {})
+    if measure.label and asked.get("data", measure.options["data"]) != measure.options["data"]:
+        raise ValueError(
+            f"--set {measure.metric}.data={asked['data']}: the columns {measure.column('').strip()} are of other images"
+        )
+    folder = {"data_dir": budget.data_dir} if measure.metric == "out_of_distribution" else {}
+    return {**evaluation.options_of(measure.metric), **folder, **measure.options, **asked}
+
+
+def _outside_images(options: Mapping[str, Any], download: bool = False) -> datasets.Split | None:
+    """The images that out_of_distribution compares with; None for other metrics."""
+    if "data" not in options:
+        return None
+    return datasets.load(options["data"], options["data_dir"], download, augment=False).test.first(options["images"])
+
+
 def measured(row: Row, measures: Sequence[Measure], budget: Budget) -> dict[str, float]:
     """The quantities of a trained run by column; what was measured before is read from its directory.
 
-    It counts if the weights, the images' labels and this version of densreg are those of now.
+    It counts if the weights, the images with their labels and this version of densreg are those of now.
     """
-    file = Path(row.config.out) / MEASURED
-    model, _ = models.load_checkpoint(row.config.out, row.config.device)
+    folder = Path(row.config.out)
+    model, _ = models.load_checkpoint(folder, row.config.device)
     split = training.Problem(row.config).test.first(budget.test_size)
-    of = runs.digest(*model.state_dict().values(), split.labels) + f", densreg {__version__}"
+    of = f"{runs.digest(*model.state_dict().values())} on {split.digest()}, densreg {__version__}"
     known: dict[str, Any] = {"of": of}
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(file.read_text())
-        known = found if found.get("of") == of else known
     result: dict[str, float] = {}
-    for measure in measures:
-        options = {**measure.options, **budget.options.get(measure.metric, {})}
-        if measure.metric == "out_of_distribution":
-            options |= {"data_dir": budget.data_dir}
-        options = {**evaluation.options_of(measure.metric), **options}
-        said = {key: value for key, value in options.items() if key != "data_dir"}
-        key = json.dumps([measure.metric, said, budget.test_size, budget.batch_size])
-        if key not in known:
-            with training.threads(row.config.threads):
-                values = evaluation.metric(measure.metric)(
-                    model, split, device=torch.device(row.config.device), batch_size=budget.batch_size, **options
-                )
-            for quantity, value in values.items():
-                if not math.isfinite(value):
-                    raise ValueError(f"{measure.metric} of {row.config.out}: {quantity} is {value}")
-            known[key] = values
-            text = json.dumps(known, indent=2) + "\n"
-            runs.write_atomically(file, lambda opened, text=text: opened.write(text.encode()))  # type: ignore[misc]
-        result |= {measure.column(quantity): value for quantity, value in known[key].items()}
+    with runs.locked(folder):
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((folder / MEASURED).read_text())
+            known = found if found.get("of") == of else known
+        for measure in measures:
+            options = _options(measure, budget)
+            said = {key: value for key, value in options.items() if key != "data_dir"}
+            outside = _outside_images(options)
+            if outside is not None:
+                said["of"] = outside.digest()
+            key = json.dumps([measure.metric, said, budget.test_size, budget.batch_size])
+            if key not in known:
+                with training.threads(row.config.threads):
+                    values = evaluation.metric(measure.metric)(
+                        model, split, device=torch.device(row.config.device), batch_size=budget.batch_size, **options
+                    )
+                for quantity, value in values.items():
+                    if not math.isfinite(value):
+                        raise ValueError(f"{measure.metric} of {folder}: {quantity} is {value}")
+                known[key] = values
+                text = json.dumps(known, indent=2) + "\n"
+                runs.write_atomically(folder / MEASURED, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+            result |= {measure.column(quantity): value for quantity, value in known[key].items()}
     return result
 
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import difflib
 import hashlib
 import io
 import os
+import platform
+import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CONFIG, METRICS, STEPS, CURVES = "config.json", "metrics.csv", "steps.csv", "curves.png"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FILES = (CONFIG, CHECKPOINT, PREVIOUS, METRICS, STEPS)
+LOCK = ".lock"
 
 
 class RunError(ValueError):
@@ -24,6 +34,12 @@ class RunError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line for the user."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean X?", or nothing where none is like it."""
+    near = difflib.get_close_matches(name, sorted(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -66,30 +82,94 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def open_run(out: str, reuse: bool = False, files: Sequence[str] = FILES, hint: str = "--overwrite") -> Path:
-    """The run directory, made and tried; what it holds is left as it is.
+@contextlib.contextmanager
+def open_run(out: str, reuse: bool = False, files: Sequence[str] = FILES, hint: str = "--overwrite") -> Iterator[Path]:
+    """The run directory, made, tried and locked; what it holds is left as it is.
 
     Args:
         reuse: whether it may hold one of ``files`` already; ``hint`` says by which option.
 
     Raises:
-        RunError: it is a file, cannot be written to, or holds what it may not.
+        RunError: it is a file, cannot be written to, is in use, or holds what it may not.
     """
     if not out:
         raise RunError("--out is empty; wanted a folder")
     run = Path(out)
+    with contextlib.ExitStack() as held:
+        try:
+            if run.exists() and not run.is_dir():
+                raise RunError(f"--out {run} is a file; wanted a folder")
+            run.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run))
+            there = [name for name in files if (run / name).exists()]
+            if there and not reuse:
+                raise RunError(f"--out {run} already holds {there[0]}; choose another folder or add {hint}")
+            write_atomically(run / ".writable", lambda file: file.write(b""))
+            (run / ".writable").unlink()
+        except OSError as error:
+            raise RunError(f"cannot write to --out {run}: {error.strerror}") from error
+        yield run
+
+
+_locks: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _forked() -> None:
+    for lock in _locks:  # or a worker that outlives this process, by some seconds after a kill, would hold it on
+        os.close(lock)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder; the system lets go of it when this one ends, in whichever way.
+
+    Where the file system has no locks, a line says so.
+
+    Raises:
+        RunError: another one holds it.
+        OSError: the folder is absent, or cannot be written to.
+    """
+    path = folder / LOCK
+    while True:
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            if not path.exists():
+                raise
+            lock = os.open(path, os.O_RDONLY)  # another user's, whose process was killed
+        try:
+            if fcntl is None:
+                raise OSError(0, "this system has none")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with os.fdopen(lock) as file:
+                owner = file.read(200) or "another process"
+            raise RunError(f"{folder} is in use by {owner}; wait for its end, or choose another folder") from None
+        except OSError as error:
+            print(f"no lock on {folder} ({error.strerror}): let no second process write to it", file=sys.stderr)
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                break
+        os.close(lock)  # removed between our two calls, by the process that held it
+    _locks.add(lock)
     try:
-        if run.exists() and not run.is_dir():
-            raise RunError(f"--out {run} is a file; wanted a folder")
-        held = [name for name in files if (run / name).exists()]
-        if held and not reuse:
-            raise RunError(f"--out {run} already holds {held[0]}; choose another folder or add {hint}")
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(run / ".writable", lambda file: file.write(b""))
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise RunError(f"cannot write to --out {run}: {error.strerror}") from error
-    return run
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.truncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        if lock in _locks:  # not in a process forked in between
+            _locks.remove(lock)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(lock)
 
 
 def _second_name(path: Path, name: Path) -> None:
@@ -118,6 +198,14 @@ def save_checkpoint(run: Path, checkpoint: dict[str, Any], keep: bool = True) ->
     write_atomically(run / CHECKPOINT, write, run / PREVIOUS if keep else None)
     if not keep:
         (run / PREVIOUS).unlink(missing_ok=True)
+
+
+def has_checkpoint(run: str | Path) -> bool:
+    """Whether a folder has the file of a checkpoint, readable or not."""
+    try:
+        return any((Path(run) / name).exists() for name in (CHECKPOINT, PREVIOUS))
+    except OSError:  # a name that is too long
+        return False
 
 
 def load_checkpoint(run: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any] | None, str]:

@@ -106,9 +106,8 @@ def run(
         for name in dict.fromkeys(data)
         for default in ["mlp" if name in _SMALL else "resnet18"]
     }
-    folder = runs.open_run(out, overwrite, [TABLE])
     rows: list[dict[str, Any]] = []
-    with training.threads(options.get("threads")):
+    with runs.open_run(out, overwrite, [TABLE]) as folder, training.threads(options.get("threads")):
         for name, of_paths in configs.items():
             for config in of_paths:
                 rows += measure(config, scales, steps, every)

@@ -12,8 +12,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,7 +176,8 @@ class Config:
             ValueError: an impossible value, in one line.
         """
         if self.data not in RECIPES:
-            raise data.DataError(f"unknown data set {self.data!r}; wanted one of {', '.join(RECIPES)}")
+            near = runs.did_you_mean(self.data, RECIPES)
+            raise data.DataError(f"unknown data set {self.data!r}; wanted one of {', '.join(RECIPES)}{near}")
         recipe = RECIPES[self.data]
         values = asdict(self)
         for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule"):
@@ -186,8 +187,19 @@ class Config:
             values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         if values["device"] == "cuda" and "LOCAL_RANK" in os.environ:  # by torchrun
             values["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        if values["path"] != "directional":
-            paths.check_path(values["path"])
+        for name, known in (
+            ("path", (*paths.PATHS, "directional")),
+            ("regularizer", (*regularizers.REGULARIZERS,)),
+            ("adversarial", ADVERSARIAL),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("on_nonfinite", ON_NONFINITE),
+            ("amp", (*AMP,)),
+        ):
+            if values[name] not in known:
+                wanted = f"{'one of ' if len(known) > 4 else ''}{', '.join(known[:-1])} or {known[-1]}"
+                near = runs.did_you_mean(str(values[name]), known)
+                raise ValueError(f"{name} must be {wanted}, got {values[name]!r}{near}")
         if values["regularizer_options"] == {}:
             values["regularizer_options"] = None
         if values["path"] == "directional" and values["regularizer"] != "density":
@@ -223,14 +235,6 @@ class Config:
             raise ValueError(f"momentum must lie in [0, 1), got {values['momentum']}")
         if not 0 <= values["seed"] < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {values['seed']}")
-        for name, known in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("on_nonfinite", ON_NONFINITE),
-            ("amp", [*AMP]),
-        ):
-            if values[name] not in known:
-                raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {values[name]!r}")
         if values["milestones"] is None:
             values["milestones"] = recipe.milestones if values["schedule"] == "step" else ()
         elif values["milestones"] and values["schedule"] != "step":
@@ -259,8 +263,6 @@ def _complete_attack(values: dict[str, Any]) -> None:
         values["adversarial"],
         [n for n in ("eps", "steps", "step_size") if values[f"adversarial_{n}"] is not None],
     )
-    if kind not in ADVERSARIAL:
-        raise ValueError(f"adversarial must be {', '.join(ADVERSARIAL[:-1])} or {ADVERSARIAL[-1]}, got {kind!r}")
     if kind == "none" and given:
         raise ValueError(f"adversarial_{given[0]} is for adversarial fgsm or pgd, got adversarial 'none'")
     if kind == "fgsm" and len(given) > 1:
@@ -379,7 +381,7 @@ class Problem:
         dataset = data.load(
             config.data, config.data_dir, config.download, config.augment, config.classes, config.image_size
         )
-        self.note = dataset.note
+        self.note, self.dataset = dataset.note, dataset
         if config.val_size is not None:
             dataset = dataset.held_out(config.val_size)
         self.train, self.test = dataset.train.first(config.train_size), dataset.test.first(config.test_size)
@@ -664,15 +666,31 @@ _FREE = (
 """What may differ between a run and its continuation: what is trained follows from the rest (up to rounding, which
 device, channels_last, compile and threads change)."""
 
+_ABOUT = ("class_names", "image_shape", "images", "note", "versions")
+"""What config.json holds beside the configuration: what was trained on, and with which versions."""
+
 _PICTURE_SECONDS = 60.0
+
+
+def check_known(config: Mapping[str, Any], run: str | Path) -> None:
+    """Raise RunError where the configuration of a run has an option that this version lacks: a newer one wrote it."""
+    unknown = sorted(config.keys() - {entry.name for entry in fields(Config)} - {*_ABOUT})
+    if unknown:
+        raise RunError(_newer(run, config, f"the option {unknown[0]!r}"))
+
+
+def _newer(run: str | Path, config: Mapping[str, Any], what: str) -> str:
+    wrote = config.get("versions", {}).get("densreg", "another version")
+    return f"the run {run} has {what}, which densreg {__version__} does not know: take densreg {wrote}, which wrote it"
 
 
 class _Run:
     """A run directory and where its training stands: all that a checkpoint holds."""
 
-    def __init__(self, problem: Problem, out: str, overwrite: bool, resume: bool) -> None:
+    def __init__(self, problem: Problem, run: Path, resume: bool) -> None:
         self.problem = problem
         self.config = problem.config
+        self.dataset = problem.dataset.describe()
         self.epoch = 0  # whole epochs
         self.done = 0  # steps of the one that has begun
         self.step = 0
@@ -683,7 +701,7 @@ class _Run:
         self.epoch_rows: list[dict[str, Any]] = []
         self.step_rows: list[dict[str, Any]] = []
         self.first = problem.rank == 0  # of the processes: the one that writes and speaks
-        self.run = runs.open_run(out, overwrite or resume, hint="--resume or --overwrite") if self.first else Path(out)
+        self.run = run
         self.fresh = True  # no checkpoint in the directory is this run's
         self.drawn = time.monotonic()
         if resume:
@@ -738,13 +756,27 @@ class _Run:
         self.fresh = False
 
     def _check_same(self, checkpoint: dict[str, Any]) -> None:
+        config, where = checkpoint["config"], self.config.data_dir or self.config.data
+        check_known(config, self.run)
+        unknown = sorted(checkpoint.keys() - self._checkpoint().keys())
+        if unknown:
+            raise RunError(_newer(self.run, config, f"the state {unknown[0]!r}"))
         default = Config(out="").describe()  # of options that a run from before them does not have
         for name, value in self.config.describe().items():
-            held = checkpoint["config"].get(name, default[name])
+            held = config.get(name, default[name])
             if name not in _FREE and held != value:
                 raise RunError(
                     f"--resume: the run in {self.run} has {name} {held!r}, got {value!r}; "
                     "give the same, or another --out"
+                )
+        other = data.other_class(config.get("class_names"), self.problem.dataset.class_names)
+        if other:
+            raise RunError(f"--resume: the run in {self.run} has other classes than {where}: {other}")
+        for name in {**checkpoint["spec"], **self.problem.spec}:
+            held, value = checkpoint["spec"].get(name), self.problem.spec.get(name)
+            if held != value:
+                raise RunError(
+                    f"--resume: the model of the run in {self.run} has {name} {held}, got {value} from {where}"
                 )
         if len(checkpoint["rng"]) != self.problem.processes:
             raise RunError(
@@ -753,12 +785,20 @@ class _Run:
         if checkpoint["train_images"] != len(self.problem.train):
             raise RunError(
                 f"--resume: the run in {self.run} has {checkpoint['train_images']} training images, "
-                f"got {len(self.problem.train)} from {self.config.data_dir}"
+                f"got {len(self.problem.train)} from {where}"
             )
         if checkpoint.get("train_labels") not in (None, runs.digest(self.problem.train.labels)):  # None: an older run's
-            raise RunError(
-                f"--resume: the run in {self.run} had other labels than the training images from {self.config.data_dir}"
-            )
+            raise RunError(f"--resume: the run in {self.run} had other labels than the training images from {where}")
+        held, now = config.get("images", {}), self.dataset["images"]  # none: an older run's
+        kept = "other names, sizes, contents, labels or groups; give the same, or another --out"
+        if held and held["train"] != now["train"]:
+            raise RunError(f"--resume: the run in {self.run} had other training images than {where} has: {kept}")
+        # In a table of epochs all figures are of the same test images. A run that is over gets no more of them.
+        tested, going_on = checkpoint["epoch_rows"], checkpoint["epoch"] < (self.config.epochs or 0)
+        if held and tested and self.config.val_size is None:
+            if going_on and held["test"] != now["test"]:
+                raise RunError(f"--resume: the run in {self.run} had other test images than {where} has: {kept}")
+            self.dataset["images"] = held
 
     def _checkpoint(self) -> dict[str, Any]:
         problem = self.problem
@@ -795,7 +835,7 @@ class _Run:
 
     def _description(self) -> dict[str, Any]:
         versions = {"densreg": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-        return {**self.config.describe(), "note": self.problem.note, "versions": versions}
+        return {**self.config.describe(), **self.dataset, "note": self.problem.note, "versions": versions}
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -889,7 +929,7 @@ def _events(run: Path, step: int) -> Any:
 
 
 def fit(
-    config: Config, overwrite: bool = False, progress: bool | None = None, resume: bool = False
+    config: Config, overwrite: bool = False, progress: bool | None = None, resume: bool | str = False
 ) -> list[dict[str, Any]]:
     """Train a classifier, and leave a run directory.
 
@@ -907,7 +947,8 @@ def fit(
         config: what to do; see :class:`Config`.
         overwrite: whether a run already in ``config.out`` is replaced, at its first checkpoint.
         progress: whether to show a progress bar; None shows it on a terminal.
-        resume: go on from the last checkpoint in ``config.out``; from the beginning where there is none.
+        resume: go on from the last checkpoint in ``config.out``. Where there is none, True is an error, and "auto"
+            starts from the beginning.
 
     Returns:
         The rows of metrics.csv, one for each epoch. train_* are means over the epoch's steps, as trained; seconds
@@ -918,10 +959,18 @@ def fit(
         TrainingError: the loss or a gradient is not finite, or the disk is full.
     """
     config = config.complete()
+    if resume not in (False, True, "auto"):
+        raise RunError(f"--resume takes auto or nothing, got {resume!r}")
     if overwrite and resume:
         raise RunError("--resume goes on with a run and --overwrite replaces it: choose one")
+    if resume is True and not runs.has_checkpoint(config.out):
+        beside = [run.name for run in Path(config.out).parent.glob("*") if runs.has_checkpoint(run)]
+        raise RunError(
+            f"--resume: there is no checkpoint in --out {config.out}; --resume auto starts from the beginning"
+            f"{runs.did_you_mean(Path(config.out).name, beside)}"
+        )
     with threads(config.threads), _process_group(config.device):
-        return _fit_here(config, overwrite, progress, resume)
+        return _fit_here(config, overwrite, progress, bool(resume))
 
 
 def _fit_here(config: Config, overwrite: bool, progress: bool | None, resume: bool) -> list[dict[str, Any]]:
@@ -929,7 +978,12 @@ def _fit_here(config: Config, overwrite: bool, progress: bool | None, resume: bo
     problem = Problem(config)
     if problem.note and problem.rank == 0:
         print(f"{config.data}: {problem.note}", flush=True)
-    with contextlib.closing(_Run(problem, config.out, overwrite, resume)) as run:
+    with contextlib.ExitStack() as held:
+        folder = Path(config.out)
+        if problem.rank == 0:
+            hint = "--resume or --overwrite"
+            folder = held.enter_context(runs.open_run(config.out, overwrite or resume, hint=hint))
+        run = held.enter_context(contextlib.closing(_Run(problem, folder, resume)))
         return _fit(problem, run, progress)
 
 

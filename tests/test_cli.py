@@ -55,6 +55,16 @@ def test_default_run_directory(tmp_path, monkeypatch):
         ("--data mnist --data-dir " + "x" * 300, "File name too long"),
         ("--model resnet18 --batch-size 1", "cannot be trained with the penalty"),
         ("--device cuda:999", "is not there"),
+        ("--data cifra100", "; did you mean cifar100 or cifar10?\n"),
+        ("--model resnet81", "; did you mean resnet18 or "),
+        ("--path taylr", "or directional, got 'taylr'; did you mean taylor?\n"),
+        ("--regularizer densty", "hessian or cure, got 'densty'; did you mean density?\n"),
+        ("--optimizer adamm", "got 'adamm'; did you mean adam or adamw?\n"),
+        (
+            "--resume --out runs/mine",
+            "no checkpoint in --out runs/mine; --resume auto starts from the beginning",
+        ),
+        ("--resume mine", "--resume takes auto or nothing, got 'mine'"),
     ],
 )
 def test_bad_requests(arguments, message, capsys, tmp_path, monkeypatch):

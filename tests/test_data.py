@@ -6,6 +6,7 @@ import gzip
 import os
 import pickle
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -322,6 +323,56 @@ def test_folder(image_folder):
     assert x.shape == (6, 3, 16, 16)
 
 
+def test_the_digest_of_a_folder(image_folder, tmp_path_factory):
+    """It is that of a copy elsewhere, and another one for each thing that makes other images of them."""
+
+    def digests(contents=None, root=image_folder, **options):
+        loaded = data.load("folder", root, **options)
+        return tuple(split.digest(contents) for split in (loaded.train, loaded.test))
+
+    before = digests()
+    copy = tmp_path_factory.mktemp("elsewhere") / "deeper"
+    assert digests(root=shutil.copytree(image_folder, copy)) == before
+    assert digests(image_size=16) != before
+    (copy / "train" / "cat" / "0.png").rename(copy / "train" / "cat" / "0a.png")
+    assert digests(root=copy)[0] != before[0], "another name"
+    file = image_folder / "train" / "emu" / "1.png"
+    whole = file.read_bytes()
+    for part in (None, 1, 2, 6, 100):
+        found = digests(part)
+        file.write_bytes(whole + b"0")
+        assert digests(part)[0] != found[0], "another size, however few are read"
+        file.write_bytes(whole[:-1] + b"0")
+        assert (digests(part)[0] != found[0]) == (part in (None, 6, 100)), "another content: the last of six files"
+        assert digests(part)[1] == found[1], "the other split"
+        file.write_bytes(whole)
+    split = data.load("folder", image_folder).train
+    file.unlink()
+    with pytest.raises(data.DataError, match=r"cannot read the image .*emu.1\.png: No such file"):
+        split.digest()
+
+
+def test_the_digest_of_images_in_memory():
+    split = data.Split(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4), groups=torch.tensor([0, 1, 0, 1]))
+    other = [
+        data.replace(split, images=split.images + 1),
+        data.replace(split, labels=split.labels.flip(0)),
+        data.replace(split, groups=1 - split.groups),
+        split.first(3),
+    ]
+    assert len({part.digest() for part in (split, *other)}) == 5
+    assert data.replace(split, images=split.images.clone()).digest() == split.digest()
+
+
+def test_class_names(image_folder, tiny_dir):
+    assert data.load("folder", image_folder).class_names == ("cat", "dog", "emu")
+    assert data.load("tiny-imagenet", tiny_dir).class_names == ("n01", "n02", "n03")
+    assert data.other_class(["a", "b"], ("a", "b")) == data.other_class(None, ("a", "b")) == ""
+    assert data.other_class(["a", "b"], ("b", "a")) == "class 0 is 'a', got 'b'"
+    assert data.other_class(["a", "b"], ("a",)) == "class 1 is 'b', got None"
+    assert data.other_class(["a"], ("a", "b")) == "class 1 is None, got 'b'"
+
+
 def test_scaled_images_are_cropped_in_the_middle(image_folder):
     """A wide image with a white middle: its margins are cut off, however it is scaled."""
     image = Image.new("RGB", (40, 20))
@@ -374,6 +425,8 @@ def test_synthetic():
 def test_errors(tmp_path):
     with pytest.raises(data.DataError, match="unknown data set 'imagenet'; wanted one of digits, mnist"):
         data.load("imagenet")
+    with pytest.raises(data.DataError, match=r"celeba-hair, synthetic; did you mean cifar10 or cifar100\?$"):
+        data.load("cifra10")
     with pytest.raises(data.DataError, match="needs --data-dir"):
         data.load("mnist")
     with pytest.raises(data.DataError, match="nowhere is not a folder"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import shutil
 import struct
 import sys
 
 import pytest
 import torch
 from analytic import curved, split
+from PIL import Image
 from torch import nn
 
 import densreg
@@ -137,6 +139,8 @@ def test_options_as_text():
         "activation_maximisation": {"classes": (1, 2)},
         "accuracy": {},
     }
+    with pytest.raises(ValueError, match=r"; did you mean points\?$"):
+        parse_options(["pionts=7"], names)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +273,7 @@ def test_default_folder(run, capsys):
         ("", "no run is given; wanted a folder that densreg train has written"),
         ("nowhere", "no readable run in nowhere: there is no checkpoint.pt"),
         ("RUN --metrics lime", "unknown metric 'lime'; wanted some of accuracy, worst_group, leakage"),
+        ("RUN --metrics acuracy", "activation_maximisation; did you mean accuracy?\n"),
         ("RUN --metrics worst_group", "worst_group needs a data set with groups, and this one has none"),
         ("RUN --data mnist", "the run short was trained on digits, wanted mnist"),
         ("RUN RUN --out out", "is given twice"),
@@ -323,6 +328,101 @@ def test_checkpoint_of_other_data(run, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "the model of of_digits does not take the 3x32x32 images of synthetic: " in error
     assert error.count("\n") == 1
+
+
+def _folder_run(tmp_path, name, values=(250, 0), side=4, **options):
+    """Images of two classes, of one size in bytes, and a run of one step on them."""
+    root = tmp_path / f"{name}-images"
+    for part in ("train", "val"):
+        for label, value in zip("ab", values, strict=True):
+            (root / part / label).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (side, side), (value, i, 0)).save(root / part / label / f"{i}.bmp")
+    options = {"data": "folder", "data_dir": str(root), "coeff": 0.0, "max_steps": 1, "train_size": None, **options}
+    return root, _train(tmp_path / name, test_size=None, lr=0.1, **options)
+
+
+def _from_before(run):
+    """As if a densreg had written it that did not look at the images."""
+    checkpoint, _ = runs.load_checkpoint(run)
+    for key in ("class_names", "image_shape", "images"):
+        checkpoint["config"].pop(key, None)
+    runs.save_checkpoint(run, checkpoint)
+
+
+def test_runs_on_other_images(tmp_path):
+    """Each is measured on its own images, or none is."""
+    of = {"one": (250, 0), "same": (250, 0), "other": (0, 250)}
+    (root, one), (_, same), (other_root, other) = (_folder_run(tmp_path, name, of[name]) for name in of)
+    apart = {run.name: evaluation.evaluate([run])[run.name] for run in (one, same, other)}
+    assert apart["other"] == apart["one"] == {"accuracy": {"clean": 1.0}}
+    out = str(tmp_path / "out")
+    assert evaluation.evaluate([one, same], out=out) == {name: apart[name] for name in ("one", "same")}
+    for _ in range(2):  # and then as runs from before
+        message = r"test images in .*one-images are not those of the run other .*; measure it apart, or give --data-dir"
+        with pytest.raises(ValueError, match=message):
+            evaluation.evaluate([one, other], out=out, overwrite=True)
+        together = evaluation.evaluate([one, other], out=out, data_dir=str(root), overwrite=True)
+        assert [together[run]["accuracy"]["clean"] for run in ("one", "other")] == [1.0, 0.0], "as it is asked for"
+        _from_before(other)
+    shutil.rmtree(other_root)
+    with pytest.raises(ValueError, match=r"--data-dir .*other-images is not a folder"):
+        evaluation.evaluate([one, other], out=out, overwrite=True)
+
+
+def test_runs_on_images_of_another_shape(tmp_path):
+    """A network that takes any shape would be measured at the first run's."""
+    runs_ = [_folder_run(tmp_path, f"of{side}", side=side, model="vgg11")[1] for side in (8, 10)]
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"run of10 was trained on 3x10x10 images, and those in .*of8-.* are 3x8x8$"
+        ):
+            evaluation.evaluate(runs_, out=str(tmp_path / "out"))
+        _from_before(runs_[1])
+
+
+def test_images_and_classes_that_changed_since(tmp_path):
+    root, run = _folder_run(tmp_path, "one", val_size=1, batch_size=1)
+    checkpoint = (run / runs.CHECKPOINT).read_bytes()
+    image = root / "val" / "a" / "0.bmp"
+    image.write_bytes(image.read_bytes()[:-1] + b"!")
+    with pytest.raises(
+        ValueError, match=r"test images in .* are not those of the run one \(other names, .*; give --data"
+    ):
+        evaluation.evaluate([run])
+    evaluation.evaluate([run], data_dir=str(root))
+    evaluation.evaluate([run], val=True, overwrite=True)  # the training images are as they were
+    for part in ("train", "val"):
+        (root / part / "a").rename(root / part / "z")
+    for data_dir in (None, str(root)):
+        with pytest.raises(
+            ValueError, match=r"run one was trained on other classes than .* has: class 0 is 'a', got 'b'$"
+        ):
+            evaluation.evaluate([run], data_dir=data_dir, overwrite=True)
+    _from_before(run)
+    evaluation.evaluate([run], overwrite=True)
+    (run / runs.CHECKPOINT).write_bytes(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("config", "run newer has the option 'ema', which densreg .* does not know: take densreg 9.1, which wrote it$"),
+        ("spec", "no readable run in .*newer: its model has the option 'ema', which densreg .* does not know$"),
+    ],
+)
+def test_run_of_a_newer_version(run, tmp_path, where, message):
+    newer = _retold(run, tmp_path / "newer", versions={"densreg": "9.1"})
+    checkpoint, _ = runs.load_checkpoint(newer)
+    checkpoint[where]["ema"] = 0.9
+    runs.save_checkpoint(newer, checkpoint)
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate([newer])
+
+
+def test_two_processes_on_one_folder(run, tmp_path):
+    with runs.locked(tmp_path), pytest.raises(runs.RunError, match="is in use by process"):
+        evaluation.evaluate([run], out=str(tmp_path), overwrite=True)
 
 
 def test_what_is_not_finite_is_an_error(run, tmp_path, capsys):

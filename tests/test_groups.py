@@ -116,7 +116,7 @@ def test_resumed_run_is_the_same_run(tmp_path, two_groups, options):
     rows = fit(Config(str(tmp_path / "whole"), **options), progress=False)
     for steps in (3, 10, 17, 20):
         torch.manual_seed(steps)  # whatever another process would start from
-        fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume=True)
+        fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume="auto")
     whole, parts = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "parts"))
     assert all(torch.equal(w, parts["model"][k]) for k, w in whole["model"].items())
     if "group_dro" in options:

@@ -12,8 +12,9 @@ import struct
 
 import pytest
 import torch
+from PIL import Image
 
-from densreg import cli, evaluation, reproduce, training
+from densreg import cli, evaluation, reproduce, runs, training
 from densreg.reproduce import EXPERIMENTS, METHODS, Budget, rows_of
 
 SMALL = ("--epochs", "1", "--train-size", "256", "--test-size", "20", "--threads", "1")
@@ -141,6 +142,63 @@ def test_figures_of_other_weights_do_not_count(command, tmp_path):
     assert 0 < float(again["leakage l2"]) < 0.5 * float(first["leakage l2"])
 
 
+def test_figures_of_other_images_do_not_count(mnist, tmp_path, monkeypatch):
+    """With equal labels: what is measured are the images that are there now."""
+    monkeypatch.chdir(tmp_path)
+    root = shutil.copytree(mnist, tmp_path / "mnist")
+    command = ["reproduce", "table1", *SMALL, "--methods", "standard", "--data-dir", str(root), "--set", "pgd.steps=1"]
+    command += ["leakage.steps=2", "--config", "lr=0.001", "batch_size=16"]
+    assert cli.main(command) == 0
+    (first,) = _table(tmp_path / "runs" / "reproduce" / "table1")
+    file = root / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    content = bytearray(file.read_bytes())
+    content[16:] = bytes(255 - value for value in content[16:])
+    file.write_bytes(content)
+    assert cli.main(command) == 0
+    (again,) = _table(tmp_path / "runs" / "reproduce" / "table1")
+    (run,) = (path for path in (tmp_path / "runs" / "reproduce").iterdir() if path.name.startswith("blockmnist"))
+    wanted = evaluation.evaluate([run], data_dir=str(root), test_size=20)[run.name]["accuracy"]["clean"]
+    assert float(again["accuracy clean"]) == wanted < float(first["accuracy clean"])
+
+
+def test_figures_against_other_images_do_not_count(tmp_path, monkeypatch):
+    """The folder of the out-of-distribution images, its content, and one of its own, are in what is kept."""
+    for name, value in (("one", 9), ("two", 200)):
+        for part in ("train", "val"):
+            (tmp_path / name / part / "a").mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (value, 40 * i, 0)).save(tmp_path / name / part / "a" / f"{i}.bmp")
+    config = training.Config(str(tmp_path / "run"), train_size=64, test_size=20, epochs=1).complete()
+    training.fit(config, progress=False)
+    measures = (reproduce._outside("folder"),)
+
+    def measured(folder, **options):
+        options = {"out_of_distribution": {"fit": True, **options}}
+        budget = Budget(data_dir=str(tmp_path / folder), options=options)
+        return reproduce.measured(reproduce.Row("standard", config), measures, budget)
+
+    one, two = measured("one"), measured("two")
+    assert one != two
+    assert measured("one", data_dir=str(tmp_path / "two")) == two, "the one that is asked for"
+    with monkeypatch.context() as patch:
+        metric = evaluation.metric
+        patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
+        assert (measured("one"), measured("two")) == (one, two), "both are kept"
+    shutil.rmtree(tmp_path / "one")
+    (tmp_path / "two").rename(tmp_path / "one")
+    assert measured("one") == two
+    with pytest.raises(ValueError, match=r"data=digits: the columns out_of_distribution folder are of other images$"):
+        measured("one", data="digits")
+
+
+def test_two_processes_on_one_table(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    with runs.locked(tmp_path / "out"):
+        status, said = command("table1", *SMALL, "--out", "out")
+    assert status == 2
+    assert "out is in use by process" in said
+
+
 def test_other_labels_are_no_resumption(command, mnist, tmp_path):
     arguments = ("table1", *SMALL, "--methods", "standard", "--set", "pgd.steps=1", "leakage.steps=2")
     assert command(*arguments)[0] == 0
@@ -266,6 +324,7 @@ def test_every_experiment_can_be_asked_for(name):
         ("fig2a --config density.lr=1", "fig2a does not take density"),
         ("fig2a --set pgd.eps=1", "--set pgd.eps=1: wanted an option of the metrics"),
         ("table1 --methods magic", "unknown method 'magic'; wanted some of standard, density"),
+        ("table1 --methods densty", "; did you mean density or "),
         ("table1 --coeff magic=1", "unknown method 'magic'"),
         ("table1 --coeff density", "--coeff density: wanted METHOD=NUMBER"),
         ("table1 --coeff density=low", "--coeff density=low: wanted METHOD=NUMBER"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import resource
+import signal
 
 import pytest
 import torch
@@ -96,22 +99,118 @@ def test_checkpoint_that_does_not_fit_on_the_disk(tmp_path):
 
 
 def test_open_run(tmp_path, monkeypatch):
-    run = runs.open_run(str(tmp_path / "deep" / "run"))
+    with runs.open_run(str(tmp_path / "deep" / "run")) as run:
+        assert [file.name for file in run.iterdir()] == [runs.LOCK]
     assert list(run.iterdir()) == []
     (run / runs.STEPS).write_text("mine")
-    with pytest.raises(runs.RunError, match=r"already holds steps\.csv; choose another folder or add --overwrite$"):
-        runs.open_run(str(run))
-    assert runs.open_run(str(run), reuse=True) == run
-    assert runs.open_run(str(run), files=["other"]) == run
-    with pytest.raises(runs.RunError, match="--out is empty"):
-        runs.open_run("")
+
+    def refused(message, out=run, **options):
+        with pytest.raises(runs.RunError, match=message), runs.open_run(str(out), **options):
+            pytest.fail("it was opened")
+
+    refused(r"already holds steps\.csv; choose another folder or add --overwrite$")
+    for options in ({"reuse": True}, {"files": ["other"]}):
+        with runs.open_run(str(run), **options) as again:
+            assert again == run
+    refused("--out is empty", "")
 
     def read_only(*args, **options):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(type(run), "open", read_only)
-    with pytest.raises(runs.RunError, match=r"cannot write to --out .*: Read-only file system$"):
-        runs.open_run(str(run), reuse=True)
+    refused(r"cannot write to --out .*: Read-only file system$", reuse=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the lock
+
+
+def _child(work):
+    """A process that does some work, says so, and waits; its number."""
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with work():
+                os.write(there, b".")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(there)
+    said = os.read(here, 1)
+    os.close(here)
+    return child, said
+
+
+def _kill(child):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_two_processes_on_one_folder(tmp_path):
+    """The second is told who is there; after a kill nothing is in its way."""
+    child, said = _child(lambda: runs.locked(tmp_path))
+    try:
+        assert said == b"."
+        message = rf"is in use by process {child} on .*; wait for its end, or choose another folder$"
+        with pytest.raises(runs.RunError, match=message), runs.open_run(str(tmp_path)):
+            pytest.fail("both are in")
+    finally:
+        _kill(child)
+    assert (tmp_path / runs.LOCK).exists(), "it could not tidy up"
+    with runs.open_run(str(tmp_path)):
+        other, said = _child(lambda: runs.locked(tmp_path))
+        _kill(other)
+        assert said == b"", "it holds against others, with the file that the killed one left"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_ends_with_its_process_and_not_with_its_workers(tmp_path):
+    """A worker of a data loader outlives a killed process by some seconds."""
+
+    @contextlib.contextmanager
+    def with_a_worker():
+        with runs.locked(tmp_path):
+            worker, _ = _child(contextlib.nullcontext)
+            (tmp_path / "worker").write_text(str(worker))
+            yield
+
+    child, _ = _child(with_a_worker)
+    worker = int((tmp_path / "worker").read_text())
+    _kill(child)
+    try:
+        with runs.locked(tmp_path):
+            os.kill(worker, 0)  # it is there
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_lock_file_that_is_removed_in_between(tmp_path, monkeypatch):
+    """By the process that held it, after we opened it: its lock would be one on nothing."""
+    flock, calls = fcntl.flock, []
+
+    def removed_first(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            (tmp_path / runs.LOCK).unlink()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with runs.locked(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(runs.RunError, match="is in use by process"), runs.locked(tmp_path):
+            pytest.fail("both are in")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def none(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with runs.locked(tmp_path):
+        pass
+    said = capsys.readouterr().err
+    assert said == f"no lock on {tmp_path} (No locks available): let no second process write to it\n"
 
 
 def test_curves(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.second_order import problem
-from densreg import cli, stability, training
+from densreg import cli, runs, stability, training
 from densreg.paths import PATHS
 from densreg.training import Config
 
@@ -44,6 +44,12 @@ def test_measuring_leaves_no_trace(tmp_path, monkeypatch):
     rows = list(stability.measure(config, (1.0, 50.0), steps=6, every=2))
     assert [(row["step"], row["scale"]) for row in rows] == [(s, f) for s in (0, 2, 4, 5) for f in (1.0, 50.0)]
     assert all(torch.equal(w, fitted[k]) for k, w in problems[0].model.state_dict().items())
+
+
+def test_two_processes_on_one_folder(tmp_path, capsys):
+    with runs.locked(tmp_path):
+        assert cli.main(["stability", "--data", "digits", "--out", str(tmp_path)]) == 2
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_command(tmp_path, monkeypatch, capsys):

@@ -12,10 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from benchmarks.second_order import problem, torch_penalty
@@ -364,7 +367,7 @@ def test_resumed_run_is_the_same_run(tmp_path, monkeypatch, path, workers):
     for steps in (3, 10, 17, 20, 30):
         torch.manual_seed(steps)  # whatever another process would start from
         config = Config(str(tmp_path / "parts"), max_steps=steps, workers=workers, **options)
-        rows = fit(config, progress=False, resume=True)
+        rows = fit(config, progress=False, resume="auto")
         assert rows[-1]["step"] == steps
         assert [int(row["step"]) for row in _rows(tmp_path / "parts" / "metrics.csv")] == [row["step"] for row in rows]
     _same_run(tmp_path / "whole", tmp_path / "parts")
@@ -384,7 +387,7 @@ def test_compiled_and_resumed_run_is_the_same_run(tmp_path, options, fresh_dynam
     fit(Config(str(tmp_path / "whole"), **options), progress=False)
     for steps in (3, 10):
         torch._dynamo.reset()  # as in a new process
-        fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume=True)
+        fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume="auto")
     _same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -396,7 +399,7 @@ def test_amp_and_cheaper_steps(tmp_path, options):
     assert rows[-1]["train_loss"] < 0.9 * rows[0]["train_loss"]
     assert rows[-1]["train_penalty"] > 0
     for steps in (7, 20):
-        fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume=True)
+        fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume="auto")
     _same_run(tmp_path / "whole", tmp_path / "parts")
     scaler = runs.load_checkpoint(tmp_path / "parts", torch.device("cpu"))[0]["scaler"]
     assert (scaler is not None) == (options.get("amp") == "fp16")
@@ -415,10 +418,18 @@ def test_when_a_run_is_compiled(tmp_path):
     assert compiled(epochs=1, compile=True)
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, capsys):
+def test_resume_without_a_checkpoint(tmp_path, capsys):
+    """It is an error that leaves no folder behind, unless it is said that both are meant."""
     config = Config(str(tmp_path / "run"), epochs=1, train_size=64, test_size=20)
-    assert len(fit(config, progress=False, resume=True)) == 1
+    with pytest.raises(training.RunError, match=r"in --out .*run; --resume auto starts from the beginning$"):
+        fit(config, progress=False, resume=True)
+    assert not (tmp_path / "run").exists()
+    assert len(fit(config, progress=False, resume="auto")) == 1
     assert "starting from the beginning" in capsys.readouterr().err
+    with pytest.raises(training.RunError, match=r"starts from the beginning; did you mean run\?$"):
+        fit(Config(str(tmp_path / "runn")), resume=True)
+    with pytest.raises(training.RunError, match=r"--resume takes auto or nothing, got 'run'"):
+        fit(config, resume="run")
 
 
 def test_checkpoints_between_epochs(tmp_path, monkeypatch):
@@ -474,6 +485,114 @@ def test_checkpoint_of_other_data_or_of_another_kind(tmp_path, monkeypatch):
     torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
     with pytest.raises(training.RunError, match=r"checkpoint in .* is of another kind: KeyError 'config'"):
         fit(config, progress=False, resume=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of one size in bytes, of two classes, and the configuration of a run on them that has done one epoch."""
+    root = tmp_path / "images"
+    for split in ("train", "val"):
+        for name, value in (("a", 250), ("b", 0)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (4, 4), (value, i, 0)).save(root / split / name / f"{i}.bmp")
+    options = {"data": "folder", "data_dir": str(root), "augment": False}
+    config = Config(str(tmp_path / "run"), coeff=0.0, epochs=2, max_steps=1, **options)
+    fit(config, progress=False)
+    return root, replace(config, max_steps=2)
+
+
+def _swapped(root):
+    """With equal names, sizes and labels."""
+    (root / "a").rename(root / "c")
+    (root / "b").rename(root / "a")
+    (root / "c").rename(root / "b")
+
+
+def _retold(config, change):
+    """The run's checkpoint as another densreg would have written it."""
+    file = Path(config.out) / "checkpoint.pt"
+    checkpoint = torch.load(file, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, file)
+
+
+def test_resumed_on_the_same_images_elsewhere(folder, tmp_path):
+    root, config = folder
+    held = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (held["class_names"], held["image_shape"]) == (["a", "b"], [3, 4, 4])
+    root.rename(tmp_path / "moved")
+    assert len(fit(replace(config, data_dir=str(tmp_path / "moved")), progress=False, resume=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: [(root / s / "a").rename(root / s / "z") for s in ("train", "val")], "class 0 is 'a', got 'b'$"),
+        (lambda root: _swapped(root / "train"), "had other training images than .*: other names, sizes, contents"),
+        (lambda root: _swapped(root / "val"), "had other test images than .*: other names, sizes, contents"),
+    ],
+)
+def test_resumed_on_other_images(folder, change, message):
+    """With equal labels."""
+    root, config = folder
+    before = {file.name: file.read_bytes() for file in Path(config.out).iterdir()}
+    change(root)
+    with pytest.raises(training.RunError, match=message):
+        fit(config, progress=False, resume=True)
+    assert {file.name: file.read_bytes() for file in Path(config.out).iterdir()} == before
+
+
+def test_other_test_images_mix_with_no_figures(folder):
+    """Where the run is over there are no more figures, and where images are held out they were not measured."""
+    root, config = folder
+    fit(config, progress=False, resume=True)
+    held = json.loads((Path(config.out) / "config.json").read_text())["images"]
+    other = replace(config, out=config.out + "2", max_steps=1, val_size=1, batch_size=1)
+    fit(other, progress=False)
+    _swapped(root / "val")
+    fit(config, progress=False, resume=True)
+    assert json.loads((Path(config.out) / "config.json").read_text())["images"] == held
+    fit(replace(other, max_steps=2), progress=False, resume=True)
+
+
+def test_checkpoint_from_before_the_images_were_in_it(folder):
+    """It is resumed, unless the model tells that the images are of another shape."""
+    _, config = folder
+    newer = ("class_names", "image_shape", "images")
+    _retold(config, lambda checkpoint: [checkpoint["config"].pop(key) for key in newer])
+    _retold(config, lambda checkpoint: checkpoint["config"].update(image_size=5))
+    with pytest.raises(training.RunError, match=r"has image_shape \(3, 4, 4\), got \(3, 5, 5\) from .*images$"):
+        fit(replace(config, image_size=5), progress=False, resume=True)
+    _retold(config, lambda checkpoint: checkpoint["config"].update(image_size=None))
+    assert len(fit(config, progress=False, resume=True)) == 2
+    assert json.loads((Path(config.out) / "config.json").read_text())["class_names"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda checkpoint: checkpoint["config"].update(ema=0.9), "the option 'ema'"),
+        (lambda checkpoint: checkpoint.update(average={}), "the state 'average'"),
+    ],
+)
+def test_checkpoint_of_a_newer_version(folder, change, what):
+    _, config = folder
+    _retold(config, change)
+    _retold(config, lambda checkpoint: checkpoint["config"]["versions"].update(densreg="9.1"))
+    message = rf"has {what}, which densreg .* does not know: take densreg 9\.1, which wrote it$"
+    with pytest.raises(training.RunError, match=message):
+        fit(config, progress=False, resume=True)
+
+
+def test_two_processes_on_one_run(folder):
+    _, config = folder
+    before = {file.name: file.read_bytes() for file in Path(config.out).iterdir()}
+    with runs.locked(Path(config.out)):
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(training.RunError, match="is in use by process"):
+                fit(config, progress=False, **options)
+    assert {file.name: file.read_bytes() for file in Path(config.out).iterdir()} == before
 
 
 def test_truncated_checkpoint_goes_back_to_the_previous_one(tmp_path, capsys):
@@ -533,7 +652,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
     draw = random.Random(0)
     killed, after = 0, 0
     while killed < 4:
-        process = start(tmp_path / "run", "--resume")
+        process = start(tmp_path / "run", "--resume", "auto")
         if killed:
             step = int(process.stdout.readline().split("after step ")[1].split(",")[0])
             assert step >= after
@@ -545,7 +664,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was still at work"
         killed += 1
-    last = start(tmp_path / "run", "--resume")
+    last = start(tmp_path / "run", "--resume", "auto")
     assert "resuming" in last.communicate()[0]
     assert last.returncode == 0
     assert after > 0

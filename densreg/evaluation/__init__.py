@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from densreg import data, models, runs, training
+from densreg import data as datasets
 from densreg.evaluation import samples
 from densreg.version import __version__
 
@@ -83,7 +84,8 @@ def metric(name: str) -> Callable[..., dict[str, float]]:
         ModuleNotFoundError: what it needs is not installed; the message names the extra.
     """
     if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}; wanted some of {', '.join(METRICS)}")
+        near = runs.did_you_mean(name, METRICS)
+        raise ValueError(f"unknown metric {name!r}; wanted some of {', '.join(METRICS)}{near}")
     return getattr(importlib.import_module(f"densreg.evaluation.{METRICS[name].module}"), name)
 
 
@@ -120,7 +122,8 @@ def parse_options(texts: Iterable[str], names: Collection[str]) -> dict[str, dic
         users = [name for name in names if option in known[name] and (not dot or name == where)]
         if not equals or not users:
             there = "; ".join(f"{name}: {', '.join(options) or 'none'}" for name, options in known.items())
-            wanted = "OPTION=VALUE" if not equals else f"an option of the metrics ({there})"
+            near = runs.did_you_mean(option, {option for options in known.values() for option in options})
+            wanted = "OPTION=VALUE" if not equals else f"an option of the metrics ({there}){near}"
             raise ValueError(f"--set {text}: wanted {wanted}")
         for name in users:
             try:
@@ -210,6 +213,7 @@ def load_runs(
 
     Raises:
         ModelError: a folder holds no readable run.
+        RunError: a newer densreg wrote a run, with an option that this one lacks.
         ValueError: a run was trained on another data set.
     """
     if not folders:
@@ -219,6 +223,7 @@ def load_runs(
     configs = dict(zip(names, (config for _, config in loaded), strict=True))
     first, wanted = next(iter(configs)), name
     for run, config in configs.items():
+        training.check_known(config, run)
         trained = config.get("data")
         if trained != (wanted or configs[first].get("data")):
             other = f"wanted {wanted}" if wanted else f"and {first} on {configs[first].get('data')}"
@@ -238,6 +243,37 @@ def _check_fits(run: str, model: nn.Module, dataset: data.DataSet, device: torch
         ) from error
     if count != dataset.classes:
         raise ValueError(f"the model of {run} has {count} classes, and {dataset.name} here {dataset.classes}")
+
+
+def _check_trained_on(
+    configs: Mapping[str, Mapping[str, Any]], dataset: data.DataSet, split: str, data_dir: str | None
+) -> None:
+    """Raise ValueError unless a data set, the first run's, is what each of the runs was trained on.
+
+    Args:
+        split: the one that is measured, "train" or "test".
+        data_dir: as the user gave it: other images of these classes and this shape are wanted then.
+    """
+    (first, config), *_ = configs.items()
+    where, shape = data_dir or config.get("data_dir") or dataset.name, list(dataset.image_shape)
+    now = getattr(dataset, split).digest(datasets.CONTENTS) if data_dir is None else None
+    for run, held in configs.items():
+        classes, image_shape, images = held.get("class_names"), held["image_shape"], held.get("images", {}).get(split)
+        if images is None and held.get("data_dir") != config.get("data_dir") and data_dir is None:  # an older run
+            own = _dataset(held, None)
+            classes, images = own.class_names, getattr(own, split).digest(datasets.CONTENTS)
+        other = datasets.other_class(classes, dataset.class_names)
+        if other:
+            raise ValueError(f"the run {run} was trained on other classes than {where} has: {other}")
+        if image_shape != shape:
+            trained, given = ("x".join(map(str, sides)) for sides in (image_shape, shape))
+            raise ValueError(f"the run {run} was trained on {trained} images, and those in {where} are {given}")
+        if now is not None and images not in (None, now):
+            apart = "" if run == first else "measure it apart, or "
+            raise ValueError(
+                f"the {split} images in {where} are not those of the run {run} (other names, sizes, contents, labels "
+                f"or groups); {apart}give --data-dir to measure these all the same"
+            )
 
 
 def evaluate(
@@ -261,10 +297,12 @@ def evaluate(
     each run) and METRIC.png for the metrics that have a picture. The files are written as a whole, after each metric.
 
     Args:
-        folders: what ``densreg train --out`` wrote; all trained on one data set.
+        folders: what ``densreg train --out`` wrote; all trained on the same images of one data set.
         metrics: names in :data:`METRICS`.
         out: the folder for the files; by default ``evaluation`` in the run's own, where there is only one.
-        data, data_dir: by default those of the first run's configuration; another data set than the runs' is an error.
+        data: by default that of the runs; another one is an error.
+        data_dir: by default the runs', with the images as they were then: others are an error. Images in a folder that
+            is given here are measured as they are; they must have the runs' classes and shape.
         test_size: use the first so many test images.
         val: use the training images that the runs held out (``val_size`` in their configuration) in place of the test
             images: to choose a coefficient, for one.
@@ -299,17 +337,15 @@ def evaluate(
     loaded, configs = load_runs(folders, on, data)
     config = next(iter(configs.values()))
     dataset = _dataset(config, data_dir)
+    for run, model in loaded.items():
+        _check_fits(run, model, dataset, on)
+    _check_trained_on(configs, dataset, "train" if val else "test", data_dir)
     if val:
         dataset = dataset.held_out(_val_size(configs))
     if "worst_group" in chosen:
         chosen["worst_group"]["groups"] = chosen["worst_group"]["groups"] or dataset.groups
-    for run, model in loaded.items():
-        _check_fits(run, model, dataset, on)
     common: dict[str, Any] = {"device": on, "batch_size": batch_size or config["batch_size"], "seed": seed}
     split = dataset.test.first(test_size)
-    folder = runs.open_run(out, overwrite, [RESULTS])
-    for name in METRICS:  # of results that are overwritten
-        (folder / f"{name}.png").unlink(missing_ok=True)
     results: Results = {run: {} for run in loaded}
     about = {
         "data": dataset.name,
@@ -323,7 +359,9 @@ def evaluate(
         "configs": configs,
         "versions": {"densreg": __version__, "torch": str(torch.__version__)},
     }
-    with training.threads(threads):
+    with runs.open_run(out, overwrite, [RESULTS]) as folder, training.threads(threads):
+        for name in METRICS:  # of results that are overwritten
+            (folder / f"{name}.png").unlink(missing_ok=True)
         for name, function in functions.items():
             for run, model in loaded.items():
                 values = function(model, split, **common, **chosen[name])
