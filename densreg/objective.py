@@ -561,6 +561,7 @@ class RegularizedObjective(nn.Module):
         logits, ce, penalty = _Shown.apply(shown[1:], *trained)
         return ObjectiveOutput(loss, logits, ce.as_subclass(_Scalar), penalty.as_subclass(_Scalar))
 
+    @torch.inference_mode(False)  # under which there are no gradients either
     @torch.enable_grad()
     def penalty(self, x: Inputs | Mapping[str, Any], target: Any = None) -> Tensor:
         """The penalty's value, a scalar without graph; the model's buffers (running statistics) stay as they are.
@@ -570,6 +571,7 @@ class RegularizedObjective(nn.Module):
             target: as there; the density penalty needs none. What is random in others is drawn from a fixed seed.
         """
         batch = _leaves(_check_x(x, self.penalized))
+        target = tree_map(_detached, target)
         kept = _keep(self)
         try:
             if not isinstance(self.regularizer, Density):
@@ -1178,7 +1180,8 @@ def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
 
 
 def _leaves(batch: _Batch) -> _Batch:
-    return batch._replace(xs=tuple(x.detach().requires_grad_() for x in batch.xs))
+    others = {key: _detached(v) for key, v in batch.others.items()}
+    return batch._replace(xs=tuple(_detached(x).requires_grad_() for x in batch.xs), others=others)
 
 
 def _as_it_is(target: Any) -> Any:

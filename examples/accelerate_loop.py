@@ -39,9 +39,8 @@ for epoch in range(3):
     accelerator.print(f"epoch {epoch + 1}: cross-entropy {out.ce:.3f}, penalty {out.penalty:.3f}")
 
 with tempfile.TemporaryDirectory() as folder:
-    # To go on with: weights, optimizer, random states. safetensors hold tensors alone, and the objective's state has a
-    # number in it, that of its steps.
-    accelerator.save_state(folder, safe_serialization=False)
+    # To resume from: weights, the objective's number of steps, optimizer, random states.
+    accelerator.save_state(folder)
     accelerator.load_state(folder)
     accelerator.save(model.state_dict(), f"{folder}/model.pt")  # to use: under the model's own names
     model.load_state_dict(torch.load(f"{folder}/model.pt"))

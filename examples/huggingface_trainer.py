@@ -47,7 +47,7 @@ with tempfile.TemporaryDirectory() as folder:
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
         dataloader_drop_last=True,
-        save_strategy="no",  # its checkpoints are safetensors, which do not hold the objective's number of steps
+        save_strategy="no",
         report_to="none",
     )
     trainer = Trainer(Penalized(objective), arguments, None, train, test, compute_metrics=accuracy)

@@ -49,8 +49,7 @@ labels = torch.tensor(digits.target)
 train, test = TensorDataset(images[:1500], labels[:1500]), TensorDataset(images[1500:], labels[1500:])
 
 with tempfile.TemporaryDirectory() as folder:
-    # inference_mode=False: validation under no_grad, since the penalty is an input gradient.
-    trainer = lightning.Trainer(max_epochs=3, inference_mode=False, default_root_dir=folder, logger=False)
+    trainer = lightning.Trainer(max_epochs=3, default_root_dir=folder, logger=False)
     trainer.fit(Classifier(), DataLoader(train, 64, shuffle=True, drop_last=True), DataLoader(test, len(test)))
     trainer.save_checkpoint(f"{folder}/model.ckpt")
     classifier = Classifier.load_from_checkpoint(f"{folder}/model.ckpt")

@@ -1024,6 +1024,16 @@ def test_subclasses_in_the_model(fresh_dynamo):
 # what is there to be looked at
 
 
+@pytest.mark.parametrize("regularizer", ["density", "input_gradient"])
+def test_the_penalty_in_inference_mode(regularizer):
+    """As Lightning validates."""
+    objective, x = objective_of(_Net(nn.BatchNorm1d(6)), regularizer=regularizer), torch.randn(5, 4)
+    expected = objective.penalty(x, Y)
+    with torch.inference_mode():
+        assert torch.equal(objective.penalty(x + 0, Y + 0), expected)
+        assert objective(x + 0, Y).penalty.isnan()
+
+
 @pytest.mark.parametrize("compiler", [None, "eager"])
 @pytest.mark.parametrize(
     "term",
