@@ -1,4 +1,4 @@
-"""Every family of classifiers in torchvision through the objective: exact second order, as one graph.
+"""Families of classifiers through the objective, all of torchvision as one graph too: exact second order.
 
 The networks are the families' own classes, as small as these allow, in training mode and float64. The reference is
 eager autograd with torch's own layers, but for those that torch cannot differentiate twice: there it takes the plain
@@ -116,6 +116,95 @@ def test_family(name, fresh_dynamo):
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
             assert not torch._dynamo.utils.counters["graph_break"]
     assert densreg.check_model(model, x) == []
+
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+TIMM: dict[str, dict] = {  # options that make it small; those named test_ are
+    "test_vit": {},  # fused attention
+    "test_nfnet": {},  # scaled weight standardization
+    "test_mambaout": {},
+    "eva02_tiny_patch14_224": SMALL_VIT,  # rotary embeddings, SwiGLU
+    "lcnet_035": {},  # hardswish and hardsigmoid
+    "swinv2_cr_tiny_224": {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4},
+}
+
+MORE_TIMM: dict[str, dict] = {
+    "test_byobnet": {},
+    "test_convnext": {},
+    "test_efficientnet": {},
+    "test_maxvit": {},
+    "test_resnet": {},
+    "test_vit_relpos": {},
+    "beit_base_patch16_224": SMALL_VIT,
+    "cait_xxs24_224": SMALL_VIT,
+    "xcit_nano_12_p8_224": SMALL_VIT,
+    "densenet121": {"growth_rate": 4, "block_config": (2, 2)},
+    "ghostnet_050": {},
+    "mobilenetv3_small_050": {},
+    "pvt_v2_b0": {},
+    "regnety_002": {},
+    "repvit_m0_9": {},
+}
+
+
+@pytest.mark.parametrize("name", [*TIMM, *(pytest.param(n, marks=pytest.mark.long) for n in MORE_TIMM)])
+def test_timm(name):
+    """In eager; the compiled step is that of the families above."""
+    import timm
+
+    options = (TIMM | MORE_TIMM)[name]
+    model = build(lambda: timm.create_model(name, num_classes=7, drop_rate=0.0, **options)).train()
+    size = options.get("img_size", 160 if "vit" in name else 64)
+    x = torch.rand(2, 3, size, size, dtype=torch.float64)
+    expected = reference(copy.deepcopy(model), x)
+    assert sum(float(g.square().sum()) for g in expected) > 1e-6
+    RegularizedObjective(model, 1.0, criterion=nothing, compile=False)(x, torch.tensor([0, 1])).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ViT", "Swin", "ConvNextV2", "ResNet", "MobileViT", "Bert", "DistilBert", "Roberta"])
+def test_hugging_face(name):
+    """By keyword, beside an attention mask where there is one; of text the embeddings are penalized."""
+    import transformers
+
+    images, text = {"num_channels": 3, "image_size": 32}, {"vocab_size": 11, "max_position_embeddings": 16}
+    still = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "attention_dropout": 0, "drop_path_rate": 0}
+    narrow = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    options = {
+        "ViT": {**images, **narrow, "patch_size": 8},
+        "Swin": {**images, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+        "ConvNextV2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+        "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        "MobileViT": {**images, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64]},
+        "Bert": {**text, **narrow},
+        "DistilBert": {**text, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+        "Roberta": {**text, **narrow},
+    }[name]
+    config = getattr(transformers, f"{name}Config")(**options, **still, num_labels=7)
+    kind = "ForSequenceClassification" if options.keys() & text else "ForImageClassification"
+    model = build(lambda: getattr(transformers, name + kind)(config)).train()
+    if options.keys() & text:
+        mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+        inputs = {"inputs_embeds": torch.randn(2, 6, 16, dtype=torch.float64), "attention_mask": mask}
+    else:
+        inputs = {"pixel_values": torch.rand(2, 3, 32, 32, dtype=torch.float64)}
+    first, *_ = inputs
+
+    class Positional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(model)
+
+        def forward(self, x):
+            return self.inner(**{**inputs, first: x}).logits
+
+    expected = reference(Positional(), inputs[first])
+    assert sum(float(g.square().sum()) for g in expected) > 1e-6
+    options = {"criterion": nothing, "compile": False, "output": lambda output: output.logits}
+    RegularizedObjective(model, 1.0, **options)(inputs, torch.tensor([0, 1])).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
 
 
 @pytest.mark.slow
