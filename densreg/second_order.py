@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -400,7 +400,7 @@ KEPT_ADVICE = "Empty it before each step, or train in the mode in which nothing 
 _FORMULA = "Write the layer as its formula, in torch's elementary operations"
 
 
-def check_model(model: nn.Module, *example: Tensor, order: int = 2) -> list[Finding]:
+def check_model(model: nn.Module, *example: Any, order: int = 2) -> list[Finding]:
     """The layers of a model that :class:`densreg.RegularizedObjective` cannot differentiate twice, or only to NaN.
 
     Runs the model once, and then each of its modules by itself on what it was given there: gradients, and gradients of
@@ -412,7 +412,8 @@ def check_model(model: nn.Module, *example: Tensor, order: int = 2) -> list[Find
 
     Args:
         model: in the mode in which it is trained.
-        example: its inputs, as few as two samples.
+        example: its inputs, as few as two samples, of which the floating-point tensors are differentiated; or one
+            mapping of names to inputs, for a model that is called by keyword.
         order: 2; or 3 for what differentiates once more, the regularizer "hessian": the model then runs in float64,
             under :class:`third_order`, and second and third derivatives are compared with finite differences.
 
@@ -428,7 +429,7 @@ def check_model(model: nn.Module, *example: Tensor, order: int = 2) -> list[Find
     model = _copy(getattr(model, "_orig_mod", model))
     if order == 3:
         model = model.double()
-        example = tuple(t.double() if t.is_floating_point() else t for t in example)
+        example = tree_map(lambda t: t.double() if _is_floating(t) else t, example)
     calls: dict[nn.Module, tuple[tuple, dict]] = {}
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -436,10 +437,14 @@ def check_model(model: nn.Module, *example: Tensor, order: int = 2) -> list[Find
             calls[module] = tree_map(lambda v: v, (args, kwargs))  # DenseNet appends to the list that it passes on
 
     def run() -> Any:
-        return model(*(t.detach().requires_grad_(t.is_floating_point()) for t in example))
+        # Clones, as a model may change its inputs in place, and a leaf does not allow it.
+        inputs = tree_map(lambda t: t.detach().requires_grad_().clone() if _is_floating(t) else t, example)
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            return model(**inputs[0])
+        return model(*inputs)
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
-    devices = [t.device for t in example if t.device.type == "cuda"][:1]
+    devices = [t.device for t in tree_leaves(example) if isinstance(t, Tensor) and t.device.type == "cuda"][:1]
     findings: list[Finding] = []
     with (
         torch.random.fork_rng(devices),
@@ -463,6 +468,10 @@ def check_model(model: nn.Module, *example: Tensor, order: int = 2) -> list[Find
                 if found is not None:
                     findings.append(Finding(name, type(module).__name__, *found))
     return findings[::-1]
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _copy(model: nn.Module) -> nn.Module:

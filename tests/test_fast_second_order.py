@@ -504,6 +504,27 @@ def test_check_model_on_sound_models():
     assert densreg.check_model(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8)) == []
 
 
+class _ByName(nn.Module):
+    """Called by keyword, beside integers, and begins in place."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act, self.head = act, nn.Linear(4, 3)
+
+    def forward(self, *, pixels, index):
+        return self.head(self.act(pixels.sub_(0.5)))[index]
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_check_model_by_name_and_in_place(order):
+    example = {"pixels": torch.rand(2, 4), "index": torch.tensor([1, 0])}
+    before = example["pixels"].clone()
+    assert densreg.check_model(_ByName(nn.Tanh()), example, order=order) == []
+    assert torch.equal(example["pixels"], before)
+    (finding,) = densreg.check_model(_ByName(_Layer(_Loses.apply)), example)
+    assert finding.module == "act"
+
+
 def test_check_model_raises_what_the_model_raises():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         densreg.check_model(nn.Linear(4, 3), torch.randn(2, 5))
