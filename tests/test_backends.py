@@ -245,7 +245,7 @@ def test_triton_kernels_interpreted_on_split_rows(block, select):
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("block", [0, pytest.param(16, marks=pytest.mark.long)])
 def test_second_order_by_triton_interpreted(block):
     """The penalty alone against float64, at every order of the norm: eager, and compiled as one graph."""
     pytest.importorskip("triton")
@@ -304,7 +304,7 @@ print(poisoned)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("block", [0, pytest.param(16, marks=pytest.mark.long)])
 def test_triton_kernels_write_every_element(block):
     """Each operator again, in memory full of NaN: to the last bit the same, and no NaN."""
     pytest.importorskip("triton")

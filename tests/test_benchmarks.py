@@ -130,7 +130,7 @@ def _rows(epoch):
     return [*shapes, head, growth, {"kind": "epoch", **epoch}]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_report(tmp_path):
     """Of real measurements at tiny sizes: what the JSON file, the tables and the pictures hold."""
     columns = ("plain", "taylor", "per_class", "objective", "input_gradient")

@@ -191,6 +191,7 @@ def test_functions_refuse_what_loses_gradients(tmp_path):
     assert done.stdout == "refused\n", done.stderr[-3000:]
 
 
+@pytest.mark.long
 def test_densreg_train_and_resume(tmp_path):
     def command(out: str, *more: str) -> list[str]:
         options = ["--train-size", "256", "--test-size", "50", "--batch-size", "32", "--epochs", "2", "--threads", "1"]

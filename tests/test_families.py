@@ -95,7 +95,7 @@ def reference(model: nn.Module, x: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True, materialize_grads=True))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(n, marks=pytest.mark.long) for n in OTHERS)])
 def test_family(name, fresh_dynamo):
     make, size = (FAMILIES | OTHERS)[name]
     model = build(make)
@@ -207,7 +207,7 @@ def test_hugging_face(name):
     assert relative_error(gradients(model), expected) < 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_attention_by_inductor(fresh_dynamo):
     size = 32
     model = build(lambda: models.VisionTransformer(size, 8, 1, 2, 16, 32, **N))

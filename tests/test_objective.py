@@ -26,7 +26,7 @@ from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
 
-COMPILERS = (None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
+COMPILERS = (None, "aot_eager", pytest.param("inductor", marks=pytest.mark.long))
 Y = torch.tensor([0, 1, 2, 3, 4])
 
 
@@ -800,7 +800,7 @@ class _Sine(torch.autograd.Function):
         return grad * ctx.saved_tensors[0].cos()
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_function_that_would_lose_second_order_is_refused(compiler, fresh_dynamo):
     class Sine(nn.Module):
         def forward(self, x):

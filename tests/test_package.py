@@ -16,7 +16,7 @@ from densreg import ops
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
-    *("version", "ops", "functional", "paths", "penalty", "attacks", "regularizers", "second_order", "directional"),
+    *("version", "ops", "functional", "paths", "penalty", "attacks", "second_order", "regularizers", "directional"),
     *("merge", "objective", "groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce"),
     "cli",
 )

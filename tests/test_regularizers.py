@@ -174,7 +174,10 @@ def test_penalty_alone(regularizer, compiler, fresh_dynamo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["input_gradient", "score_matching", "hessian", "cure"])
+@pytest.mark.parametrize(
+    "name",
+    ["hessian", *(pytest.param(n, marks=pytest.mark.long) for n in ("input_gradient", "score_matching", "cure"))],
+)
 def test_penalty_alone_by_inductor(name, fresh_dynamo):
     """float32, with eager's random numbers: inductor draws others by itself."""
     regularizer = regularizers.make(name)

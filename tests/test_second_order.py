@@ -28,7 +28,7 @@ from densreg.paths import PATHS
 pytestmark = pytest.mark.compile
 
 ORDERS = (1, 1.5, 2, 4, math.inf)
-BACKENDS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
+BACKENDS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.long))
 
 
 def test_the_reference_is_naive_where_naive_is_finite():
@@ -89,14 +89,14 @@ def test_compiled_as_one_graph(path, p, fresh_dynamo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [p if p == "fused" else pytest.param(p, marks=pytest.mark.long) for p in PATHS])
 def test_compiled_by_inductor(path, fresh_dynamo):
     classes = 3 if path == "per_class" else CLASSES  # unrolled over the classes, 7 take a minute to compile
     assert measure(path, 2, torch.float64, "inductor", classes) < 1e-10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("p", [p if p == 2 else pytest.param(p, marks=pytest.mark.long) for p in ORDERS])
 def test_compiled_by_inductor_in_float32(p, fresh_dynamo):
     torchs = relative_error(parameter_gradient(*problem(torch.float32), torch_penalty(p)), reference(p))
     assert measure("fused", p, torch.float32, "inductor") <= max(torchs, 2e-6)

@@ -27,7 +27,7 @@ def _report(path, *arguments):
     return json.loads(path.read_text())["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_spills_and_vector_loads(tmp_path):
     """Each dtype's smallest, middle and largest rung (float16: the largest), and the split rows."""
     rows = _report(tmp_path / "report.json")
