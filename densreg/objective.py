@@ -17,14 +17,20 @@ import torch.fx.traceback
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from densreg import directional, functional, ops, paths, regularizers
 from densreg.merge import MergeProducts
 from densreg.paths import Inputs
 from densreg.penalty import density_loss, mean_over_targets
 from densreg.regularizers import REGULARIZERS, WITH_ORDER, Density, Hessian, Regularizer
-from densreg.second_order import KEPT_ADVICE, fast_second_order, hardsigmoid_under_compile, kept_from_earlier
+from densreg.second_order import (
+    KEPT_ADVICE,
+    fast_second_order,
+    hardsigmoid_under_compile,
+    kept_from_earlier,
+    of_a_graph,
+)
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 """Weight of the auxiliary classifiers' loss, by torchvision's output type: what its models are trained with."""
@@ -524,8 +530,8 @@ class RegularizedObjective(nn.Module):
             with torch.autocast(xs[0].device.type, enabled=False):
                 ce = self._loss_of(outputs, target)
             return ObjectiveOutput(ce, outputs[0][1], ce, torch.full_like(ce, float("nan")))
-        xs = tuple(_detached(x) for x in xs)
-        batch = _Batch(xs, batch.keys, {key: _detached(v) for key, v in batch.others.items()})
+        batch = _detached_batch(batch)
+        xs = batch.xs
         if self._compiled_step is not None:
             target = tree_map(lambda v: _for_graph(v, xs[0].device), target)
         trained = self._trained()
@@ -570,7 +576,7 @@ class RegularizedObjective(nn.Module):
             x: as in :meth:`forward`.
             target: as there; the density penalty needs none. What is random in others is drawn from a fixed seed.
         """
-        batch = _leaves(_check_x(x, self.penalized))
+        batch = _leaves(_detached_batch(_check_x(x, self.penalized)))
         target = tree_map(_detached, target)
         kept = _keep(self)
         try:
@@ -687,15 +693,12 @@ class RegularizedObjective(nn.Module):
 
     def _raise_what_eager_raises(self, step: Callable[..., _Results], *args, **kwargs) -> None:
         """After a failed compilation: the error of the step itself, if it has one, says more than Dynamo's."""
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
-        device = args[0].xs[0].device
+        kept, device = _keep(self), args[0].xs[0].device
         try:
             with directional.replayed(directional.random_states(device), device), _without_hooks(self._trained()):
                 step(self, *args, **kwargs)
         finally:
-            with torch.no_grad():
-                for buffer, kept in buffers:
-                    buffer.copy_(kept)
+            _put_back(kept)
 
     def _raise_what_is_kept(self, batch: _Batch, error: Exception) -> None:
         """Of a step whose graph is in part that of an earlier one: which tensor the model kept."""
@@ -815,7 +818,6 @@ _REMEDIES = (
         "momentum=None averages by a count, which is read from a tensor",
         "give it a momentum",
     ),
-    ("Data-dependent branching", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
     ("data-dependent", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
     (
         "RNG ops in recompute",
@@ -855,10 +857,10 @@ def _explanation(failure: BaseException, model: nn.Module, xs: tuple[Tensor, ...
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    said = "\n".join(str(error) for error in chain)
+    said = "\n".join(str(error) for error in chain).lower()
     lines = (str(failure).strip() or type(failure).__name__).splitlines()
     reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
-    words, meaning, remedy = next((row for row in _REMEDIES if row[0] in said), ("", "", ""))
+    words, meaning, remedy = next((row for row in _REMEDIES if row[0].lower() in said), ("", "", ""))
     layer = next((layer for error in chain if (layer := _layer_of(error, model))), "")
     if words.startswith("consumed"):
         layer, meaning, remedy = _keeping_a_graph(model) or (layer, meaning, remedy)
@@ -879,13 +881,12 @@ def _layer_of(error: BaseException, model: nn.Module) -> str:
 
 def _keeping_a_graph(model: nn.Module) -> tuple[str, str, str] | None:
     """(layer, reason, remedy) of the first module that keeps a tensor with a graph."""
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if any(isinstance(t, Tensor) and t.grad_fn is not None for t in tree_leaves(value)):
-                kinds = {kind.__name__ for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__}
-                remedy = next((_HOOKS[kind] for kind in _HOOKS if kind in kinds), "keep it detached, or not at all")
-                layer = f"{name or 'the model itself'} ({type(module).__name__})"
-                return layer, f"it keeps a tensor of the step's graph as its attribute {key!r}", remedy
+    for name, attribute, _ in of_a_graph(model):
+        module = model.get_submodule(name)
+        kinds = {kind.__name__ for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__}
+        remedy = next((_HOOKS[kind] for kind in _HOOKS if kind in kinds), "keep it detached, or not at all")
+        layer = f"{name or 'the model itself'} ({type(module).__name__})"
+        return layer, f"it keeps a tensor of the step's graph as its attribute {attribute!r}", remedy
     return None
 
 
@@ -1179,9 +1180,13 @@ def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
             )
 
 
-def _leaves(batch: _Batch) -> _Batch:
+def _detached_batch(batch: _Batch) -> _Batch:
     others = {key: _detached(v) for key, v in batch.others.items()}
-    return batch._replace(xs=tuple(_detached(x).requires_grad_() for x in batch.xs), others=others)
+    return batch._replace(xs=tuple(_detached(x) for x in batch.xs), others=others)
+
+
+def _leaves(batch: _Batch) -> _Batch:
+    return batch._replace(xs=tuple(x.detach().requires_grad_() for x in batch.xs))
 
 
 def _as_it_is(target: Any) -> Any:

@@ -476,10 +476,10 @@ def _is_floating(value: Any) -> bool:
 
 def _copy(model: nn.Module) -> nn.Module:
     """A copy of a model that may hold tensors of a graph, as weight_norm's weight after a forward: detached."""
-    return copy.deepcopy(model, {id(t): t.detach().clone() for _, _, t in _of_a_graph(model)})
+    return copy.deepcopy(model, {id(t): t.detach().clone() for _, _, t in of_a_graph(model)})
 
 
-def _of_a_graph(model: nn.Module) -> list[tuple[str, str, Tensor]]:
+def of_a_graph(model: nn.Module) -> list[tuple[str, str, Tensor]]:
     """(module, attribute, tensor) of what modules hold that was computed from parameters or inputs."""
     return [
         (name, attribute, t)
@@ -497,7 +497,7 @@ def kept_from_earlier(model: nn.Module, run: Callable[[], Any]) -> list[tuple[st
     Args:
         run: a forward of the model, after at least one.
     """
-    held = _of_a_graph(model)
+    held = of_a_graph(model)
     if not held:
         return []
     outputs = [t for t in tree_leaves(run()) if isinstance(t, Tensor)]
