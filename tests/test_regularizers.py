@@ -465,23 +465,37 @@ def test_objectives_errors():
         objective(x, torch.rand(4, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("compiler", [None, "aot_eager"])
-def test_hessian_through_layer_norm(compiler, fresh_dynamo):
-    """Of which torch's third derivative is wrong: against the formula in plain torch."""
+@pytest.mark.parametrize(
+    ("norm", "compiler"),
+    [
+        (lambda: nn.LayerNorm(5), None),
+        (lambda: nn.LayerNorm(5), "aot_eager"),
+        (lambda: nn.InstanceNorm1d(3, affine=True), None),
+    ],
+    ids=["LayerNorm", "LayerNorm, compiled", "InstanceNorm"],
+)
+def test_hessian_through_norms(norm, compiler, fresh_dynamo):
+    """Of which torch's third derivative is wrong, or missing: against the formula in plain torch."""
 
     class Plain(nn.Module):
         def __init__(self, norm):
             super().__init__()
-            self.weight, self.bias = norm.weight, norm.bias
+            shape = (1, -1, 1) if isinstance(norm, nn.InstanceNorm1d) else (-1,)
+            self.weight, self.bias, self.shape = norm.weight, norm.bias, shape
 
         def forward(self, x):
-            centred = x - x.mean(1, keepdim=True)
-            return centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * self.weight + self.bias
+            centred = x - x.mean(-1, keepdim=True)
+            unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            return unit * self.weight.view(self.shape) + self.bias.view(self.shape)
 
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 4)).double()
+    layers = (nn.Linear(6, 15), nn.Unflatten(1, (3, 5)), norm(), nn.Tanh(), nn.Flatten(), nn.Linear(15, 4))
+    model = nn.Sequential(*layers).double()
+    with torch.no_grad():
+        for w in model[2].parameters():
+            w.add_(torch.randn_like(w), alpha=0.1)
     x = torch.rand(4, 6, dtype=torch.float64)
     twin = copy.deepcopy(model)
-    twin[1] = Plain(twin[1])
+    twin[2] = Plain(twin[2])
     value = expected(regularizers.Hessian(), twin, x).mean()
     wanted = torch.autograd.grad(value, list(twin.parameters()), allow_unused=True, materialize_grads=True)
     options = {"compile": compiler is not None, "backend": compiler or "inductor"}
