@@ -855,7 +855,8 @@ def test_a_hook_that_comes_later_counts(compiler, fresh_dynamo):
     ],
 )
 def test_options_that_are_assigned_count(compiler, before, after, fresh_dynamo):
-    """As if they had been given to the constructor, also where a step was compiled before."""
+    """As if they had been given to the constructor, also where a step was compiled before; the penalty alone."""
+    before = {"criterion": nothing, **before}
     model, x = _Net(nn.Tanh()).double(), torch.randn(5, 4, dtype=torch.float64)
     twin = copy.deepcopy(model)
     changed = objective_of(model, compiler, **before)
@@ -870,6 +871,7 @@ def test_options_that_are_assigned_count(compiler, before, after, fresh_dynamo):
         outs[-1].loss.backward()
     torch.testing.assert_close(outs[0][1:], outs[1][1:], equal_nan=True)
     assert relative_error(gradients(model), gradients(twin)) < 1e-12
+    assert sum(g.square().sum() for g in gradients(twin)) > 1e-8
     torch.testing.assert_close(changed.penalty(x, Y), objective.penalty(x, Y))
 
 
