@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from densreg.runs import write_atomically
+from densreg.lab.runs import write_atomically
 
 from .report import HERE, _table, machine_name
 from .timing import environment

@@ -417,7 +417,7 @@ def small_step_row(rows: int, classes: int, repeats: int, rounds: int) -> Row:
     """The penalized step of an MLP, compiled: with taylor, with the objective, and that in CUDA graphs."""
     import densreg
     from benchmarks import steps
-    from densreg import models
+    from densreg.lab import models
 
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -555,7 +555,7 @@ def steps(options: argparse.Namespace) -> Work:
 
 def epoch_row(name: str, changes: Row, options: argparse.Namespace) -> Row:
     """The second of two epochs of `densreg train`, whose first one compiles; data loading by two workers included."""
-    from densreg import training
+    from densreg.lab import training
 
     data: dict[str, Any] = {"data": "synthetic", "classes": 100, "image_size": 32}
     if options.data_dir:
@@ -611,7 +611,7 @@ def install(options: argparse.Namespace) -> Row:
     start = time.perf_counter()
     row: Row = {"what": "install"}
     if options.dry_run:
-        row["code"], _ = _run([sys.executable, "-m", "densreg.cli", "info"], _log(options, "info"))
+        row["code"], _ = _run([sys.executable, "-m", "densreg", "info"], _log(options, "info"))
     else:
         command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
         for cuda in ("require", "skip"):  # without the CUDA sources Triton can still be measured
@@ -718,7 +718,7 @@ def _built(options: argparse.Namespace) -> bool:
 
 
 def _write(path: Path, result: Row) -> None:
-    from densreg.runs import write_atomically
+    from densreg.lab.runs import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode() + b"\n"))

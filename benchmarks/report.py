@@ -25,8 +25,8 @@ from xml.etree import ElementTree
 
 import torch
 
+from densreg.lab.runs import write_atomically
 from densreg.paths import PATHS
-from densreg.runs import write_atomically
 
 from .timing import environment, exponent
 

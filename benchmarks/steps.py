@@ -41,7 +41,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import densreg
-from densreg import attacks, models, paths, regularizers
+from densreg import attacks, paths, regularizers
+from densreg.lab import models
 
 from .timing import WrongResult, environment, interleave, peak_bytes, ratio
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from densreg import data, models
+from densreg.lab import data, models
 
 from . import steps
 from .timing import peak_bytes, spread, synchronize

@@ -1,6 +1,6 @@
 """Perturbations within a ball that raise a classifier's loss: projected gradient ascent, and FGSM as one step of it.
 
-Used in adversarial training, and to measure robustness (:mod:`densreg.evaluation.attacks`).
+Used in adversarial training, and to measure robustness (:mod:`densreg.lab.evaluation.attacks`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from densreg.data import Split
+from densreg.lab.data import Split
 
 
 class Quadratic(nn.Module):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from densreg import attacks, models
+from densreg import attacks
 from densreg.attacks import perturb, uniform_in_ball
-from densreg.evaluation.attacks import pgd
+from densreg.lab import models
+from densreg.lab.evaluation.attacks import pgd
 
 SHAPE = (2, 4, 3)
 NORMS = (2, math.inf)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from densreg import RegularizedObjective, models
+from densreg import RegularizedObjective
+from densreg.lab import models
 
 ROOT = Path(__file__).parent.parent
 
@@ -195,7 +196,7 @@ def test_functions_refuse_what_loses_gradients(tmp_path):
 def test_densreg_train_and_resume(tmp_path):
     def command(out: str, *more: str) -> list[str]:
         options = ["--train-size", "256", "--test-size", "50", "--batch-size", "32", "--epochs", "2", "--threads", "1"]
-        return ["-m", "densreg.cli", "train", *options, "--out", str(tmp_path / out), *more]
+        return ["-m", "densreg", "train", *options, "--out", str(tmp_path / out), *more]
 
     done = torchrun(*command("two"), cwd=ROOT)
     assert done.stdout.count("epoch 1/2") == 1, "one process speaks"

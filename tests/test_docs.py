@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import densreg
-from densreg import data, evaluation, models, paths, regularizers, reproduce
+from densreg import paths, regularizers
+from densreg.lab import data, evaluation, models, reproduce
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

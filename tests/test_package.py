@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,12 @@ from densreg import ops
 
 ROOT = Path(__file__).parent.parent
 
-LAYERS = (
+# Each imports only what stands before it; the lab comes after the whole library.
+LIBRARY = (
     *("version", "ops", "functional", "paths", "penalty", "attacks", "second_order", "regularizers", "directional"),
-    *("merge", "objective", "groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce"),
-    "cli",
+    *("merge", "objective"),
 )
+LAB = ("groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
 
 
 def test_public_names():
@@ -38,22 +41,35 @@ def test_every_operator_has_schema_fake_and_fallback():
         assert callable(getattr(ops, name))
 
 
+def _modules(package: Path) -> set[str]:
+    """The names of a package's modules, and of its packages."""
+    names = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    return names - {"__init__", "__main__"}
+
+
+def _imported(file: Path) -> set[str]:
+    """The full names of what a file imports of densreg, anywhere in it."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names if node.module}
+    return {name for name in names if name.split(".")[0] == "densreg"}
+
+
 def test_nothing_lower_imports_anything_higher():
-    for depth, layer in enumerate(LAYERS):
-        files = [ROOT / "densreg" / f"{layer}.py"]
-        if not files[0].exists():  # a package, whose modules are of one layer
-            files = sorted((ROOT / "densreg" / layer).glob("*.py"))
-        for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "densreg":
-                parts = node.module.split(".")
-                used = parts[1:2] or [alias.name for alias in node.names]
-                assert all(LAYERS.index(name) < depth for name in used if name in LAYERS and name != layer), (
-                    layer,
-                    used,
-                )
-    listed = {p.stem for p in (ROOT / "densreg").glob("*.py")} - {"__init__"}
-    listed |= {p.parent.name for p in (ROOT / "densreg").glob("*/__init__.py")}
-    assert listed == set(LAYERS)
+    order = [f"densreg.{name}" for name in LIBRARY] + [f"densreg.lab.{name}" for name in LAB]
+    assert _modules(ROOT / "densreg") == {*LIBRARY, "lab"}
+    assert _modules(ROOT / "densreg" / "lab") == set(LAB)
+    for depth, layer in enumerate(order):
+        path = ROOT / layer.replace(".", "/")
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
+            for name in _imported(file):
+                below = [other for other in order[: depth + 1] if f"{name}.".startswith(f"{other}.")]
+                assert below, f"{file.name} imports {name}, which is not below {layer}"
+
+
+def test_the_library_needs_torch_and_numpy_alone():
+    heavy = "torchvision sklearn matplotlib PIL densreg.lab"
+    script = f"import sys, densreg; print([name for name in {heavy.split()} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""Clean accuracy, and that of the worst group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from densreg.lab import data
+from densreg.lab.evaluation.samples import batches
+
+
+def correct(model: nn.Module, split: data.Split, device: torch.device | str, batch_size: int, what: str) -> Tensor:
+    """[N] bool on the CPU: whether each image's largest logit is that of its label."""
+    return torch.cat([is_right(model, x, y).cpu() for _, x, y in batches(split, batch_size, device, what)])
+
+
+def is_right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """[B] bool; raises ValueError where a logit is NaN, of which the largest would be the first."""
+    with torch.no_grad():
+        logits = model(x)
+    if logits.isnan().any():
+        raise ValueError("the model's logits are NaN: it has no accuracy")
+    return logits.argmax(1) == y
+
+
+def accuracy(
+    model: nn.Module, split: data.Split, *, device: torch.device | str, batch_size: int, seed: int = 0
+) -> dict[str, float]:
+    """Clean accuracy: the last column of the paper's Tables 1 and 3.
+
+    Args:
+        model: takes pixels in [0, 1]; in eval mode.
+        seed: not used, nothing is random.
+
+    Returns:
+        clean, the part of the images that are classified right.
+    """
+    return {"clean": correct(model, split, device, batch_size, "accuracy").double().mean().item()}
+
+
+def worst_group(
+    model: nn.Module,
+    split: data.Split,
+    *,
+    device: torch.device | str,
+    batch_size: int,
+    seed: int = 0,
+    groups: tuple[str, ...] = (),
+) -> dict[str, float]:
+    """Accuracy of each group and of the worst one: the paper's tables for CelebA-Hair and Waterbirds.
+
+    Args:
+        model: takes pixels in [0, 1]; in eval mode.
+        split: of a data set with groups.
+        seed: not used, nothing is random.
+        groups: names of all groups; :func:`densreg.lab.evaluation.evaluate` takes the data set's. Without them a group
+            that has no image and a number above all others is not missed.
+
+    Returns:
+        For each group its name, or group_0, group_1, ...; worst_group, the least of them; group_mean, their mean with
+        equal weights; clean, the mean over the images.
+
+    Raises:
+        ValueError: the data set has no groups, or a group has no images.
+    """
+    if split.groups is None:
+        raise ValueError("worst_group needs a data set with groups, and this one has none")
+    return group_accuracy(correct(model, split, device, batch_size, "worst_group"), split.groups, groups)
+
+
+def group_accuracy(correct: Tensor, groups: Tensor, names: Sequence[str] = ()) -> dict[str, float]:
+    """What :func:`worst_group` gives, of [N] bool and [N] int64.
+
+    Raises:
+        ValueError: the shapes differ, a group has no name, or no images.
+    """
+    if correct.shape != groups.shape or correct.ndim != 1:
+        raise ValueError(f"wanted one group for each image: {list(correct.shape)} images, {list(groups.shape)} groups")
+    if len(groups) == 0:
+        raise ValueError("there are no images for worst_group; wanted at least one in each group")
+    sizes = torch.bincount(groups, minlength=len(names))
+    names = [*names] or [f"group_{i}" for i in range(len(sizes))]
+    if len(sizes) > len(names):
+        raise ValueError(f"there is a group {len(sizes) - 1}, and names for {len(names)}")
+    for name, size in zip(names, sizes.tolist(), strict=True):
+        if size == 0:
+            raise ValueError(f"the group {name!r} has no images among these {len(groups)}: take more of them")
+    of_group = torch.bincount(groups, weights=correct.double(), minlength=len(sizes)) / sizes
+    summary = {"worst_group": of_group.min(), "group_mean": of_group.mean(), "clean": correct.double().mean()}
+    return {**dict(zip(names, of_group.tolist(), strict=True)), **{key: value.item() for key, value in summary.items()}}

@@ -1,0 +1,143 @@
+"""The command as a user types it: a run, and one line with exit code 2 for a bad request."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import densreg
+from densreg import ops
+from densreg.lab import cli
+
+
+def test_run(tmp_path):
+    command = [sys.executable, "-m", "densreg", "train", "--epochs", "2", "--coeff", "0.2", "--p", "inf"]
+    done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("epoch 1/2: loss ")
+    assert "penalty" in lines[0]
+    assert lines[-1] == "run directory: run"
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert "Warning" not in done.stderr
+
+
+def test_default_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--epochs", "1", "--train-size", "64", "--test-size", "20", "--path", "taylor"]) == 0
+    assert (tmp_path / "runs" / "digits-mlp-taylor-p2-c0.1-s0" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data imagenet", "unknown data set 'imagenet'; wanted one of digits, mnist, blockmnist, cifar10, cifar100"),
+        ("--data mnist", "--data mnist needs --data-dir"),
+        ("--data tiny-imagenet --data-dir .", "wnids.txt: [Errno 2] No such file or directory"),
+        ("--data folder --data-dir .", ". has no folders train and val (or test)"),
+        ("--data svhn --data-dir .", "no usable SVHN in train_32x32.mat (there is no such file)"),
+        ("--image-size 5", "--image-size is for --data synthetic, folder, waterbirds, celeba-hair"),
+        ("--schedule linear", "schedule must be constant, step or cosine, got 'linear'"),
+        ("--milestones 0.5", "milestones are for the schedule step"),
+        ("--on-nonfinite skip", "on_nonfinite must be stop or record"),
+        ("--resume --overwrite", "--resume goes on with a run and --overwrite replaces it: choose one"),
+        ("--data mnist --data-dir /nowhere", "--data-dir /nowhere is not a folder"),
+        ("--model resnet19", "unknown model 'resnet19'"),
+        ("--model inception_v3", "cannot be trained with the penalty on 1x8x8 images"),
+        ("--path fast", "path must be one of naive"),
+        ("--p 0.5", "p must be at least 1 (inf included), got 0.5"),
+        ("--p two", "argument --p: invalid float value: 'two'"),
+        ("--coeff -1", "coeff must be finite and at least 0, got -1.0"),
+        ("--epochs 0", "epochs must lie in [1, 2^31), got 0"),
+        ("--out /dev/null", "--out /dev/null is a file; wanted a folder"),
+        ("--out /dev/null/run", "cannot write to --out /dev/null/run: Not a directory"),
+        ("--out " + "x" * 300, "File name too long"),
+        ("--data mnist --data-dir " + "x" * 300, "File name too long"),
+        ("--model resnet18 --batch-size 1", "cannot be trained with the penalty"),
+        ("--device cuda:999", "is not there"),
+        ("--data cifra100", "; did you mean cifar100 or cifar10?\n"),
+        ("--model resnet81", "; did you mean resnet18 or "),
+        ("--path taylr", "or directional, got 'taylr'; did you mean taylor?\n"),
+        ("--regularizer densty", "hessian or cure, got 'densty'; did you mean density?\n"),
+        ("--optimizer adamm", "got 'adamm'; did you mean adam or adamw?\n"),
+        (
+            "--resume --out runs/mine",
+            "no checkpoint in --out runs/mine; --resume auto starts from the beginning",
+        ),
+        ("--resume mine", "--resume takes auto or nothing, got 'mine'"),
+    ],
+)
+def test_bad_requests(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(["train", *arguments.split()])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.startswith("densreg train: error: ")
+    assert error.count("\n") == 1
+
+
+def test_broken_off_training_has_status_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--optimizer", "sgd", "--lr", "1e9", "--epochs", "3"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("densreg train: error: step ")
+    assert "largest logit" in error
+    assert error.count("\n") == 1
+
+
+def test_image_that_is_damaged_in_training_has_status_two(capsys, tmp_path, monkeypatch):
+    """It is found when a batch wants it, here in a worker."""
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{i}.png")
+    damaged = tmp_path / "train" / "b" / "1.png"
+    damaged.write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        cli.main(
+            ["train", "--data", "folder", "--data-dir", ".", "--batch-size", "2", "--epochs", "1", "--workers", "1"]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert error.startswith("densreg train: error: cannot read the image train/b/1.png: ")
+    assert error.count("\n") == 1
+
+
+def test_resume(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--epochs", "2", "--train-size", "128", "--test-size", "20", "--out", "run"]
+    assert cli.main([*command, "--max-steps", "1"]) == 0
+    assert cli.main(command) == 2
+    assert "run already holds config.json; choose another folder or add --resume" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert "resuming run after step 1, 0 whole epochs" in capsys.readouterr().out
+    assert cli.main([*command, "--resume", "--coeff", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "densreg train: error: --resume: the run in run has coeff 0.1, got 1.0; give the same, or another --out\n"
+    )
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"densreg {densreg.__version__}\n"
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["densreg"] == densreg.__version__
+    assert lines["extension"].startswith("loaded, built with ")
+    assert "C++" in lines["CPU"]
+    assert (ops.missing("cuda") or "CUDA kernels") in lines["CUDA"]

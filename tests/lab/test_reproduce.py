@@ -1,0 +1,351 @@
+"""The paper's experiments end to end, on an MNIST of a few made-up images: tables, going on, what is missing."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import struct
+
+import pytest
+import torch
+from PIL import Image
+
+from densreg.lab import cli, evaluation, reproduce, runs, training
+from densreg.lab.reproduce import EXPERIMENTS, METHODS, Budget, rows_of
+
+SMALL = ("--epochs", "1", "--train-size", "256", "--test-size", "20", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """A folder with an MNIST of blurred class patterns, in the published format."""
+    root = tmp_path_factory.mktemp("data")
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.rand(10, 28, 28, generator=generator)
+    for prefix, n in (("train", 320), ("t10k", 40)):
+        labels = torch.arange(n) % 10
+        noise = torch.rand(n, 28, 28, generator=generator)
+        images = ((0.8 * patterns[labels] + 0.2 * noise) * 255).to(torch.uint8)
+        head = struct.pack(">IIII", 2051, n, 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + images.numpy().tobytes())
+        head = struct.pack(">II", 2049, n)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.to(torch.uint8).numpy().tobytes())
+    return root
+
+
+@pytest.fixture
+def command(mnist, tmp_path, monkeypatch, capsys):
+    """``densreg reproduce``: status and what it says."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = cli.main(["reproduce", *arguments, "--data-dir", str(mnist)])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return run
+
+
+def _table(folder):
+    with (folder / "table.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_table(command, tmp_path):
+    coeff = ("--coeff", "density=0.1,0.5")
+    sizes = ("--set", "pgd.eps=0.5,2", "pgd.steps=3", "leakage.steps=4")
+    arguments = ("table1", *SMALL, "--methods", "standard", "density", "--seeds", "0", "1", *coeff, *sizes)
+    status, said = command(*arguments)
+    assert status == 0
+    folder = tmp_path / "runs" / "reproduce" / "table1"
+    assert {path.name for path in folder.iterdir()} == {"table.md", "table.csv", "config.json", "table1.png"}
+    rows = _table(folder)
+    assert [(row["method"], row["coeff"], row["seed"]) for row in rows] == [
+        *(("standard", "", seed) for seed in "01"),
+        *(("density", coeff, seed) for coeff in ("0.1", "0.5") for seed in "01"),
+    ]
+    for row in rows:
+        assert float(row["leakage l2"]) > 0
+        assert 0 <= float(row["pgd l2_2"]) <= float(row["pgd l2_0.5"]) <= float(row["pgd clean"])
+        assert row["pgd clean"] == row["accuracy clean"]
+    assert [row["paper: leakage"] for row in rows] == ["3.657"] * 2 + ["2.259"] * 4
+    table = (folder / "table.md").read_text()
+    assert table.strip().endswith(said.strip().splitlines()[-1])
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert len(lines) == 5
+    header, _, standard, weak, _ = lines
+    column = header.index("leakage l2")
+    values = [float(row["leakage l2"]) for row in rows[:2]]
+    mean, spread = (float(value) for value in standard[column].split(" ± "))
+    assert mean == pytest.approx(sum(values) / 2, abs=6e-4)
+    assert spread == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2), abs=6e-4)
+    ratio = sum(float(row["leakage l2"]) for row in rows[2:4]) / sum(values)
+    assert float(weak[header.index("leakage / standard")]) == pytest.approx(ratio, abs=6e-4)
+    assert weak[-1].strip(" |") == "0.618"
+    about = json.loads((folder / "config.json").read_text())
+    assert about["metrics"]["pgd"]["eps"] == [0.5, 2]
+    assert len(about["runs"]) == 6
+    assert str(tmp_path) not in json.dumps(about)
+
+
+def test_going_on(command, tmp_path, monkeypatch):
+    """What is trained is not trained again, what is measured not measured again; what was killed goes on."""
+    arguments = ("table1", *SMALL, "--methods", "density", "--set", "pgd.steps=2")
+    run = tmp_path / "runs" / "reproduce" / "blockmnist-mlp-density-p2-c0.1-e1-n256-s0"
+    (row,) = rows_of("table1", Budget(methods=("density",), epochs=1, train_size=256, threads=1))
+    assert row.config.out == str(run.relative_to(tmp_path))
+    with monkeypatch.context() as patch:
+
+        def killed(*args):
+            raise KeyboardInterrupt
+
+        patch.setattr(training, "evaluate", killed)
+        patch.setattr(reproduce, "rows_of", lambda name, budget: _every_step(rows_of(name, budget)))
+        status, said = command(*arguments)
+    assert status == 130
+    assert "interrupted; call it again to go on" in said
+    status, said = command(*arguments)
+    assert status == 0
+    assert f"resuming {row.config.out} after step 2, 0 whole epochs" in said
+    first = _table(tmp_path / "runs" / "reproduce" / "table1")
+    weights = (run / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", None)
+        metric = evaluation.metric
+        patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
+        assert command(*arguments)[0] == 0
+    assert (run / "checkpoint.pt").read_bytes() == weights
+    assert _table(tmp_path / "runs" / "reproduce" / "table1") == first
+    status, said = command(*arguments[:-1], "pgd.steps=3")
+    assert status == 0
+    assert len(json.loads((run / "measured.json").read_text())) == 5  # one more than of, leakage, pgd and accuracy
+
+
+def test_figures_of_other_weights_do_not_count(command, tmp_path):
+    arguments = ("table1", *SMALL, "--methods", "standard", "--set", "pgd.steps=1", "leakage.steps=2")
+    assert command(*arguments)[0] == 0
+    (first,) = _table(tmp_path / "runs" / "reproduce" / "table1")
+    (run,) = (path for path in (tmp_path / "runs" / "reproduce").iterdir() if path.name.startswith("blockmnist"))
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    for tensor in saved["model"].values():
+        tensor.mul_(0.5)
+    torch.save(saved, run / "checkpoint.pt")
+    status, said = command(*arguments)
+    assert status == 0, said
+    (again,) = _table(tmp_path / "runs" / "reproduce" / "table1")
+    assert 0 < float(again["leakage l2"]) < 0.5 * float(first["leakage l2"])
+
+
+def test_figures_of_other_images_do_not_count(mnist, tmp_path, monkeypatch):
+    """With equal labels: what is measured are the images that are there now."""
+    monkeypatch.chdir(tmp_path)
+    root = shutil.copytree(mnist, tmp_path / "mnist")
+    command = ["reproduce", "table1", *SMALL, "--methods", "standard", "--data-dir", str(root), "--set", "pgd.steps=1"]
+    command += ["leakage.steps=2", "--config", "lr=0.001", "batch_size=16"]
+    assert cli.main(command) == 0
+    (first,) = _table(tmp_path / "runs" / "reproduce" / "table1")
+    file = root / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    content = bytearray(file.read_bytes())
+    content[16:] = bytes(255 - value for value in content[16:])
+    file.write_bytes(content)
+    assert cli.main(command) == 0
+    (again,) = _table(tmp_path / "runs" / "reproduce" / "table1")
+    (run,) = (path for path in (tmp_path / "runs" / "reproduce").iterdir() if path.name.startswith("blockmnist"))
+    wanted = evaluation.evaluate([run], data_dir=str(root), test_size=20)[run.name]["accuracy"]["clean"]
+    assert float(again["accuracy clean"]) == wanted < float(first["accuracy clean"])
+
+
+def test_figures_against_other_images_do_not_count(tmp_path, monkeypatch):
+    """The folder of the out-of-distribution images, its content, and one of its own, are in what is kept."""
+    for name, value in (("one", 9), ("two", 200)):
+        for part in ("train", "val"):
+            (tmp_path / name / part / "a").mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (value, 40 * i, 0)).save(tmp_path / name / part / "a" / f"{i}.bmp")
+    config = training.Config(str(tmp_path / "run"), train_size=64, test_size=20, epochs=1).complete()
+    training.fit(config, progress=False)
+    measures = (reproduce._outside("folder"),)
+
+    def measured(folder, **options):
+        options = {"out_of_distribution": {"fit": True, **options}}
+        budget = Budget(data_dir=str(tmp_path / folder), options=options)
+        return reproduce.measured(reproduce.Row("standard", config), measures, budget)
+
+    one, two = measured("one"), measured("two")
+    assert one != two
+    assert measured("one", data_dir=str(tmp_path / "two")) == two, "the one that is asked for"
+    with monkeypatch.context() as patch:
+        metric = evaluation.metric
+        patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
+        assert (measured("one"), measured("two")) == (one, two), "both are kept"
+    shutil.rmtree(tmp_path / "one")
+    (tmp_path / "two").rename(tmp_path / "one")
+    assert measured("one") == two
+    with pytest.raises(ValueError, match=r"data=digits: the columns out_of_distribution folder are of other images$"):
+        measured("one", data="digits")
+
+
+def test_two_processes_on_one_table(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    with runs.locked(tmp_path / "out"):
+        status, said = command("table1", *SMALL, "--out", "out")
+    assert status == 2
+    assert "out is in use by process" in said
+
+
+def test_other_labels_are_no_resumption(command, mnist, tmp_path):
+    arguments = ("table1", *SMALL, "--methods", "standard", "--set", "pgd.steps=1", "leakage.steps=2")
+    assert command(*arguments)[0] == 0
+    other = shutil.copytree(mnist, tmp_path / "other")
+    file = other / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    data = file.read_bytes()
+    file.write_bytes(data[:8] + bytes(9 - label for label in data[8:]))
+    assert cli.main(["reproduce", *arguments, "--data-dir", str(other)]) == 2
+
+
+def test_a_method_stays_what_it_is():
+    budget = Budget(config={"": {"coeff": 0.3, "lr": 0.01, "softplus": 5.0}, "fgsm_training": {"adversarial_eps": 0.2}})
+    configs = {row.method: row.config for row in rows_of("table1", budget)}
+    assert {method: configs[method].coeff for method in ("standard", "density")} == {"standard": 0, "density": 0.3}
+    assert {config.lr for config in configs.values()} == {0.01}
+    assert configs["fgsm_training"].adversarial_eps == 0.2
+    assert configs["softplus"].softplus == configs["hessian"].softplus == 5
+    assert configs["hessian"].regularizer == "hessian"
+    budget = Budget(config={"": {"path": "stable", "regularizer": "cure", "adversarial": "fgsm"}})
+    configs = {row.method: row.config for row in rows_of("table1", budget)}
+    assert (configs["density"].path, configs["density"].regularizer) == ("stable", "density")
+    assert (configs["hessian"].path, configs["standard"].adversarial) == ("fused", "none")
+    for wrong in (Budget(coeff={"standard": (0.1,)}), Budget(config={"standard": {"coeff": 0.1}})):
+        with pytest.raises(ValueError, match=r"coeff of the method standard is 0\.0, got 0\.1: that is another"):
+            rows_of("table1", wrong)
+
+
+def test_a_coefficient_of_zero_has_a_label(command, tmp_path):
+    sizes = ("--set", "pgd.steps=1", "leakage.steps=2", "pgd.eps=1,2")
+    assert command("table1", *SMALL, "--methods", "density", "--coeff", "density=0,0.1", *sizes)[0] == 0
+    assert (tmp_path / "runs" / "reproduce" / "table1" / "table1.png").exists()
+
+
+def _never(*args, **options):
+    raise AssertionError("measured again")
+
+
+def _every_step(rows):
+    return [dataclasses.replace(row, config=dataclasses.replace(row.config, checkpoint_every=1)) for row in rows]
+
+
+def test_norms(command, tmp_path):
+    """Figure 7: standard is trained once, and --match-norms scales the coefficient by the number of pixels."""
+    arguments = ("fig7", *SMALL, "--p", "1", "2", "inf", "--set", "pgd.steps=1", "pgd.eps=1", "leakage.steps=2")
+    assert command(*arguments, "--match-norms", "--coeff", "density=0.2")[0] == 0
+    folder = tmp_path / "runs" / "reproduce" / "fig7"
+    rows = [(row["method"], row["p"], row["coeff"]) for row in _table(folder)]
+    root = math.sqrt(56 * 28)
+    assert rows == [
+        ("standard", "", ""),
+        ("density", "1.0", f"{0.2 / root:.3g}"),
+        ("density", "2.0", "0.2"),
+        ("density", "inf", f"{0.2 * root:.3g}"),
+    ]
+    assert (folder / "fig7.png").exists()
+    assert json.loads((folder / "config.json").read_text())["asked"]["norms"][-1] == "inf"
+
+
+def test_maps(command, tmp_path):
+    arguments = ("fig4", *SMALL, "--methods", "standard", "density", "--set", "leakage.steps=2")
+    assert command(*arguments)[0] == 0
+    assert (tmp_path / "runs" / "reproduce" / "fig4" / "fig4.png").stat().st_size > 10_000
+
+
+def test_every_method_of_a_table_can_be_trained(command, tmp_path):
+    """Without options of one's own; the Hessian of a ReLU network, for one, is 0 and refused."""
+    sizes = ("--train-size", "32", "--epochs", "1", "--test-size", "4", "--threads", "1")
+    status, said = command("table1", *sizes, "--set", "pgd.eps=0.5", "pgd.steps=1", "leakage.steps=2")
+    assert status == 0, said
+    assert {row["method"] for row in _table(tmp_path / "runs/reproduce/table1")} == set(EXPERIMENTS["table1"].methods)
+
+
+def test_unknown_figures_are_dashes(command, tmp_path):
+    """The paper has no figure for this model, and none for this method."""
+    arguments = ("table1", *SMALL, "--methods", "standard", "density_stable", "--set", "pgd.steps=1", "leakage.steps=2")
+    assert command(*arguments)[0] == 0
+    standard, stable = _table(tmp_path / "runs" / "reproduce" / "table1")
+    assert standard["paper: clean"] == "99.12"
+    assert {value for key, value in stable.items() if key.startswith("paper: ")} == {"-"}
+    line = (tmp_path / "runs" / "reproduce" / "table1" / "table.md").read_text().splitlines()[-1]
+    assert line.endswith("| - | - | - | - | - |")
+
+
+def test_figures_of_the_paper():
+    """Each belongs to a row that is trained, and there is one for each column."""
+    for experiment in EXPERIMENTS.values():
+        for (data, model, method), figures in experiment.figures.items():
+            assert data in experiment.data
+            assert model in experiment.models
+            assert method in experiment.methods
+            assert len(figures) == len(experiment.columns)
+        assert all(measure.metric in evaluation.METRICS for measure in experiment.measures)
+        assert all(method in METHODS for method in experiment.methods)
+
+
+def test_a_training_without_penalty_is_one_run():
+    """Whichever norm comes first, its configuration is the same: another experiment goes on with it."""
+    for p in (1.0, math.inf):
+        (row,) = rows_of("fig7", Budget(methods=("standard",), norms=(p,)))
+        (other,) = rows_of("table1", Budget(methods=("standard",)))
+        assert row == other
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_can_be_asked_for(name):
+    """All of its trainings are complete configurations, each in a folder of its own."""
+    experiment = EXPERIMENTS[name]
+    rows = rows_of(name, Budget(seeds=(0, 1)))
+    assert len({row.config.out for row in rows}) == len(rows)
+    assert {row.method for row in rows} == set(experiment.methods)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fig9", "unknown experiment 'fig9'; wanted one of table1, table3"),
+        ("table7", "no usable CIFAR10 in"),
+        ("table6", "wnids.txt"),
+        ("fig2a", "no usable CIFAR100 in"),
+        ("fig2a --methods standard", "fig2a does not take methods; wanted some of data_dir, download, seeds"),
+        ("fig2a --seeds 0 1", "fig2a does not take several seeds"),
+        ("fig2a --epochs 3", "fig2a does not take epochs"),
+        ("fig2a --config density.lr=1", "fig2a does not take density"),
+        ("fig2a --set pgd.eps=1", "--set pgd.eps=1: wanted an option of the metrics"),
+        ("table1 --methods magic", "unknown method 'magic'; wanted some of standard, density"),
+        ("table1 --methods densty", "; did you mean density or "),
+        ("table1 --coeff magic=1", "unknown method 'magic'"),
+        ("table1 --coeff density", "--coeff density: wanted METHOD=NUMBER"),
+        ("table1 --coeff density=low", "--coeff density=low: wanted METHOD=NUMBER"),
+        ("table1 --config magic=1", "unknown option 'magic' of method"),
+        ("table1 --config nothing", "--config nothing: wanted METHOD.OPTION=VALUE"),
+        ("table1 --set pgd.magic=1", "--set pgd.magic=1: wanted an option of the metrics"),
+        ("table1 --epochs 0", "epochs must lie in [1, 2^31), got 0"),
+        ("table1 --models magic", "unknown model 'magic'"),
+        ("table1 --out /dev/null", "--out /dev/null is a file"),
+    ],
+)
+def test_bad_requests(command, arguments, message):
+    status, said = command(*arguments.split())
+    assert status == 2
+    lines = [line for line in said.splitlines() if not line[0].isdigit()]  # "1/9: runs/..."
+    assert len(lines) == 1
+    assert lines[0].startswith("densreg reproduce: error: ")
+    assert message in lines[0]
+
+
+def test_list(command):
+    status, said = command("list")
+    assert status == 0
+    assert all(name in said for name in reproduce.NAMES)
