@@ -78,7 +78,7 @@ def pgd(
                 clean, labels = x[left], y[left]
                 numbers = [(seed, i, restart, number) for number in index[left.cpu()].tolist()]
                 start = _starts(clean, order, budget, numbers) if random_start else torch.zeros_like(clean)
-                size = 2.5 * budget / steps if step_size is None else step_size
+                size = attacks.default_step_size(budget, steps) if step_size is None else step_size
                 attacked = attacks.perturb(model, clean, labels, order, budget, steps, size, unit=unit, start=start)
                 _check(attacked, clean, order, budget, unit)
                 robust[left] = is_right(model, attacked, labels)
