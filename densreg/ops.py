@@ -17,6 +17,7 @@ import functools
 import importlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -594,6 +595,7 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
     """The extension, or why there is none."""
     path = _FOLDER / "_C.so"
     if not path.exists():
+        _refuse_to_hide_an_installation()
         return None, build_info().get("reason", f"{path.name} was not built")
     try:
         torch.ops.load_library(str(path))
@@ -602,6 +604,18 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} does not load: {error}"
     extension.densreg_calls.restype = ctypes.c_int64
     return extension, None
+
+
+def _refuse_to_hide_an_installation() -> None:
+    """Raise where this is a source tree that was never built, found before the densreg that is installed."""
+    if (_FOLDER / "_build_info.json").exists():
+        return
+    for other in (Path(place, "densreg").resolve() for place in sys.path):
+        if other != _FOLDER.resolve() and (other / "_build_info.json").exists():
+            raise ImportError(
+                f"densreg is imported from its source tree, {_FOLDER}, which was not built and hides the densreg "
+                f"installed in {other}: start Python in another folder, or install with pip install -e"
+            )
 
 
 _extension, MISSING = _load_extension()

@@ -209,7 +209,7 @@ def test_normalised_space():
     in_pixels = pgd(model, data, eps=(0.1,), **options)
     in_deviations = pgd(model, data, eps=(0.4,), space="normalised", **options)
     assert in_pixels["l2_0.1"] == in_deviations["l2_0.4"] < in_pixels["clean"]
-    with pytest.raises(ValueError, match=r"first layer is densreg\.models\.Normalize"):
+    with pytest.raises(ValueError, match=r"first layer is densreg\.lab\.models\.Normalize"):
         pgd(body, data, space="normalised", **options)
 
 
