@@ -72,5 +72,5 @@ def test_data_set_without_groups():
 
 
 def test_no_images():
-    with pytest.raises(ValueError, match="there are no images for accuracy; wanted at least one"):
+    with pytest.raises(ValueError, match="there are no images for accuracy; expected at least one"):
         accuracy(linear(), dataclasses.replace(split()).first(0), device="cpu", batch_size=4)
