@@ -35,7 +35,7 @@ LIBRARY = (
     ),
     *("merge", "objective"),
 )
-LAB = ("groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
+LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
 
 
 def test_public_names():
