@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # Each imports only what stands before it; the lab comes after the whole library.
 LIBRARY = (
     *("version", "ops", "functional", "paths", "penalty", "attacks", "second_order", "regularizers", "directional"),
-    *("merge", "objective"),
+    *("merge", "step", "compiling", "objective"),
 )
 LAB = ("groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
 
