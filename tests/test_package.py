@@ -21,19 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 # Each imports only what stands before it; the lab comes after the whole library.
 LIBRARY = (
-    *(
-        "_torch",
-        "version",
-        "ops",
-        "functional",
-        "paths",
-        "penalty",
-        "attacks",
-        "second_order",
-        "regularizers",
-        "directional",
-    ),
-    *("merge", "objective"),
+    *("_torch", "version", "ops", "functional", "paths", "penalty", "attacks", "second_order"),
+    *("regularizers", "directional", "merge", "objective"),
 )
 LAB = ("groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
 
