@@ -269,7 +269,9 @@ SMALLEST_INPUT = 1e-2
 def dual_direction(score: Sequence[Tensor], p: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``||g_b||_p`` [B] of the joint score, and the direction of unit dual norm along which it is attained."""
     sizes = [g.shape[1:].numel() for g in score]
-    norm, dual = ops.pnorm_dual(torch.cat([g.detach().flatten(1) for g in score], 1), functional.check_order(p))
+    joint, p = torch.cat([g.detach().flatten(1) for g in score], 1), functional.check_order(p)
+    norm, peak, total = ops.pnorm(joint, p)
+    dual = ops.pnorm_backward(torch.ones_like(norm), joint, peak, total, p)
     return norm, tuple(v.view_as(g) for v, g in zip(dual.split(sizes, 1), score, strict=True))
 
 

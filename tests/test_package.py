@@ -24,7 +24,7 @@ LIBRARY = (
     *("_torch", "version", "ops", "functional", "paths", "penalty", "attacks", "second_order"),
     *("regularizers", "directional", "merge", "objective"),
 )
-LAB = ("groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
+LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
 
 
 def test_public_names():
