@@ -327,7 +327,7 @@ torch.library.register_fake("densreg::linear_density_backward", _backward_fake, 
 # the Function
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _LinearDensity(_Function):
     """(rest, own, mean, score, correct), and their gradients, by the operators."""
 
