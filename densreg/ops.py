@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densreg import _torch
+
 _library = torch.library.Library("densreg", "DEF")
 
 # In the order of enum Op in csrc/calls.h, by which the calls are counted.
@@ -78,7 +80,7 @@ def missing(name: str) -> str | None:
 
 
 def _has_kernel(operator: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{operator}", key)
+    return _torch.has_kernel(f"densreg::{operator}", key)
 
 
 @functools.cache
