@@ -20,11 +20,23 @@ from densreg import linear, ops
 ROOT = Path(__file__).parent.parent
 
 # Each imports only what stands before it; the lab comes after the whole library.
-LIBRARY = """
-    _torch version ops functional paths penalty linear attacks
-    second_order regularizers directional
-    merge step compiling objective
-""".split()
+LIBRARY = (
+    "_torch",
+    "version",
+    "ops",
+    "functional",
+    "paths",
+    "penalty",
+    "linear",
+    "attacks",
+    "second_order",
+    "regularizers",
+    "directional",
+    "merge",
+    "step",
+    "compiling",
+    "objective",
+)
 LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
 
 
