@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from densreg import ops
+from densreg import _torch, ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,32 +49,21 @@ class _Function(Function):
 
     @classmethod
     def call(cls, *args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _torch.inside_func_transform():
             return cls.plain(*args) if _loses_derivatives() else cls.apply(*args)
-        return cls.plain(*args) if _is_included(_VMAP_OF_AUTOGRAD) else cls.twin.apply(*args)
+        return cls.plain(*args) if _torch.inside_autograd_vmap() else cls.twin.apply(*args)
 
 
-_is_included = torch._C._dispatch_tls_is_dispatch_key_included
-_VMAP_OF_AUTOGRAD = torch._C._dispatch_key_parse("VmapMode")  # torch.func's is another
-
-
-@torch._dynamo.assume_constant_result  # the transforms around a call are part of the code that is compiled
+@torch.compiler.assume_constant_result  # the transforms around a call are part of the code that is compiled
 def _loses_derivatives() -> bool:
     """Whether torch would lose derivatives of a Function that is called now."""
-    if _is_included(_VMAP_OF_AUTOGRAD):
-        return True
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+    return _torch.inside_autograd_vmap() or _torch.jvp_depth() > 1
 
 
-@torch._dynamo.assume_constant_result  # for code that is compiled, whose guards see to it
+@torch.compiler.assume_constant_result  # for code that is compiled, whose guards see to it
 def _transformed() -> bool:
     """Whether this is called under forward mode, torch.func or the vmap of torch.autograd."""
-    return (
-        torch.autograd.forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or _is_included(_VMAP_OF_AUTOGRAD)
-    )
+    return _torch.inside_forward_mode() or _torch.inside_func_transform() or _torch.inside_autograd_vmap()
 
 
 def _undifferentiated() -> bool:
@@ -135,7 +124,7 @@ def _probabilities(source: Tensor, statistics: Tensor | None, scale: float) -> T
     return wide / scale if statistics is None else torch.softmax(wide, 1)
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _Softmax(_Function):
     """Order 0: (log_density, cross_entropy, scale * softmax) of the logits. See :func:`densreg.ops.softmax`."""
 
@@ -204,7 +193,7 @@ def _fold_statistics(info: Any, statistics: Tensor | None, dim: int | None) -> T
     return batched.mT.flatten(0, 1).t()
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _SoftmaxBackward(_Function):
     """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`, also for l, a and U."""
 
@@ -327,7 +316,7 @@ def _row_peak(g: Tensor) -> Tensor:
     return g.abs().amax(tuple(range(1, g.ndim))) if g.numel() else _row_sum(g)
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _PNorm(_Function):
     """Order 0: (norm, peak, total) of the rows. See :func:`densreg.ops.pnorm`."""
 
@@ -372,7 +361,7 @@ class _PNorm(_Function):
         return _unfold_present(info, _PNorm.call(*_fold(info, in_dims, (g,)), p), (True, True, True))
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _PNormBackward(_Function):
     """Order 1: ``grad * d||g||_p / dg``. See :func:`densreg.ops.pnorm_backward`."""
 
