@@ -24,7 +24,8 @@ LIBRARY = (
     *("version", "ops", "functional", "paths", "penalty", "attacks", "second_order", "regularizers", "directional"),
     *("merge", "objective"),
 )
-LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
+LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation")
+LAB += ("experiments", "pictures", "reproduce", "cli")
 
 
 def test_public_names():
