@@ -15,14 +15,27 @@ import setuptools
 import torch
 
 import densreg
-from densreg import ops
+from densreg import linear, ops
 
 ROOT = Path(__file__).parent.parent
 
 # Each imports only what stands before it; the lab comes after the whole library.
 LIBRARY = (
-    *("version", "ops", "functional", "paths", "penalty", "attacks", "second_order", "regularizers", "directional"),
-    *("merge", "objective"),
+    "_torch",
+    "version",
+    "ops",
+    "functional",
+    "paths",
+    "penalty",
+    "linear",
+    "attacks",
+    "second_order",
+    "regularizers",
+    "directional",
+    "merge",
+    "step",
+    "compiling",
+    "objective",
 )
 LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation")
 LAB += ("experiments", "pictures", "reproduce", "cli")
@@ -38,7 +51,11 @@ def test_every_operator_has_schema_fake_and_fallback():
         name.removeprefix("densreg::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("densreg::")
     ]
     wanted = set(ops.OPERATORS)
-    assert wanted | {f"{name}.{overload}" for name in wanted for overload in ("cuda", "triton")} == set(names)
+    for name in linear.OPERATORS:  # in plain torch and the device's matrix products, on every device
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
+    assert wanted | set(linear.OPERATORS) | {
+        f"{name}.{overload}" for name in wanted for overload in ("cuda", "triton")
+    } == set(names)
     for name in wanted:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
         assert callable(getattr(ops, name))
