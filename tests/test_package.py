@@ -37,7 +37,8 @@ LIBRARY = (
     "compiling",
     "objective",
 )
-LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
+LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation")
+LAB += ("experiments", "pictures", "reproduce", "cli")
 
 
 def test_public_names():
