@@ -22,7 +22,10 @@ LIBRARY = (
     *("version", "ops", "functional", "paths", "penalty", "attacks", "second_order", "regularizers", "directional"),
     *("merge", "objective"),
 )
-LAB = ("groups", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
+LAB = (
+    *("groups", "runs", "options", "data", "models", "config", "training", "stability", "evaluation", "reproduce"),
+    "cli",
+)
 
 
 def test_public_names():
