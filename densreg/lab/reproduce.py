@@ -41,7 +41,7 @@ class Method:
 
     Attributes:
         label: its name there.
-        options: of :class:`densreg.lab.config.Config`, that make the method what it is.
+        options: of :class:`densreg.lab.training.Config`, that make the method what it is.
         defaults: further ones, which a budget may change.
     """
 
