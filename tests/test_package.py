@@ -37,8 +37,22 @@ LIBRARY = (
     "compiling",
     "objective",
 )
-LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation")
-LAB += ("experiments", "pictures", "reproduce", "cli")
+LAB = (
+    "groups",
+    "report",
+    "runs",
+    "options",
+    "data",
+    "models",
+    "config",
+    "training",
+    "stability",
+    "evaluation",
+    "experiments",
+    "pictures",
+    "reproduce",
+    "cli",
+)
 
 
 def test_public_names():

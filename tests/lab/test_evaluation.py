@@ -317,7 +317,7 @@ def test_default_folder(run, capsys):
         ("RUN --batch-size 0", "batch_size must lie in [1, 2^31), got 0"),
         ("RUN --seed -1", "seed must lie in [0, 2^63), got -1"),
         ("RUN --device cuda:99", "is not there"),
-        ("RUN --out /dev/null", "--out /dev/null is a file; "),
+        ("RUN --out /dev/null", "--out /dev/null is a file; expected a folder"),
         ("RUN --metrics out_of_distribution", "out_of_distribution needs another data set"),
         ("RUN --metrics out_of_distribution --set data=synthetic", "the images of synthetic are 3x32x32, those of the"),
     ],
