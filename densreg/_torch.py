@@ -97,7 +97,8 @@ def without_gradient_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 # The nodes of a graph have their class by name only: those of torch's own C++ have no class in Python, and those of
-# Functions one that is private. A renamed one is no longer found; the test in brackets then fails.
+# Functions one that is private. Where one is renamed, the
+# tests of the errors and remedies that need it fail.
 
 
 def cannot_be_differentiated(node: Any) -> bool:
