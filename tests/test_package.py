@@ -15,17 +15,44 @@ import setuptools
 import torch
 
 import densreg
-from densreg import ops
+from densreg import linear, ops
 
 ROOT = Path(__file__).parent.parent
 
 # Each imports only what stands before it; the lab comes after the whole library.
-LIBRARY = """
-    _torch version ops functional paths penalty attacks
-    second_order regularizers directional
-    merge step compiling objective
-""".split()
-LAB = ("groups", "report", "runs", "data", "models", "training", "stability", "evaluation", "reproduce", "cli")
+LIBRARY = (
+    "_torch",
+    "version",
+    "ops",
+    "functional",
+    "paths",
+    "penalty",
+    "linear",
+    "attacks",
+    "second_order",
+    "regularizers",
+    "directional",
+    "merge",
+    "step",
+    "compiling",
+    "objective",
+)
+LAB = (
+    "groups",
+    "report",
+    "runs",
+    "options",
+    "data",
+    "models",
+    "config",
+    "training",
+    "stability",
+    "evaluation",
+    "experiments",
+    "pictures",
+    "reproduce",
+    "cli",
+)
 
 
 def test_public_names():
@@ -37,8 +64,11 @@ def test_every_operator_has_schema_fake_and_fallback():
     names = [
         name.removeprefix("densreg::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("densreg::")
     ]
+    for name in linear.OPERATORS:  # in plain torch and the device's matrix products, on every device
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
     overloads = {one.overload for one in ops.BACKENDS.values()}
-    assert {f"{name}.{overload}".rstrip(".") for name in ops.OPERATORS for overload in overloads} == set(names)
+    every = {f"{name}.{overload}".rstrip(".") for name in ops.OPERATORS for overload in overloads}
+    assert every | set(linear.OPERATORS) == set(names)
     for name in ops.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
         assert callable(getattr(ops, name))
