@@ -109,6 +109,11 @@ def _target_distribution(like: Tensor, target: Tensor, label_smoothing: float, i
     return q.scatter_add(1, index, torch.full_like(q[:, :1], 1 - label_smoothing)).masked_fill(ignored, 0)
 
 
+def _counted(t: Any, target: Tensor, options: tuple[float, int]) -> Any:
+    """A number for each row, 0 where its target is ignored."""
+    return None if t is None else t.masked_fill(target == options[1], 0)
+
+
 def _save_source(ctx: Any, logits: Tensor, softmax: Tensor, statistics: Tensor, target: Tensor | None) -> None:
     """Keep what P comes from, for the next order: the softmax if it was written unrounded, else the logits."""
     ctx.set_materialize_grads(False)
@@ -122,6 +127,21 @@ def _probabilities(source: Tensor, statistics: Tensor | None, scale: float) -> T
     """P [B, C] in the accumulation dtype, differentiable to every order: for what is not worth an operator."""
     wide = source.to(ops.accumulation_dtype(source.dtype))
     return wide / scale if statistics is None else torch.softmax(wide, 1)
+
+
+def _through_softmax(p: Tensor, v: Tensor) -> Tensor:
+    """``P (v - <P, v>)``: the softmax's gradient for a cotangent v, and its derivative along v."""
+    return p * (v - (p * v).sum(1, keepdim=True))
+
+
+def _softmax_gradient(p: Tensor, q: Any, l: Tensor | None, a: Tensor | None, u: Tensor | None) -> Tensor:
+    """``a (P - q) + l P + P (U - <P, U>)``, as :func:`densreg.ops.softmax_backward` has it, in differentiable torch."""
+    grad = torch.zeros_like(p)
+    if l is not None:
+        grad = grad + l.unsqueeze(1) * p
+    if a is not None:
+        grad = grad + a.unsqueeze(1) * (p - q)
+    return grad if u is None else grad + _through_softmax(p, u)
 
 
 @torch.compiler.allow_in_graph
@@ -203,18 +223,8 @@ class _SoftmaxBackward(_Function):
 
     @staticmethod
     def plain(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale):
-        p = _probabilities(source, statistics, scale)
-        weight = torch.zeros_like(p[:, :1])
-        if l is not None:
-            weight = weight + l.unsqueeze(1)
-        if u is not None:
-            u = u.to(p.dtype) * scale
-            weight = weight + u - (p * u).sum(1, keepdim=True)
-        grad = p * weight
-        if a is not None:
-            q = _target_distribution(p, target, label_smoothing, ignore_index)
-            grad = grad + a.masked_fill(target == ignore_index, 0).unsqueeze(1) * (p - q)
-        return grad.to(source.dtype)
+        inputs = _SoftmaxBackward._wide(source, statistics, target, l, a, u, (label_smoothing, ignore_index), scale)
+        return _softmax_gradient(*inputs).to(source.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -224,75 +234,59 @@ class _SoftmaxBackward(_Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def _saved(ctx):
-        """P, q, l, a, U in the accumulation dtype; q, l, a and U may be None."""
-        source, statistics, target, l, a, u = ctx.saved_tensors
-        p = _probabilities(source, statistics, ctx.scale)
-        q = None
-        if a is not None:
-            q = _target_distribution(p, target, *ctx.options)
-            a = a.masked_fill(target == ctx.options[1], 0)
-        return p, q, l, a, None if u is None else u.to(p.dtype) * ctx.scale
+    def _wide(source, statistics, target, l, a, u, options, scale):
+        """P, q, l, a, scale U in the accumulation dtype; q, l, a and U may be None. An ignored target has a = 0."""
+        p = _probabilities(source, statistics, scale)
+        q = None if a is None else _target_distribution(p, target, *options)
+        return p, q, l, _counted(a, target, options), None if u is None else u.to(p.dtype) * scale
 
     @staticmethod
     def backward(ctx, v):
-        # Orders two and three, in differentiable torch. out = (l + a) P - a q + P (U - <P, U>).
-        source, statistics, target = ctx.saved_tensors[:3]
-        p, q, l, a, u = _SoftmaxBackward._saved(ctx)
-        v_dot_p = (p * v).sum(1)
+        # out = (l + a) P - a q + P (U - <P, U>).
+        source, statistics, target, l, a, u = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * 9
 
         def through_softmax(grad: Tensor) -> Tensor:
-            return _SoftmaxBackward.call(source, statistics, None, None, None, grad, *ctx.options, ctx.scale)
+            backward: Callable[..., Tensor] = ops.softmax_backward if _undifferentiated() else _SoftmaxBackward.call
+            return backward(source, statistics, None, None, None, grad, *ctx.options, ctx.scale)
 
-        if ctx.needs_input_grad[0]:
-            weight = torch.zeros_like(v_dot_p)
-            if l is not None:
-                weight = weight + l
-            if a is not None:
-                weight = weight + a
-            grad = weight.unsqueeze(1) * v
-            if u is not None:
-                p_dot_u = (p * u).sum(1, keepdim=True)
-                grad = grad + v * u - p_dot_u * v - v_dot_p.unsqueeze(1) * u
+        needs_source, needs_l, needs_a, needs_u = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+        if needs_l or needs_a or (needs_source and u is not None):  # else the operator has what is needed of P
+            wide = _SoftmaxBackward._wide(source, statistics, target, l, a, u, ctx.options, ctx.scale)
+            p, q, _, _, wide_u = wide
+            v_dot_p = (p * v).sum(1)
+        if needs_source:
+            weight = _counted(a, target, ctx.options) if l is None else l
+            if l is not None and a is not None:
+                weight = weight + _counted(a, target, ctx.options)
             # With P free. A source that is the softmax takes it from here; for logits, P is a function of them.
-            grad = (grad / ctx.scale).to(source.dtype)
-            grads[0] = grad if statistics is None else through_softmax(grad)
-        if l is not None and ctx.needs_input_grad[3]:
+            grad = torch.zeros_like(source) if weight is None else weight.unsqueeze(1) * v
+            if u is not None:
+                grad = grad + v * wide_u - (p * wide_u).sum(1, keepdim=True) * v - v_dot_p.unsqueeze(1) * wide_u
+            if ctx.scale != 1:
+                grad = grad / ctx.scale
+            grads[0] = grad.to(source.dtype) if statistics is None else through_softmax(grad.to(source.dtype))
+        if needs_l and l is not None:
             grads[3] = v_dot_p
-        if a is not None and ctx.needs_input_grad[4]:
-            grads[4] = (v_dot_p - (q * v).sum(1)).masked_fill(target == ctx.options[1], 0)
-        if u is not None and ctx.needs_input_grad[5]:
+        if needs_a and a is not None:
+            grads[4] = _counted(v_dot_p - (q * v).sum(1), target, ctx.options)
+        if needs_u and u is not None:
             grads[5] = through_softmax(v)
         return tuple(grads)
 
     @staticmethod
     def jvp(ctx, dsource, _statistics, _target, dl, da, du, *_):
-        source, statistics, target = ctx.saved_tensors[:3]
-        p, q, l, a, u = _SoftmaxBackward._saved(ctx)
-        tangent = torch.zeros_like(p)
-        dp = None
+        source, statistics, target, l, a, u = ctx.saved_tensors
+        p, q, l, a, u = _SoftmaxBackward._wide(source, statistics, target, l, a, u, ctx.options, ctx.scale)
+        du = None if du is None else du.to(p.dtype) * ctx.scale
+        tangent = _softmax_gradient(p, q, dl, _counted(da, target, ctx.options), du)
         if dsource is not None:
-            dp = dsource.to(p.dtype) / ctx.scale
-            if statistics is not None:
-                dp = p * (dsource - (p * dsource).sum(1, keepdim=True))
-        if l is not None:
-            if dl is not None:
-                tangent = tangent + dl.unsqueeze(1) * p
-            if dp is not None:
-                tangent = tangent + l.unsqueeze(1) * dp
-        if a is not None:
-            if da is not None:
-                tangent = tangent + da.masked_fill(target == ctx.options[1], 0).unsqueeze(1) * (p - q)
-            if dp is not None:
-                tangent = tangent + a.unsqueeze(1) * dp
-        if u is not None:
-            if du is not None:
-                du = du.to(p.dtype) * ctx.scale
-                tangent = tangent + p * (du - (p * du).sum(1, keepdim=True))
-            if dp is not None:
-                p_dot_u = (p * u).sum(1, keepdim=True)
-                tangent = tangent + dp * (u - p_dot_u) - p * (dp * u).sum(1, keepdim=True)
+            dp = dsource.to(p.dtype) / ctx.scale if statistics is None else _through_softmax(p, dsource.to(p.dtype))
+            for weight in (l, a):
+                if weight is not None:
+                    tangent = tangent + weight.unsqueeze(1) * dp
+            if u is not None:
+                tangent = tangent + dp * (u - (p * u).sum(1, keepdim=True)) - p * (dp * u).sum(1, keepdim=True)
         return tangent.to(source.dtype)
 
     @staticmethod

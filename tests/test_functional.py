@@ -93,6 +93,21 @@ def test_class_of_log_softmax_difference():
             densreg.log_softmax_difference(logits, k)
 
 
+@pytest.mark.parametrize(
+    "function", [densreg.log_density, lambda f: densreg.density_cross_entropy(f, torch.tensor([0, -100, 2]), 0.1)[0]]
+)
+def test_each_order_is_one_pass(function, monkeypatch):
+    """Differentiated twice the ordinary way: the operators, with no softmax of torch's beside them."""
+    monkeypatch.delattr(functional, "_probabilities")
+    f = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    before = densreg.ops.calls()
+    (first,) = torch.autograd.grad(function(f).sum(), f, create_graph=True)
+    torch.autograd.grad(first, f, torch.randn_like(f))
+    served = {key.split("/")[0]: n - before.get(key, 0) for key, n in densreg.ops.calls().items()}
+    assert served["softmax"] == 1
+    assert served["softmax_backward"] == 2
+
+
 def test_without_gradient_nothing_is_kept():
     logits = torch.randn(3, 4, requires_grad=True)
     with torch.no_grad():

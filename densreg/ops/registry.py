@@ -75,7 +75,8 @@ class CompiledKernels(Backend):
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)  # on the CPU, too, are the tests' emulated CUDA kernels
         if key is None or (key == "CUDA" and not self.overload):  # there the operator itself leads to another backend
             return False
-        return _has_kernel(f"{operator}.{self.overload}" if self.overload else operator, key)
+        overload = f".{self.overload}" if self.overload else ""
+        return _torch.has_kernel(f"densreg::{operator}{overload}", key)
 
 
 class PythonKernels(Backend):
@@ -126,10 +127,6 @@ class PlainTorch(Backend):
 
     def implementation(self, operator: str, device: str) -> Callable[..., Any] | None:
         return _fallbacks[operator]
-
-
-def _has_kernel(operator: str, key: str) -> bool:
-    return _torch.has_kernel(f"densreg::{operator}", key)
 
 
 _isa = extension.instruction_set()
