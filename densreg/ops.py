@@ -39,7 +39,7 @@ ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 On GPUs CUDA comes before Triton for every operator, dtype and shape: its launch is C++ where Triton's is Python, and
 took half the time in small calls on an H200. Large ones Triton served faster there at most sizes, before the CUDA
-kernels took its ladder; they were not measured again. ``python -m benchmarks.gpu`` times both."""
+kernels took its ladder; they were not measured again. ``python -m benchmarks gpu`` times both."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
