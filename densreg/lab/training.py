@@ -277,7 +277,7 @@ def _complete_attack(values: dict[str, Any]) -> None:
     if kind == "pgd":
         steps = values["adversarial_steps"] = values["adversarial_steps"] or PGD_STEPS
         size = values["adversarial_step_size"]
-        size = values["adversarial_step_size"] = 2.5 * eps / steps if size is None else size
+        size = values["adversarial_step_size"] = attacks.default_step_size(eps, steps) if size is None else size
         if not 0 < size < math.inf:
             raise ValueError(f"adversarial_step_size must be finite and above 0, got {size}")
 
@@ -353,8 +353,7 @@ def evaluate(
     correct = torch.cat(right)
     metrics = {"test_ce": ce / len(split), "test_accuracy": correct.mean().item()}
     if split.groups is not None:
-        of_group = torch.bincount(split.groups, weights=correct) / torch.bincount(split.groups)
-        metrics["test_worst_group"] = of_group.min().item()
+        metrics["test_worst_group"] = groups.group_accuracy(correct, split.groups)["worst_group"]
     return {**metrics, "test_penalty": penalty / len(some)}
 
 
