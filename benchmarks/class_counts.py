@@ -210,7 +210,7 @@ def measure(
     f, u = torch.randn(rows, classes, device=device), torch.randn(rows, classes, device=device)
     k = torch.randint(classes, (rows, 1), device=device)
     shape, size = f.shape, f.nbytes
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(aten, dynamic=False)
     preferred, *others = backends(device)
     overload = preferred if preferred in ("cuda", "triton") else "default"
@@ -278,7 +278,7 @@ def measure_head(rows: int, classes: int, seconds: float, memory: bool = False, 
     torch.manual_seed(0)
     x, w = torch.randn(rows, WIDTH, device=device), torch.randn(classes, WIDTH, device=device) / 8
     k = torch.randint(classes, (rows,), device=device)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(closed_head, dynamic=False)
     leaf_x, leaf_w = x.clone().requires_grad_(), w.clone().requires_grad_()
     columns: dict[str, Callable[[], Tensor]] = {

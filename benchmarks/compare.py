@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from densreg.lab.report import markdown_table
 from densreg.lab.runs import write_atomically
 
-from .records import table
 from .report import HERE, machine_name
 from .timing import environment
 
@@ -51,7 +51,7 @@ def measure(seconds: float) -> dict[str, float]:
         columns = class_counts.measure(rows, classes, seconds)["columns"]
         for name, base in (("taylor", "api"), ("compiled", "raw")):
             ratios[f"{name}/{base}, {rows} x {classes}"] = columns[name]["ratio"]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     columns = steps.measure("mlp", ["plain", "taylor", "objective"], 3 * seconds, False, base="objective")["columns"]
     for name in ("plain", "taylor"):
         ratios[f"{name}/objective, mlp"] = columns[name]["ratio"]
@@ -145,6 +145,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"bench-compare: error: {error}", file=sys.stderr)
         return 2
     print(f"times longer than densreg; committed: {path}\n")
-    print(table(["ratio", "committed", "smallest", "largest", "at least", "now", ""], lines))
+    print(markdown_table([["ratio", "committed", "smallest", "largest", "at least", "now", ""], *lines]))
     print(f"worsened: {', '.join(worse)}" if worse else "none worsened beyond its spread")
     return 1 if worse else 0

@@ -235,7 +235,7 @@ def kernel_row(name: str, rows: int, classes: int, dtype: torch.dtype, seconds: 
             columns[backend]["error"] = _check(f"{name} by {backend}", output, expected, bound)
             columns[backend]["peak_bytes"] = peak_bytes(functools.partial(operator.ours, inputs[0]))
             graphs[backend] = _graph([functools.partial(operator.ours, i) for i in inputs])
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(operator.formula, fullgraph=True, dynamic=False)
     for column, call in {"torch": operator.formula, "torch.compile": compiled, **operator.others}.items():
         columns[column] = {}

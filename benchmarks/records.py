@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from densreg.lab.report import markdown_table
+from densreg.lab.runs import write_atomically
+
 from .timing import exponent
 
 Row = dict[str, Any]
@@ -26,14 +29,12 @@ FIELDS = {
 """Median seconds with quartiles; how many times longer than ``base``, the median over the rounds with quartiles; the
 fewest bytes that must be moved; the allocator's peak; the relative error against float64; seconds of the first call."""
 
-DIGITS = {"bytes": 4, "peak_bytes": 4, "seconds_low": 4, "seconds_high": 4, "error": 2, "first_call": 3}
+DIGITS = {"bytes": 10, "peak_bytes": 4, "seconds_low": 4, "seconds_high": 4, "error": 2, "first_call": 3}
 """Significant digits in a CSV file; five for the others."""
 
 
 def write_csv(path: Path, runs: Sequence[Run]) -> None:
     """A comment with the environment of each run, and then a line for each column."""
-    from densreg.lab.runs import write_atomically
-
     text = io.StringIO()
     for number, run in enumerate(runs, 1):
         text.write(f"# run {number}: {json.dumps(run['environment'])}\n")
@@ -80,8 +81,6 @@ def _number(text: str) -> int | float | str:
 
 def write_json(path: Path | None, rows: Sequence[Row], about: dict[str, Any]) -> None:
     """One run as JSON, every digit kept; nothing where no path is given."""
-    from densreg.lab.runs import write_atomically
-
     if path is not None:
         text = json.dumps({"environment": about, "rows": rows}, indent=1, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,12 +156,6 @@ QUANTITIES = (
 )
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
 def _names(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row["columns"]))
 
@@ -188,7 +181,7 @@ def _pivot(rows: list[Row], quantity: Quantity) -> str | None:
         return None
     cases = list(dict.fromkeys(name for row in rows for name in row["case"]))
     lines = [[*(row["case"].get(c, "") for c in cases), *(found[n][i] for n in found)] for i, row in enumerate(rows)]
-    return table([*cases, *found], lines)
+    return markdown_table([[*cases, *found], *lines]) + "\n"
 
 
 DETAILS = (
@@ -211,7 +204,7 @@ def _details(row: Row) -> Iterator[str]:
         [name, *(_style(d.value(column), d.style) for d in shown), *([column.get("note", "-")] if notes else [])]
         for name, column in row["columns"].items()
     ]
-    yield table(["column", *(d.caption for d in shown), *(["note"] if notes else [])], lines)
+    yield markdown_table([["column", *(d.caption for d in shown), *(["note"] if notes else [])], *lines]) + "\n"
 
 
 def exponents(rows: Iterable[Row], field: str) -> dict[str, float]:
@@ -241,7 +234,7 @@ def _growth(rows: list[Row]) -> str:
             fits = exponents(mine, field)
             cells = (_style(fits.get(name), ".2f") for name in _names(rows))
             lines.append([f"{what}, {axis} {min(sizes)} to {max(sizes)}", *cells])
-    return table(["", *_names(rows)], lines)
+    return markdown_table([["", *_names(rows)], *lines]) + "\n"
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from densreg.lab.report import panels, png
 from densreg.lab.runs import write_atomically
 from densreg.paths import PATHS
 
@@ -189,28 +190,19 @@ def _growth(axes: Any, axis: str, rows: list[Row]) -> None:
 
 def draw(run: Run, folder: Path) -> None:
     """The pictures that the rows of a run allow."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from PIL import Image
 
     about = run["environment"]
     machine = about.get("gpu") or f"{about['cpu']}, {about['instruction_set']}, {about['threads']} threads"
 
-    def save(name: str, width: float, height: float, panels: Sequence[Callable[[Any], None]]) -> None:
-        figure = Figure(figsize=(width, height), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            panel(axes)
+    def save(name: str, width: float, height: float, draws: Sequence[Callable[[Any], None]]) -> None:
+        figure, all_axes = panels(1, len(draws), width, height)
+        for axes, draw_one in zip(all_axes[0], draws, strict=True):
+            draw_one(axes)
         figure.supxlabel(f"{machine}; torch {about['torch']}; {about['date']}", fontsize=7, color="dimgray")
-        canvas = FigureCanvasAgg(figure)
-        figure.set_dpi(90)
-        canvas.draw()
-        picture = (
-            Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
-            .convert("RGB")
-            .quantize(64, Image.Quantize.MAXCOVERAGE)
-        )  # a palette: a fifth of the bytes
-        content = io.BytesIO()
-        picture.save(content, "PNG", optimize=True)
+        picture = Image.open(io.BytesIO(png(figure))).convert("RGB")
+        content = io.BytesIO()  # with a palette: a fifth of the bytes
+        picture.quantize(64, Image.Quantize.MAXCOVERAGE).save(content, "PNG", optimize=True)
         write_atomically(folder / name, lambda file: file.write(content.getvalue()))
 
     rows = sorted((row for row in run["rows"] if row["suite"] == "logits"), key=lambda row: row["case"]["C"])
@@ -242,8 +234,8 @@ def draw(run: Run, folder: Path) -> None:
         save("epochs.png", 4.2 * len(epochs) + 1, 4.6, epochs)
     growth = by_axis(row for row in run["rows"] if row["suite"] == "growth")
     if growth:
-        panels = [functools.partial(_growth, axis=axis, rows=mine) for axis, mine in growth.items()]
-        save("growth.png", 3.2 * len(growth) + 0.5, 3.4, panels)
+        draws = [functools.partial(_growth, axis=axis, rows=mine) for axis, mine in growth.items()]
+        save("growth.png", 3.2 * len(growth) + 0.5, 3.4, draws)
 
 
 def write(name: str, runs: Sequence[Run], folder: Path) -> None:

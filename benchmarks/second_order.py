@@ -74,7 +74,7 @@ def parameter_gradient(model: nn.Module, x: Tensor, penalty: Penalty, backend: s
 
     if backend is None:
         return list(gradient(x))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         grads = torch.compile(gradient, backend=backend, fullgraph=True, dynamic=False)(x)

@@ -27,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from .records import table, write_json
+from densreg.lab.report import markdown_table
+
+from .records import write_json
 from .timing import environment
 
 kernels: Any = importlib.import_module("densreg.kernels")  # whose folder is another
@@ -222,6 +224,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     rows = report(tuple(options.dtypes), tuple(options.targets), options.all_tiles)
     print(f"Triton {triton.__version__}\n")
-    print(table(Row._fields, rows))
+    print(markdown_table([Row._fields, *rows]))
     write_json(options.json, [row._asdict() for row in rows], environment())
     return 0
