@@ -150,13 +150,14 @@ def _error(outputs: tuple[Tensor, ...], f: Tensor, u: Tensor, least: float = 0.0
 
 
 def backends(device: str) -> list[str]:
-    """The backends that serve a type of device here, the preferred one first."""
-    return [name for name in ops.ORDER[device] if ops.missing(name) is None]
+    """The backends that are available for a type of device, the preferred one first, plain torch last."""
+    there = {name: one for name, one in ops.BACKENDS.items() if one.unavailable_reason() is None}
+    return [name for name, one in there.items() if device in one.devices or name == "torch"]
 
 
 def kernels(backend: str, *operators: str) -> set[str]:
     """The keys of ``ops.calls()`` that count the calls of operators by a backend."""
-    return {f"{op}/{f'cpu-{ops.instruction_set()}' if backend == 'cpu' else backend}" for op in operators}
+    return {f"{operator}/{ops.BACKENDS[backend].counted_as}" for operator in operators}
 
 
 def require_served(name: str, before: dict[str, int], expected: set[str]) -> None:
@@ -213,7 +214,7 @@ def measure(
     torch.compiler.reset()
     compiled = torch.compile(aten, dynamic=False)
     preferred, *others = backends(device)
-    overload = preferred if preferred in ("cuda", "triton") else "default"
+    overload = ops.BACKENDS[preferred].overload or "default"
     columns: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "api": api,
         "taylor": lambda f, u: taylor(f, k, u),
@@ -311,8 +312,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if ops.MISSING is not None:
-        raise SystemExit(f"nothing to measure: {ops.MISSING}")
+    if (reason := ops.unavailable_reason("cpu")) is not None:
+        raise SystemExit(f"nothing to measure: {reason}")
     # A virtual machine's memory is backed by its host when it is first touched: not to be timed.
     torch.ones(options.touch << 28)
     shapes = [shape for shape in SHAPES if not options.classes or shape[1] in options.classes]

@@ -228,6 +228,9 @@ def kernel_row(name: str, rows: int, classes: int, dtype: torch.dtype, seconds: 
     graphs: dict[str, Callable[[], None]] = {}
     for backend in class_counts.backends("cuda")[:-1]:
         columns[backend] = {}
+        if ops.BACKENDS[backend].implementation(name, _device()) is None:
+            columns[backend]["note"] = "not implemented"
+            continue
         with _noted(columns[backend]), densreg.backend(backend):
             bound, before = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype], ops.calls()
             output, expected = operator.ours(inputs[0]), functools.partial(operator.expected, inputs[0])
