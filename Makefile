@@ -34,20 +34,20 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 second-order: install
-	$(BIN)/python -m benchmarks.second_order
+	$(BIN)/python -m benchmarks second-order
 
 bench: install
-	$(BIN)/python -m benchmarks.class_counts
-	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks class-counts
+	$(BIN)/python -m benchmarks steps
 
 # make report PROFILE=full DATA=folder-of-the-data-sets
 PROFILE ?= quick
 report: install
-	$(BIN)/python -m benchmarks.report --profile $(PROFILE) $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python -m benchmarks report --profile $(PROFILE) $(if $(DATA),--data-dir $(DATA))
 
 # Against the committed ratios of this kind of machine; no part of the tests.
 bench-compare: install
-	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks compare
 
 # One wheel for every Python 3 and every torch from 2.11: CPU kernels, and CUDA kernels for ALL_CUDA_TARGETS of setup.py.
 wheel: install

@@ -1,6 +1,6 @@
 """Forward and double backward at the logits, across class counts: the C++ kernels against torch.
 
-    python -m benchmarks.class_counts [--threads 1 2] [--seconds 3] [--json FILE]
+    python -m benchmarks class-counts [--threads 1] [--seconds 3] [--json FILE]
 
 The leaf is the logits f [B, C] in float32; what comes out is P = softmax(f), which is the score's cotangent, and
 h = (dP/df)^T U = P (U - <P, U>) for a given U, which is what the double backward adds. Two comparisons, never mixed:
@@ -15,8 +15,8 @@ Bandwidth: the fewest bytes that the raw operators must move (read f, write P; r
 beside a copy between two tensors of that size that exist already (read and write). Outputs are allocated anew in every
 column, as in use; "clone" is a copy with that allocation: from 8 MiB up what it takes is page faults, and the C++
 kernels ask for huge pages there. Inputs of 1 MiB and more are taken in turn from so many that none is in a cache.
-Every result is checked against float64 before it is timed, and the call counter must say that the C++ kernels served
-densreg's columns.
+Every result is checked against float64 before it is timed, and the call counter must say that the preferred kernels of
+the device served densreg's columns: C++ on a CPU, CUDA or Triton on a GPU.
 
 test_class_counts.py times the paper's other paths beside these, and the whole penalty through a linear head.
 """
@@ -24,12 +24,10 @@ test_class_counts.py times the paper's other paths beside these, and the whole p
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 import math
-import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +38,8 @@ from torch.autograd import Function
 import densreg
 from densreg import ops, paths
 
-from .timing import WrongResult, copies_past_cache, environment, interleave, peak_bytes, ratio, spread
+from .records import Row, tables, write_json
+from .timing import WrongResult, copies_past_cache, environment, interleave, peak_bytes, summarize
 
 SHAPES = (
     *((128, 10), (128, 100), (128, 200), (128, 1000), (128, 10_000), (128, 21_841)),
@@ -52,6 +51,11 @@ WIDTH = 64
 PAPERS = ("naive", "max_shift", "stable", "per_class")
 MOST_CLASSES = {"per_class": 200}
 """A backward for each class: beyond it would take minutes and all of the memory."""
+
+MOVED = {"raw": 5, "aten": 5, "compiled": 5, "copy": 2, "clone": 2}
+"""Tensors of the logits' size that must at least be read or written."""
+
+OVERFLOW = "not finite with the logits times 100; all others right"
 
 
 class _EmptyBackward(Function):
@@ -91,9 +95,10 @@ def floor(f: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return p, torch.autograd.grad(p, f, u)[0]
 
 
-def raw(f: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    log_density, _, p, _ = torch.ops.densreg.softmax.default(f, None, 0.0, -100, True, 1.0)
-    return log_density, p, torch.ops.densreg.softmax_backward.default(p, None, None, None, None, u, 0.0, -100, 1.0)
+def raw(f: Tensor, u: Tensor, overload: str = "default") -> tuple[Tensor, Tensor, Tensor]:
+    forward, backward = (getattr(getattr(torch.ops.densreg, n), overload) for n in ("softmax", "softmax_backward"))
+    log_density, _, p, _ = forward(f, None, 0.0, -100, True, 1.0)
+    return log_density, p, backward(p, None, None, None, None, u, 0.0, -100, 1.0)
 
 
 def aten(f: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,88 +144,107 @@ def _error(outputs: tuple[Tensor, ...], f: Tensor, u: Tensor, least: float = 0.0
         wide, up = f[part].detach().double(), u[part].double()
         expected = torch.softmax(wide, 1)
         second = expected * (up - (expected * up).sum(1, keepdim=True))
-        for actual, wanted in ((p[part], expected), (h[part], second)):
-            errors.append(float((actual.double() - wanted).abs().max() / wanted.abs().max().clamp_min(least)))
+        for actual, right in ((p[part], expected), (h[part], second)):
+            errors.append(float((actual.double() - right).abs().max() / right.abs().max().clamp_min(least)))
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def _require(name: str, error: float, bound: float, shape: Any, before: dict[str, int], kernels: set[str]) -> None:
-    """Raise WrongResult unless a column's result is right, and came from where its name says."""
-    if not error < bound:
-        raise WrongResult(f"{name}: relative error {error:.1e} at {list(shape)}; wanted less than {bound:.0e}")
+def backends(device: str) -> list[str]:
+    """The backends that are available for a type of device, the preferred one first, plain torch last."""
+    there = {name: one for name, one in ops.BACKENDS.items() if one.unavailable_reason() is None}
+    return [name for name, one in there.items() if device in one.devices or name == "torch"]
+
+
+def kernels(backend: str, *operators: str) -> set[str]:
+    """The keys of ``ops.calls()`` that count the calls of operators by a backend."""
+    return {f"{operator}/{ops.BACKENDS[backend].counted_as}" for operator in operators}
+
+
+def require_served(name: str, before: dict[str, int], expected: set[str]) -> None:
+    """Raise WrongResult unless the calls since ``before`` were served by these kernels, and by no others."""
     served = {key for key, n in ops.calls().items() if n > before.get(key, 0)}
-    if served != kernels:
-        raise WrongResult(f"{name} was served by {sorted(served) or 'torch alone'}; wanted {sorted(kernels)}")
+    if served != expected:
+        raise WrongResult(
+            f"{name}: expected {sorted(expected) or 'torch alone'}, got {sorted(served) or 'torch alone'}"
+        )
 
 
-def _kernels(*operators: str) -> set[str]:
-    return {f"{op}/cpu-{ops.instruction_set()}" for op in operators}
+def _require(name: str, error: float, bound: float, shape: Any) -> None:
+    if not error < bound:
+        raise WrongResult(f"{name}: expected a relative error below {bound:.0e}, got {error:.1e} at {list(shape)}")
 
 
-def _timed(columns: dict[str, Callable[[], Any]], seconds: float, memory: bool) -> dict[str, Any]:
-    times = interleave(columns, seconds)
-    reference = "api" if "api" in times else "fused"
-    result = {
-        "threads": torch.get_num_threads(),
-        "rounds": len(times[reference]),
-        "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "quartiles": {name: spread(values) for name, values in times.items()},
-        "over_fused": {name: ratio(times, name, reference) for name in times},
-        "times": times,
-    }
-    if memory:
-        result["peak_bytes"] = {name: peak_bytes(call) for name, call in columns.items()}
-    return result
+def _by(backend: str, call: Callable[..., Any], *args: Any) -> Any:
+    with densreg.backend(backend):
+        return call(*args)
 
 
-def measure(rows: int, classes: int, seconds: float, papers: bool = False, memory: bool = False) -> dict[str, Any]:
-    """Medians in seconds, ratios, bandwidth of one shape, with the current number of threads.
+def _timed(
+    columns: dict[str, Callable[[], Any]],
+    base: str | dict[str, str],
+    seconds: float,
+    memory: bool,
+    errors: dict[str, float],
+) -> dict[str, dict[str, Any]]:
+    found = summarize(interleave(columns, seconds), base)
+    for name, call in columns.items():
+        if memory:
+            found[name]["peak_bytes"] = peak_bytes(call)
+        if name in errors:
+            found[name]["error"] = errors[name]
+    return found
+
+
+def measure(
+    rows: int, classes: int, seconds: float, papers: bool = False, memory: bool = False, device: str = "cpu"
+) -> Row:
+    """One shape, with the current number of threads.
 
     Args:
-        papers: the paper's other paths too, and the fused one in plain torch.
+        papers: the paper's other paths too, and the fused one by the other backends.
         memory: count what each column allocates at its peak.
 
     Raises:
         WrongResult: nothing was timed.
     """
     torch.manual_seed(0)
-    f, u, k = torch.randn(rows, classes), torch.randn(rows, classes), torch.randint(classes, (rows, 1))
-    shape = f.shape
-    torch._dynamo.reset()
+    f, u = torch.randn(rows, classes, device=device), torch.randn(rows, classes, device=device)
+    k = torch.randint(classes, (rows, 1), device=device)
+    shape, size = f.shape, f.nbytes
+    torch.compiler.reset()
     compiled = torch.compile(aten, dynamic=False)
-    columns: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    preferred, *others = backends(device)
+    overload = ops.BACKENDS[preferred].overload or "default"
+    columns: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "api": api,
         "taylor": lambda f, u: taylor(f, k, u),
-        "raw": lambda f, u: raw(f.detach(), u),
+        "raw": lambda f, u: raw(f.detach(), u, overload),
         "aten": lambda f, u: aten(f.detach(), u),
         "compiled": lambda f, u: compiled(f.detach(), u),
     }
+    served = {"api": preferred, "raw": preferred}
     if papers:
-
-        def fallback(f: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            with densreg.backend("torch"):
-                return api(f, u)
-
-        columns["fallback"] = fallback
+        for name in others:
+            column = "fallback" if name == "torch" else name
+            columns[column] = functools.partial(_by, name, api)
+            served[column] = name
         for path in PAPERS:
             if classes <= MOST_CLASSES.get(path, classes):
                 columns[path] = lambda f, u, path=path: by_path(path, f, k[:, 0], u)  # type: ignore[misc]
-    ours = _kernels("softmax", "softmax_backward")
-    kernels = {"api": ours, "raw": ours, "fallback": {"softmax/torch", "softmax_backward/torch"}}
     leaf, errors, overflow = f.clone().requires_grad_(), {}, []
     for name, call in columns.items():
         before = ops.calls()
         errors[name] = _error(call(leaf, u), f, u)
         # Torch's running sums lose digits at many classes; ours may not.
-        _require(name, errors[name], 2e-6 if name in kernels else 1e-3, shape, before, kernels.get(name, set()))
+        _require(name, errors[name], 2e-6 if name in served else 1e-3, shape)
+        require_served(name, before, kernels(served[name], "softmax", "softmax_backward") if name in served else set())
         if papers:
             large = (100 * f).requires_grad_()
             error = _error(call(large, u), large, u, least=1.0)  # h is what is left of a difference of u
             if name == "naive" and error != error:
                 overflow.append(name)  # which is what the paper says of it
-            elif not error < 1e-3:
-                raise WrongResult(f"{name}: relative error {error:.1e} at {list(shape)} with logits times 100")
-    size = f.nbytes
+            else:
+                _require(f"{name}, logits times 100", error, 1e-3, shape)
     inputs = [(f.clone().requires_grad_(), u.clone(), torch.empty_like(f)) for _ in range(copies_past_cache(3 * size))]
     turn = itertools.cycle(inputs)
 
@@ -235,35 +259,27 @@ def measure(rows: int, classes: int, seconds: float, papers: bool = False, memor
         f, _, target = next(turn)
         return target.copy_(f.detach())
 
-    others = {"floor": in_turn(floor), "copy": copy, "clone": in_turn(lambda f, u: f.detach().clone())}
-    row = _timed({**{name: in_turn(call) for name, call in columns.items()}, **others}, seconds, memory)
-    times, median = row.pop("times"), row["seconds"]
-    return {
-        "B": rows,
-        "C": classes,
-        **row,
-        "taylor/api": ratio(times, "taylor", "api"),
-        "aten/raw": ratio(times, "aten", "raw"),
-        "compiled/raw": ratio(times, "compiled", "raw"),
-        "raw_bytes_per_second": 5 * size / median["raw"],
-        "compiled_bytes_per_second": 5 * size / median["compiled"],
-        "copy_bytes_per_second": 2 * size / median["copy"],
-        "clone_bytes_per_second": 2 * size / median["clone"],
-        "error": errors,
-        "overflow": overflow,
-    }
+    calls = {name: in_turn(call) for name, call in columns.items()}
+    calls |= {"floor": in_turn(floor), "copy": copy, "clone": in_turn(lambda f, u: f.detach().clone())}
+    base = {name: "raw" if name in MOVED else "api" for name in calls}
+    found = _timed(calls, base, seconds, memory, errors)
+    for name, moved in MOVED.items():
+        found[name]["bytes"] = moved * size
+    for name in overflow:
+        found[name]["note"] = OVERFLOW
+    return {"suite": "logits", "case": {"B": rows, "C": classes}, "columns": found}
 
 
-def measure_head(rows: int, classes: int, seconds: float, memory: bool = False) -> dict[str, Any]:
+def measure_head(rows: int, classes: int, seconds: float, memory: bool = False, device: str = "cpu") -> Row:
     """The whole penalty through a linear head of :data:`WIDTH` features: logits, score, norm, and the gradient in w.
 
     Raises:
         WrongResult: nothing was timed.
     """
     torch.manual_seed(0)
-    x, w = torch.randn(rows, WIDTH), torch.randn(classes, WIDTH) / 8
-    k = torch.randint(classes, (rows,))
-    torch._dynamo.reset()
+    x, w = torch.randn(rows, WIDTH, device=device), torch.randn(classes, WIDTH, device=device) / 8
+    k = torch.randint(classes, (rows,), device=device)
+    torch.compiler.reset()
     compiled = torch.compile(closed_head, dynamic=False)
     leaf_x, leaf_w = x.clone().requires_grad_(), w.clone().requires_grad_()
     columns: dict[str, Callable[[], Tensor]] = {
@@ -275,57 +291,33 @@ def measure_head(rows: int, classes: int, seconds: float, memory: bool = False) 
             columns[path] = lambda path=path: head(path, leaf_x, leaf_w, k)  # type: ignore[misc]
     expected = sum(closed_head(part.double(), w.double()) * (len(part) / rows) for part in x.split(8))
     assert isinstance(expected, Tensor)
-    ours = _kernels("softmax", "softmax_backward", "pnorm", "pnorm_backward")
+    ours = kernels(backends(device)[0], "softmax", "softmax_backward", "pnorm", "pnorm_backward")
     errors = {}
     for name, call in columns.items():
         before = ops.calls()
         errors[name] = float((call() - expected).abs().max() / expected.abs().max())
-        _require(name, errors[name], 1e-3, (rows, classes), before, ours if name == "fused" else set())
+        _require(name, errors[name], 1e-3, (rows, classes))
+        require_served(name, before, ours if name == "fused" else set())
     del expected
-    row = _timed(columns, seconds, memory)
-    times = row.pop("times")
-    ratios = {f"{name}/fused": ratio(times, name, "fused") for name in columns if name != "fused"}
-    return {"B": rows, "C": classes, "width": WIDTH, **row, **ratios, "error": errors}
+    found = _timed(columns, "fused", seconds, memory, errors)
+    return {"suite": "head", "case": {"B": rows, "C": classes}, "columns": found}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each shape and number of threads")
+SHARED = {"threads": None, "seconds": 3.0, "json": None, "device": "cpu"}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=int, nargs="+", help="only these class counts")
     parser.add_argument("--touch", type=int, default=8, metavar="GIB", help="memory to touch before anything is timed")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
     if (reason := ops.unavailable_reason("cpu")) is not None:
         raise SystemExit(f"nothing to measure: {reason}")
-    about = environment()
     # A virtual machine's memory is backed by its host when it is first touched: not to be timed.
     torch.ones(options.touch << 28)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print("microseconds, medians; ratios are medians over the rounds; GB/s by the fewest bytes\n")
-    heads = ["threads", "B", "C", "floor", "api", "taylor", "taylor/api", "raw", "aten", "compiled"]
-    heads += ["aten/raw", "compiled/raw", "GB/s", "copy", "clone"]
-    print("| " + " | ".join(heads) + " |")
-    print("| " + " | ".join("---" for _ in heads) + " |")
-    rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for b, c in SHAPES:
-            if options.classes and c not in options.classes:
-                continue
-            try:
-                row = measure(b, c, options.seconds)
-            except WrongResult as error:
-                raise SystemExit(str(error)) from error
-            rows.append(row)
-            t = {name: f"{value * 1e6:.1f}" for name, value in row["seconds"].items()}
-            rates = [row[f"{name}_bytes_per_second"] / 1e9 for name in ("raw", "copy", "clone")]
-            cells = [threads, b, c, t["floor"], t["api"], t["taylor"], f"{row['taylor/api']:.2f}", t["raw"], t["aten"]]
-            cells += [t["compiled"], f"{row['aten/raw']:.2f}", f"{row['compiled/raw']:.2f}"]
-            print("| " + " | ".join(map(str, [*cells, *(f"{rate:.1f}" for rate in rates)])) + " |", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    shapes = [shape for shape in SHAPES if not options.classes or shape[1] in options.classes]
+    rows = [measure(*shape, options.seconds, device=options.device) for shape in shapes]
+    write_json(options.json, rows, environment())
+    print("\n".join(tables(rows)))
+    return 0

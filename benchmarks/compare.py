@@ -1,7 +1,7 @@
 """A guard against regressions: ratios measured now against committed ones of the same kind of machine.
 
-    python -m benchmarks.compare [--data FILE] [--repeats 3]     compare; exit status 1 where one worsened
-    python -m benchmarks.compare --write [--repeats 5]           measure the ratios that are compared with
+    python -m benchmarks compare [--data FILE] [--repeats 3]     compare; exit status 1 where one worsened
+    python -m benchmarks compare --write [--repeats 5]           measure the ratios that are compared with
 
 Times do not carry over from one day to the next on a shared machine; ratios within a round do. Each is how many times
 longer something else takes than densreg does, so that a smaller one is worse: the paper's taylor against the fused
@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
+from densreg.lab.report import markdown_table
 from densreg.lab.runs import write_atomically
 
-from .report import HERE, _table, machine_name
+from .report import HERE, machine_name
 from .timing import environment
 
 SHAPES = ((128, 100), (128, 1000), (128, 21_841))
@@ -47,13 +48,13 @@ def measure(seconds: float) -> dict[str, float]:
 
     ratios = {}
     for rows, classes in SHAPES:
-        row = class_counts.measure(rows, classes, seconds)
-        for name in ("taylor/api", "compiled/raw"):
-            ratios[f"{name}, {rows} x {classes}"] = row[name]
-    torch._dynamo.reset()
-    row = steps.measure("mlp", ["plain", "taylor", "objective"], 3 * seconds, memory=False)
+        columns = class_counts.measure(rows, classes, seconds)["columns"]
+        for name, base in (("taylor", "api"), ("compiled", "raw")):
+            ratios[f"{name}/{base}, {rows} x {classes}"] = columns[name]["ratio"]
+    torch.compiler.reset()
+    columns = steps.measure("mlp", ["plain", "taylor", "objective"], 3 * seconds, False, base="objective")["columns"]
     for name in ("plain", "taylor"):
-        ratios[f"{name}/objective, mlp"] = row["over_objective"][name]
+        ratios[f"{name}/objective, mlp"] = columns[name]["ratio"]
     return ratios
 
 
@@ -61,14 +62,8 @@ def measure_repeatedly(repeats: int, seconds: float, threads: int) -> dict[str, 
     """The ratios of each repeat, in fresh processes."""
     found: dict[str, list[float]] = {}
     for _ in range(repeats):
-        command = [
-            sys.executable,
-            "-m",
-            f"{__package__}.compare",
-            "--once",
-            f"--seconds={seconds}",
-            f"--threads={threads}",
-        ]
+        command = [sys.executable, "-m", __package__, "compare", "--once"]
+        command += [f"--seconds={seconds}", f"--threads={threads}"]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         for name, value in json.loads(said.splitlines()[-1]).items():
             found.setdefault(name, []).append(value)
@@ -114,23 +109,25 @@ def committed(about: dict[str, Any], folder: Path = HERE / "results") -> Path:
     raise CompareError(f"no committed ratios of a machine like this ({mine}); --write makes them")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+SHARED = {"threads": None, "seconds": 1.0}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", action="store_true", help="write what is measured, and compare nothing")
     parser.add_argument("--data", type=Path, help="the committed ratios, in place of those of this kind of machine")
     parser.add_argument("--repeats", type=int, help="processes; by default 3, and 5 with --write")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each shape, three times that for the step")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+
+
+def run(options: argparse.Namespace) -> int:
     if options.once:
         print(json.dumps(measure(options.seconds)))
         return 0
     about = environment() | {"gpu": None}  # all of it is of the CPU
     try:
         path = None if options.write else options.data or committed(about)
-        now = measure_repeatedly(options.repeats or (5 if options.write else 3), options.seconds, options.threads)
+        repeats = options.repeats or (5 if options.write else 3)
+        now = measure_repeatedly(repeats, options.seconds, torch.get_num_threads())
         if path is None:
             path = options.data or Path("benchmarks", "results", machine_name(about), "ratios.json")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,14 +141,10 @@ def main() -> int:
                 print(f"too far spread to guard anything, measure on a quiet machine: {', '.join(noisy)}")
             return 1 if noisy else 0
         lines, worse = compare(json.loads(path.read_text())["ratios"], now)
-    except (CompareError, OSError) as error:
+    except (CompareError, OSError, subprocess.CalledProcessError) as error:
         print(f"bench-compare: error: {error}", file=sys.stderr)
         return 2
     print(f"times longer than densreg; committed: {path}\n")
-    print(_table(["ratio", "committed", "smallest", "largest", "at least", "now", ""], lines))
+    print(markdown_table([["ratio", "committed", "smallest", "largest", "at least", "now", ""], *lines]))
     print(f"worsened: {', '.join(worse)}" if worse else "none worsened beyond its spread")
     return 1 if worse else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

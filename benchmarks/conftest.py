@@ -49,7 +49,7 @@ def seconds(request):
 
 @pytest.fixture
 def headline(benchmark):
-    """Gives a result to pytest-benchmark: the columns as extra_info, and densreg's own as what it times.
+    """Gives rows to pytest-benchmark as extra_info, and densreg's own call as what it times.
 
     The columns were timed in interleaved rounds, which pytest-benchmark does not know: it times one test after the
     other, minutes apart, and on a shared machine a ratio of two of those is mostly drift. So there is one test for each
@@ -57,9 +57,9 @@ def headline(benchmark):
     column alone, for its own tables and histories.
     """
 
-    def report(kind, result, call, rounds=5):
+    def report(kind, rows, call, rounds=5):
         benchmark.group = kind
-        benchmark.extra_info.update(result, kind=kind)
+        benchmark.extra_info["rows"] = rows
         benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
 
     return report

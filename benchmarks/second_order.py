@@ -1,6 +1,6 @@
 """Is the penalty's gradient in the parameters right? Every path, eager and compiled, against float64.
 
-    python -m benchmarks.second_order [--backend inductor] [--json FILE]
+    python -m benchmarks second-order [--backend inductor] [--json FILE]
 
 The penalty stands alone: beside a cross-entropy nobody notices that its gradient is gone. The network has a
 convolution, BatchNorm in training mode (the samples see each other), a smooth and a piecewise linear activation. The
@@ -11,17 +11,17 @@ the Euclidean norm over all parameters. In float32, torch's own error with that 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import densreg
 from densreg.paths import PATHS
+
+from .records import tables, write_json
+from .timing import environment
 
 ORDERS = (1, 1.5, 2, 4, math.inf)
 CLASSES = 7
@@ -74,13 +74,13 @@ def parameter_gradient(model: nn.Module, x: Tensor, penalty: Penalty, backend: s
 
     if backend is None:
         return list(gradient(x))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         grads = torch.compile(gradient, backend=backend, fullgraph=True, dynamic=False)(x)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if graphs != 1:
-        raise RuntimeError(f"wanted one compiled graph, got {graphs}")
+        raise RuntimeError(f"expected one compiled graph, got {graphs}")
     return list(grads)
 
 
@@ -102,33 +102,26 @@ def measure(path: str, p: float, dtype: torch.dtype, backend: str | None, classe
     return relative_error(grads, reference(p, classes))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+SHARED = {"json": None}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--orders", type=float, nargs="+", default=ORDERS, metavar="P", help="of the norm")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    options = parser.parse_args()
 
-    print(f"torch {torch.__version__}, {platform.machine()}, compiled: {options.backend}; relative errors\n")
-    print("| path | p | float64 eager | float64 compiled | float32 eager | float32 compiled | torch's float32 |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+
+def run(options: argparse.Namespace) -> int:
     rows = []
     for p in options.orders:
         wide = reference(p)
-        torchs = relative_error(parameter_gradient(*problem(torch.float32), torch_penalty(p)), wide)
-        for path in PATHS:
-            errors = [
-                measure(path, p, dtype, backend)
-                for dtype in (torch.float64, torch.float32)
-                for backend in (None, options.backend)
-            ]
-            print(f"| {path} | {p:g} | " + " | ".join(f"{e:.1e}" for e in [*errors, torchs]) + " |", flush=True)
-            names = ("float64_eager", "float64_compiled", "float32_eager", "float32_compiled")
-            rows.append({"path": path, "p": str(p), **dict(zip(names, errors, strict=True)), "torch_float32": torchs})
-    if options.json:
-        text = json.dumps({"torch": torch.__version__, "backend": options.backend, "rows": rows}, indent=2)
-        options.json.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        for dtype in (torch.float64, torch.float32):
+            for backend in (None, options.backend):
+                columns = {path: {"error": measure(path, p, dtype, backend)} for path in PATHS}
+                if backend is None:
+                    own = parameter_gradient(*problem(dtype), torch_penalty(p))
+                    columns["torch"] = {"error": relative_error(own, wide)}
+                case = {"p": p, "dtype": str(dtype).removeprefix("torch."), "mode": backend or "eager"}
+                rows.append({"suite": "second-order", "case": case, "columns": columns})
+    write_json(options.json, rows, environment())
+    print("\n".join(tables(rows)))
+    return 0

@@ -1,6 +1,6 @@
 """What a training step costs: plain, penalized by the paper's paths as the paper ran them, and by the objective.
 
-    python -m benchmarks.steps [--models resnet18 ...] [--threads 2] [--json FILE]
+    python -m benchmarks steps [--models resnet18 ...] [--threads 2] [--json FILE]
 
 Each column is forward, loss and the parameters' gradients (no optimizer) on the same batch:
 
@@ -16,7 +16,7 @@ so the floor is 2.0 times the plain step; counted exactly, it is a little more (
 images, a penalized one does), and 2.33 times for the MLP, which is mostly its first layer. The table's head has that
 count, by operations and by the bytes of the products' operands.
 
-test_epoch.py takes these steps, and more, through real images.
+test_epoch.py takes these steps, and more, through real images. Exit status 1: a column was wrong.
 """
 
 from __future__ import annotations
@@ -24,12 +24,9 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import math
-import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +41,8 @@ import densreg
 from densreg import attacks, paths, regularizers
 from densreg.lab import models
 
-from .timing import WrongResult, environment, interleave, peak_bytes, ratio
+from .records import Row, tables, write_json
+from .timing import WrongResult, environment, interleave, peak_bytes, summarize, synchronize
 
 COEFF = 10.0
 """So large that the penalty's gradient is as large as the cross-entropy's, and a lost one shows in the comparison with
@@ -88,11 +86,12 @@ CASES = {
 }
 
 
-def _problem(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
+def problem(case: Case, device: str = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
+    """Model, images and labels."""
     torch.manual_seed(0)
-    model = case.build().to(memory_format=torch.channels_last)
-    x = torch.rand(case.batch, *case.image_shape).to(memory_format=torch.channels_last)
-    return model, x, torch.randint(case.classes, (case.batch,))
+    model = case.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(case.batch, *case.image_shape).to(device, memory_format=torch.channels_last)
+    return model, x, torch.randint(case.classes, (case.batch,)).to(device)
 
 
 Step = Callable[[Tensor, Tensor], list[Tensor]]
@@ -261,7 +260,7 @@ def floors(case: Case) -> dict[str, float]:
                 torch.autograd.grad(loss, parameters)
             counts.append(products)
     plain, ours = counts
-    return {"operations": ours.flops / plain.flops, "bytes": ours.bytes / plain.bytes, "plain_flops": plain.flops}
+    return {"operations": ours.flops / plain.flops, "bytes": ours.bytes / plain.bytes}
 
 
 def require(column: str, grads: list[Tensor], apart: tuple[list[Tensor], list[Tensor]]) -> float | None:
@@ -271,82 +270,88 @@ def require(column: str, grads: list[Tensor], apart: tuple[list[Tensor], list[Te
     """
     if column in RIVALS:
         if not all(bool(g.isfinite().all()) for g in grads) or _error(grads, apart[0]) < 1e-4:
-            raise WrongResult(f"{column}: gradients are not finite, or those of a plain step")
+            raise WrongResult(f"{column}: expected finite gradients unlike those of a plain step, got others")
         return None
     error = _error(grads, _of(apart, column))
     if not error <= ERRORS.get(column, 0.02):
-        raise WrongResult(f"{column}: gradients off by {error:.1e}")
+        raise WrongResult(f"{column}: expected gradients within {ERRORS.get(column, 0.02)} of float64, got {error:.1e}")
     return error
 
 
-def measure(name: str, columns: list[str], seconds: float, memory: bool) -> dict[str, Any]:
-    """Times, ratios, errors, compile times and memory of one model."""
-    model, x, y = _problem(CASES[name])
-    apart = references(model, x, y)
-    errors, first, steps = {}, {}, {}
-    for column in columns:
-        step = step_of(column, copy.deepcopy(model), x, y)
-        start = time.perf_counter()
-        grads = step()
-        first[column] = time.perf_counter() - start
+def measure(
+    name: str,
+    columns: Sequence[str],
+    seconds: float,
+    memory: bool = True,
+    base: str = "plain",
+    batch: int | None = None,
+    device: str = "cpu",
+    amp: torch.dtype | None = None,
+    more: Mapping[str, Callable[[nn.Module, Tensor, Tensor], Callable[[], list[Tensor]]]] | None = None,
+) -> Row:
+    """One model: time and memory of a step, the first call's time, and the gradients' error.
+
+    A column that is wrong, or fails, is not timed and has a note instead.
+
+    Args:
+        base: the column that the ratios are to.
+        batch: images, in place of the case's own.
+        amp: dtype of autocast; gradients are then not compared with float64.
+        more: further columns, each made from model, images and labels.
+    """
+    case = CASES[name] if batch is None else CASES[name]._replace(batch=batch)
+    model, x, y = problem(case, device)
+    apart = references(model, x, y) if amp is None else None
+    found: dict[str, dict[str, Any]] = {column: {} for column in [*columns, *(more or {})]}
+    steps: dict[str, Callable[[], list[Tensor]]] = {}
+
+    def under_amp(step: Callable[[], list[Tensor]]) -> list[Tensor]:
+        with torch.autocast(device, amp, enabled=amp is not None):
+            return step()
+
+    for column, of in found.items():
+        mine = copy.deepcopy(model)
+        step = functools.partial(
+            under_amp, more[column](mine, x, y) if more and column in more else step_of(column, mine, x, y)
+        )
         try:
-            errors[column] = require(column, grads, apart)
-        except WrongResult as error:
-            print(f"{name}, {error}: not timed", flush=True)
+            start = time.perf_counter()
+            grads = step()
+            synchronize()
+            of["first_call"] = time.perf_counter() - start
+            error = None if apart is None else require(column, grads, apart)
+            del grads
+            of |= {} if error is None else {"error": error}
+        except Exception as error:
+            synchronize()  # after an illegal access nothing works: that is raised
+            of["note"] = f"not timed: {type(error).__name__}: {error}".splitlines()[0][:300]
             continue
         steps[column] = step
-    times = interleave(steps, seconds)
-    return {
-        "model": name,
-        "batch": CASES[name].batch,
-        "threads": torch.get_num_threads(),
-        "rounds": len(times["plain"]),
-        "seconds": {column: statistics.median(values) for column, values in times.items()},
-        "over_plain": {column: ratio(times, column, "plain") for column in times},
-        "over_objective": {column: ratio(times, column, "objective") for column in times},
-        "first_call_seconds": first,
-        "gradient_error": errors,
-        "floors": floors(CASES[name]),
-        "memory": {column: peak_bytes(step) for column, step in steps.items()} if memory else {},
-    }
+    if base not in steps:
+        raise WrongResult(f"{name}, {base}: {found[base]['note']}")
+    for column, of in summarize(interleave(steps, seconds), base).items():
+        found[column] |= of
+        if memory:
+            found[column]["peak_bytes"] = peak_bytes(steps[column])
+    dtype = "float32" if amp is None else f"{amp} autocast".removeprefix("torch.")
+    products = {f"products by {what}": f"{value:.3f}" for what, value in floors(case).items()}
+    about = {"model": name, "batch": case.batch, "dtype": dtype, "device": device}
+    return {"suite": "steps", "case": about | products, "columns": found}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+SHARED = {"threads": None, "seconds": 60.0, "json": None}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each model, compilation apart")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    about = environment()
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    rows = []
-    for name in options.models:
-        columns = list(dict.fromkeys(["plain", *options.columns, "objective"]))
-        row = measure(name, columns, options.seconds, options.memory)
-        rows.append(row)
-        floor = row["floors"]
-        print(
-            f"\n{name}, batch {row['batch']}, {row['threads']} threads, {row['rounds']} rounds; "
-            f"matrix products alone, over plain: {floor['operations']:.2f} by operations, "
-            f"{floor['bytes']:.2f} by bytes\n"
-        )
-        print("| step | ms | over plain | over objective | MiB | first call, s | gradient's error |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
-        for column, seconds in row["seconds"].items():
-            mib = f"{row['memory'][column] / 2**20:.0f}" if row["memory"] else "-"
-            ratios = f"{row['over_plain'][column]:.2f} | {row['over_objective'][column]:.2f}"
-            print(
-                f"| {column} | {seconds * 1e3:.1f} | {ratios} | {mib} | {row['first_call_seconds'][column]:.1f} "
-                f"| {row['gradient_error'][column]:.1e} |",
-                flush=True,
-            )
-    if options.json:
-        options.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> int:
+    columns = list(dict.fromkeys(["plain", *options.columns, "objective"]))
+    rows = [measure(name, columns, options.seconds, options.memory) for name in options.models]
+    write_json(options.json, rows, environment())
+    print("\n".join(tables(rows)))
+    wrong = [column for row in rows for column, of in row["columns"].items() if "note" in of]
+    return 1 if wrong else 0

@@ -17,8 +17,8 @@ and on Tiny ImageNet (200 classes, 64x64) the graphs of its backwards do not fit
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from densreg.lab import data, models
 
 from . import steps
-from .timing import peak_bytes, spread, synchronize
+from .records import Row
+from .timing import elapsed, peak_bytes, summarize
 
 BLOCK = 4
 """Steps; "interval 4" takes the penalty once in each."""
@@ -76,16 +77,19 @@ def measure(
     data_dir: Any = None,
     columns: Sequence[str] = COLUMNS,
     device: str = "cpu",
-) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """Seconds for an image, ratios and peak memory of each column; and the objective's step, for pytest-benchmark.
+    batch: int | None = None,
+) -> tuple[Row, Callable[[], Any]]:
+    """Seconds of an epoch, ratios and peak memory of each column; and the objective's step, for pytest-benchmark.
 
     Args:
         images: how many are timed, rounded up to whole blocks; None for the whole training set.
+        batch: in place of the task's own.
 
     Raises:
         WrongResult: a column's gradients are not those of float64; nothing was timed.
     """
     task, loaded = TASKS[name], load(name, data_dir)
+    task = task if batch is None else task._replace(batch=batch)
     block = BLOCK * task.batch
     available = len(loaded.train) // block * block
     total = available if images is None else -(-images // block) * block
@@ -113,8 +117,8 @@ def measure(
         mine = copy.deepcopy(model)
         step = steps.steps_of(column, mine)
         part = slice(0, few.get(column, (task.batch, 0))[0])
-        wanted = references if len(x[part]) == len(x) else steps.references(model, x[part], y[part])
-        errors[column] = steps.require(column, step(x[part], y[part]), wanted)
+        expected = references if len(x[part]) == len(x) else steps.references(model, x[part], y[part])
+        errors[column] = steps.require(column, step(x[part], y[part]), expected)
         for _ in range(BLOCK - 1 if steps.interval_of(column) > 1 else 1):  # the skipped steps are another graph
             step(x[part], y[part])
         peaks[column] = peak_bytes(lambda step=step, part=part: step(x[part], y[part]))  # type: ignore[misc]
@@ -124,53 +128,47 @@ def measure(
         for column, (step, parameters, optimizer) in runs.items():
             size, most = few.get(column, (task.batch, total))
             if number < most:
-                times[column].append(_timed(step, parameters, optimizer, x[:size], y[:size]))
-    result = {
-        "data": name,
-        "source": loaded.note or "the published images",
-        "model": task.model,
-        "batch": task.batch,
-        "classes": loaded.classes,
-        "images": total,
-        "epoch_images": len(loaded.train) if data_dir is not None else task.whole,
-        "threads": torch.get_num_threads(),
-        "device": device,
-        "images_of": {column: few.get(column, (task.batch, 0))[0] * len(times[column]) for column in columns},
-        **_summary(times, {column: few.get(column, (task.batch, 0))[0] for column in columns}, task.batch),
-        "peak_bytes": peaks,
-        "error": errors,
-    }
-    return result, lambda: (runs.get("objective") or runs["plain"])[0](x, y)
+                taken = functools.partial(_take, step, parameters, optimizer, x[:size], y[:size])
+                times[column].append(elapsed(taken) / size)
+    whole = len(loaded.train) if data_dir is not None else task.whole
+    found = summarize_blocks(times, whole)
+    for column, of in found.items():
+        of |= {"peak_bytes": peaks[column], "images": few.get(column, (task.batch, 0))[0] * len(times[column])}
+        of |= {"error": errors[column]} if errors[column] is not None else {}
+    case = {"data": name, "source": loaded.note or "the published images", "model": task.model, "batch": task.batch}
+    case |= {"classes": loaded.classes, "images": total, "epoch_images": whole, "device": device}
+    row = {"suite": "epoch", "case": case, "columns": found}
+    return row, lambda: (runs.get("objective") or runs["plain"])[0](x, y)
 
 
-def _timed(
+def _take(
     step: steps.Step, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
-) -> float:
-    synchronize()
-    start = time.perf_counter()
+) -> None:
     for w, grad in zip(parameters, step(x, y), strict=True):
         w.grad = grad
     optimizer.step()
     optimizer.zero_grad()
-    synchronize()
-    return time.perf_counter() - start
 
 
-def _summary(times: dict[str, list[float]], sizes: dict[str, int], batch: int) -> dict[str, Any]:
-    """Seconds for an image and ratios, medians over blocks of steps; by the step where a column has no whole block."""
-    rates: dict[str, list[float]] = {}
-    ratios: dict[str, list[float]] = {}
+def summarize_blocks(times: dict[str, list[float]], images: int) -> dict[str, dict[str, Any]]:
+    """Seconds for ``images`` and ratios to plain, medians over blocks of steps.
+
+    A column without a whole block is summarized by the step; where there is one only, there are no quartiles.
+
+    Args:
+        times: of each step, seconds for an image.
+    """
+    found = {}
     for column, values in times.items():
         n = BLOCK if len(values) >= BLOCK else 1
-        mine = [sum(values[i : i + n]) / (n * sizes[column]) for i in range(0, len(values), n)]
-        plain = [sum(times["plain"][i : i + n]) / (n * batch) for i in range(0, len(values), n)]
-        rates[column] = mine
-        ratios[column] = [a / b for a, b in zip(mine, plain, strict=True)]
-    return {
-        "seconds_per_image": {column: statistics.median(values) for column, values in rates.items()},
-        "over_plain": {column: statistics.median(values) for column, values in ratios.items()},
-        "quartiles": {column: spread(values) for column, values in ratios.items() if len(values) > 1},
-    }
+        blocks = {
+            "plain": [statistics.mean(times["plain"][i : i + n]) * images for i in range(0, len(values), n)],
+            column: [statistics.mean(values[i : i + n]) * images for i in range(0, len(values), n)],
+        }
+        once = len(blocks[column]) == 1
+        of = summarize({name: 2 * each if once else each for name, each in blocks.items()}, "plain")[column]
+        found[column] = {k: v for k, v in of.items() if not (once and k.endswith(("_low", "_high")))}
+    return found
 
 
 def test_epoch(case, request, headline):
@@ -179,4 +177,4 @@ def test_epoch(case, request, headline):
     if option("--images"):
         images = None if option("--images") == "whole" else int(option("--images"))
     result, step = measure(name, images, option("--data-dir"), device=option("--device"))
-    headline("epoch", result, step, rounds=3)
+    headline("epoch", [result], step, rounds=3)

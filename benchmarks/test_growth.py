@@ -10,15 +10,14 @@ growth in the limit. per_class is the one that grows with the classes.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import steps
-from .timing import exponent, interleave, peak_bytes, spread
+from .records import Row, exponents
+from .timing import interleave, peak_bytes, summarize
 
 BASE = {"classes": 10, "batch": 8, "side": 16, "depth": 4}
 WIDTH = 32
@@ -68,41 +67,35 @@ def _check(point: dict[str, int], device: str) -> None:
         steps.require(column, step_at(column, device, **point)(), references)
 
 
-def measure(axis: str, sizes: tuple[int, ...], seconds: float, device: str = "cpu") -> dict[str, Any]:
-    """Medians, peak memory and exponents along one axis, with the rest at :data:`BASE`.
+def measure(axis: str, sizes: tuple[int, ...], seconds: float, device: str = "cpu") -> list[Row]:
+    """Medians and peak memory along one axis, a row for each size, with the rest at :data:`BASE`.
 
     Raises:
         WrongResult: at the first point a column's gradients are not those of float64; nothing was timed.
     """
-    calls = {}
     _check({**BASE, axis: sizes[0]}, device)
+    calls = {}
     for size in sizes:
-        point = {**BASE, axis: size}
         for column in COLUMNS:
             if column == "per_class" and (axis != "classes" or size > MOST_CLASSES):
                 continue
-            calls[f"{column} {size}"] = step_at(column, device, **point)
+            calls[f"{column} {size}"] = step_at(column, device, **{**BASE, axis: size})
     times = interleave(calls, seconds)
-    result: dict[str, Any] = {"axis": axis, "base": BASE, "sizes": {}, "seconds": {}, "quartiles": {}, "peak_bytes": {}}
-    result |= {"threads": torch.get_num_threads(), "device": device, "time_exponent": {}, "memory_exponent": {}}
-    for column in COLUMNS:
-        mine = [size for size in sizes if f"{column} {size}" in calls]
-        if len(mine) < 2:
-            continue
-        result["sizes"][column] = mine
-        result["seconds"][column] = [statistics.median(times[f"{column} {size}"]) for size in mine]
-        result["quartiles"][column] = [spread(times[f"{column} {size}"]) for size in mine]
-        result["peak_bytes"][column] = [peak_bytes(calls[f"{column} {size}"]) for size in mine]
-        result["time_exponent"][column] = exponent(mine, result["seconds"][column])
-        result["memory_exponent"][column] = exponent(mine, result["peak_bytes"][column])
-    return result
+    rows = []
+    for size in sizes:
+        mine = {column: times[f"{column} {size}"] for column in COLUMNS if f"{column} {size}" in times}
+        found = summarize(mine, COLUMNS[0])
+        for column, of in found.items():
+            of["peak_bytes"] = peak_bytes(calls[f"{column} {size}"])
+        rows.append({"suite": "growth", "case": {"axis": axis, "size": size, "device": device}, "columns": found})
+    return rows
 
 
 def test_growth(case, request, seconds, headline):
     axis, sizes = case
     device = request.config.getoption("--device")
-    result = measure(axis, sizes, seconds, device)
-    for what in ("time", "memory"):
-        fitted = ", ".join(f"{column} {a:.2f}" for column, a in result[f"{what}_exponent"].items())
+    rows = measure(axis, sizes, seconds, device)
+    for what, field in (("time", "seconds"), ("memory", "peak_bytes")):
+        fitted = ", ".join(f"{column} {a:.2f}" for column, a in exponents(rows, field).items())
         print(f"\n{what} grows with {axis} to the power of: {fitted}")
-    headline("growth", result, step_at("objective eager", device, **{**BASE, axis: sizes[0]}))
+    headline("growth", rows, step_at("objective eager", device, **{**BASE, axis: sizes[0]}))

@@ -7,13 +7,12 @@ None of the three has the second order that the penalty needs: their backward ke
 differentiated. So what is timed is what they have: forward and backward of the mean cross-entropy, at the logits, and
 with the linear layer before it in cut-cross-entropy's case. densreg's column also gives the log density. Shapes are
 large enough that launches do not count. Liger-Kernel writes its gradient over the logits, which saves a buffer.
-Rivals that are not installed are left out, and the row says which.
+Rivals that are not installed are left out, with a note in their column.
 """
 
 from __future__ import annotations
 
 import importlib
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import densreg
 
-from .timing import WrongResult, environment, interleave, peak_bytes, ratio, spread
+from .timing import WrongResult, interleave, peak_bytes, summarize
 
 CASES = {
     "tiny": ((256, 1000),),
@@ -59,18 +58,14 @@ def _measure(losses: dict[str, Callable[..., Tensor]], leaves: tuple[Tensor, ...
     for name, loss in losses.items():
         value = loss(*leaves, y).item()
         if not abs(value - expected) < 0.01 * abs(expected):
-            raise WrongResult(f"{name}: cross-entropy {value:.4f}; wanted {expected:.4f}")
+            raise WrongResult(f"{name}: expected a cross-entropy of {expected:.4f}, got {value:.4f}")
         for leaf, copy in zip(leaves, kept, strict=True):  # Liger-Kernel's gradient
             leaf.data.copy_(copy)
     calls = {name: lambda loss=loss: call(loss) for name, loss in losses.items()}
-    times = interleave(calls, seconds)
-    return {
-        "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "quartiles": {name: spread(values) for name, values in times.items()},
-        "over_densreg": {name: ratio(times, name, "densreg") for name in times},
-        "peak_bytes": {name: peak_bytes(calls[name]) for name in times},
-        "environment": environment(),
-    }
+    found = summarize(interleave(calls, seconds), "densreg")
+    for name, call_of in calls.items():
+        found[name]["peak_bytes"] = peak_bytes(call_of)
+    return found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the rivals' kernels need a GPU")
@@ -92,6 +87,7 @@ def test_first_order(kind, case, seconds, headline):
         losses |= {"torch": lambda e, c, y: F.cross_entropy(F.linear(e, c), y), **_found(rivals)}
     for leaf in leaves:
         leaf.requires_grad_()
-    result = _measure(losses, leaves, y, seconds)
-    result |= {"B": rows, "C": classes, "not_installed": sorted(rivals.keys() - losses.keys())}
-    headline(kind, result, lambda: torch.autograd.grad(losses["densreg"](*leaves, y), leaves))
+    found = _measure(losses, leaves, y, seconds)
+    found |= {name: {"note": "not installed"} for name in rivals if name not in found}
+    row = {"suite": kind, "case": {"B": rows, "C": classes}, "columns": found}
+    headline(kind, [row], lambda: torch.autograd.grad(losses["densreg"](*leaves, y), leaves))

@@ -5,6 +5,7 @@ And what goes with it: peak memory, inputs that rotate past the caches, fitted e
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -25,35 +26,56 @@ class WrongResult(RuntimeError):
     """What was to be timed computes something else, or is served by something else, than its name says; in one line."""
 
 
-def interleave(candidates: Mapping[str, Callable[[], Any]], seconds: float = 3.0) -> dict[str, list[float]]:
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]],
+    seconds: float = 3.0,
+    inside: Callable[[str], contextlib.AbstractContextManager] = lambda name: contextlib.nullcontext(),
+    ahead: bool = False,
+) -> dict[str, list[float]]:
     """Seconds per call of each candidate, one number a round; the rounds go through the candidates in turn.
 
     A candidate is called often enough in a round for 2 ms, so that the clock and the loop do not count, after one call
     more that is not timed: what the candidate before left in the caches and in the allocator is not this one's. Rounds
-    are made until ``seconds`` have gone, at least five. GPU work is waited for before the clock is read.
+    are made until ``seconds`` have gone, at least five. Where a GPU is in use, two CUDA events are the clock.
+
+    Args:
+        inside: the context in which a candidate is called; entering it is not timed.
+        ahead: keep the GPU busy until a call is launched, so that launching is not timed. For CUDA graphs.
     """
     repeats = {}
     for name, call in candidates.items():
-        call()  # first calls allocate and compile
-        call()
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        repeats[name] = max(1, int(2e-3 / max(time.perf_counter() - start, 1e-7)))
+        with inside(name):
+            call()  # first calls allocate and compile
+            call()
+            repeats[name] = max(1, int(2e-3 / max(elapsed(call, 1, ahead), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, call in candidates.items():
-            if repeats[name] > 1:
-                call()
-                synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            synchronize()
-            times[name].append((time.perf_counter() - start) / repeats[name])
+            with inside(name):
+                if repeats[name] > 1:
+                    call()
+                times[name].append(elapsed(call, repeats[name], ahead) / repeats[name])
     return times
+
+
+def elapsed(call: Callable[[], Any], repeats: int = 1, ahead: bool = False) -> float:
+    """Seconds of some calls together, by the clock of the device in use; for ``ahead`` see :func:`interleave`."""
+    if not torch.cuda.is_initialized():
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    if ahead:
+        torch.cuda._sleep(200_000)  # cycles, 0.1 ms
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def synchronize() -> None:
@@ -62,15 +84,27 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
-    """How many times faster ``fast`` is: the median over the rounds of slow / fast."""
-    return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+def ratios(times: Mapping[str, list[float]], slow: str, fast: str) -> list[float]:
+    """How many times longer ``slow`` takes than ``fast``, in each round."""
+    return [a / b for a, b in zip(times[slow], times[fast], strict=True)]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile."""
-    first, _, third = statistics.quantiles(values, n=4)
-    return first, third
+def summarize(times: Mapping[str, list[float]], base: str | Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Of each candidate: median seconds, the median ratio to its base, and the quartiles of both.
+
+    Args:
+        base: what each is divided by, one name for all or one for each.
+    """
+    columns = {}
+    for name, values in times.items():
+        to = base if isinstance(base, str) else base[name]
+        columns[name] = {**_quartiles("seconds", values), **_quartiles("ratio", ratios(times, name, to)), "base": to}
+    return columns
+
+
+def _quartiles(name: str, values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -80,7 +114,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
         ValueError: fewer than two different sizes, or something that has no logarithm.
     """
     if len(set(sizes)) < 2 or min(*sizes, *values) <= 0:
-        raise ValueError(f"an exponent takes two different sizes and positive values, got {sizes} and {values}")
+        raise ValueError(f"expected two different sizes and positive values, got {sizes} and {values}")
     return statistics.linear_regression([math.log(n) for n in sizes], [math.log(v) for v in values]).slope
 
 
@@ -120,11 +154,12 @@ def copies_past_cache(size: int) -> int:
 
     One, below 1 MiB: what a layer has just written is in the cache in use, too.
     """
-    return 1 if size < 1 << 20 else math.ceil(2 * last_level_cache() / size) + 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if torch.cuda.is_initialized() else last_level_cache()
+    return 1 if size < 1 << 20 else math.ceil(2 * cache / size) + 1
 
 
 def environment() -> dict[str, Any]:
-    """What a result must name: processor, versions, commit, instruction set."""
+    """What a result must name: processor, GPU, versions, commit, instruction set."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -133,7 +168,7 @@ def environment() -> dict[str, Any]:
     if (here.parent / "pyproject.toml").exists():  # else installed, maybe inside of somebody's repository
         git = ["git", "-C", str(here), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
+    about = {
         "densreg": __version__,
         "commit": commit or None,
         "torch": torch.__version__,
@@ -145,3 +180,11 @@ def environment() -> dict[str, Any]:
         "instruction_set": ops.instruction_set(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        about |= {"capability": f"{gpu.major}.{gpu.minor}", "L2_bytes": gpu.L2_cache_size, "cuda": torch.version.cuda}
+        with contextlib.suppress(ImportError):
+            import triton
+
+            about["triton"] = triton.__version__
+    return about

@@ -1,6 +1,6 @@
 """The Triton kernels, compiled ahead of time without a GPU: registers, spills, shared memory and vector loads of each.
 
-    python -m benchmarks.triton_aot [--targets 80 90 100] [--dtypes float32 ...] [--all-tiles] [--json FILE]
+    python -m benchmarks triton-aot [--targets 80 90 100] [--dtypes float32 ...] [--all-tiles] [--json FILE]
 
 The launchers of kernels/ run on meta tensors; what they would launch is recorded, compiled for each target as it is
 (block, warps, alignment, arguments), and what ptxas says of it is read. By default each dtype's smallest, middle and
@@ -13,13 +13,11 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import multiprocessing
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +26,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
+
+from densreg.lab.report import markdown_table
+
+from .records import write_json
+from .timing import environment
 
 kernels: Any = importlib.import_module("densreg.kernels")  # whose folder is another
 
@@ -147,7 +150,7 @@ class Row(NamedTuple):
     shared: int  # bytes a program
     shared_stores: int  # of a thread, as written: a change of layout costs many, a reduction a few
     vectors: bool  # loads of 16 bytes
-    wanted_vectors: bool
+    vectors_expected: bool
 
 
 def compile_for(job: tuple[Launch, int]) -> Row:
@@ -176,7 +179,7 @@ def compile_for(job: tuple[Launch, int]) -> Row:
     def number(pattern: str) -> int:
         found = re.findall(pattern, report)
         if not found:
-            raise RuntimeError(f"no {pattern!r} in the report of ptxas:\n{report}")
+            raise RuntimeError(f"expected {pattern!r} in the report of ptxas, got:\n{report}")
         return max(map(int, found))
 
     block, rows, warps = launch.constant("BLOCK", 0), launch.constant("ROWS", 1), options["num_warps"]
@@ -209,27 +212,18 @@ def report(dtypes: tuple[str, ...] = DTYPES, targets: tuple[int, ...] = TARGETS,
         return pool.map(compile_for, jobs, chunksize=4)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+SHARED = {"json": None}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, metavar="SM")
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--all-tiles", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
     rows = report(tuple(options.dtypes), tuple(options.targets), options.all_tiles)
     print(f"Triton {triton.__version__}\n")
-    head = "kernel | dtype | case | block x rows | warps | sm | registers | stack | spills | shared | stores | vectors"
-    print(f"| {head} |")
-    print("| --- " * (head.count("|") + 1) + "|")
-    for r in rows:
-        print(
-            f"| {r.kernel} | {r.dtype} | {r.case} | {r.block} x {r.rows} | {r.warps} | {r.target} | {r.registers} "
-            f"| {r.stack} | {r.spills} | {r.shared} | {r.shared_stores} | {'yes' if r.vectors else 'no'} |"
-        )
-    if options.json:
-        text = json.dumps({"triton": triton.__version__, "rows": [r._asdict() for r in rows]}, indent=2)
-        options.json.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    print(markdown_table([Row._fields, *rows]))
+    write_json(options.json, [row._asdict() for row in rows], environment())
+    return 0

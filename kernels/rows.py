@@ -40,7 +40,7 @@ _SHORT = (
 
 # By bytes of an entry. Reasoned, not measured: 8 to 32 entries a thread, so that its loads are 16 bytes and several of
 # them are in flight, and two operands of a row stay in registers; at least about 100 programs for 128 short rows.
-# `python -m benchmarks.triton_aot` shows registers and spills of every tile.
+# `python -m benchmarks triton-aot` shows registers and spills of every tile.
 TILES = {
     2: (*_SHORT, Tile(16384, 1, 32)),
     4: (*_SHORT, Tile(16384, 1, 16)),

@@ -50,7 +50,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-# Tests of operators make their tensors on this device; benchmarks.gpu runs them again with "cuda".
+# Tests of operators make their tensors on this device; `python -m benchmarks gpu` runs them again with "cuda".
 DEVICE = os.environ.get("DENSREG_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)

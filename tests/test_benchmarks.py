@@ -13,7 +13,10 @@ import pytest
 import torch
 
 import densreg
-from benchmarks import class_counts, compare, gpu, report, steps, test_epoch, test_growth, timing
+from benchmarks import __main__ as command
+from benchmarks import class_counts, compare, gpu, records, report, steps, test_epoch, test_growth, timing
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def test_exponent():
@@ -36,7 +39,7 @@ def test_candidates_are_timed_in_turn():
     times = timing.interleave({name: lambda name=name: candidate(name) for name in sleeps}, seconds=0)
     assert order[-10:] == ["a", "b"] * 5  # three warm-up calls each, then rounds
     assert [len(values) for values in times.values()] == [5, 5]
-    assert timing.ratio(times, "b", "a") == pytest.approx(3, rel=0.5)
+    assert sorted(timing.ratios(times, "b", "a"))[2] == pytest.approx(3, rel=0.5)
 
 
 def test_what_a_candidate_finds_in_the_caches_is_its_own(monkeypatch):
@@ -53,8 +56,31 @@ def test_what_a_candidate_finds_in_the_caches_is_its_own(monkeypatch):
 
 
 def test_the_ratio_is_within_a_round():
-    times = {"slow": [2.0, 20.0, 2.0], "fast": [1.0, 10.0, 1.0]}  # a machine that was busy once
-    assert timing.ratio(times, "slow", "fast") == 2
+    times = {"slow": [2.0, 20.0, 2.0, 2.2], "fast": [1.0, 10.0, 1.0, 1.0]}  # a machine that was busy once
+    found = timing.summarize(times, {"slow": "fast", "fast": "fast"})
+    assert found["slow"]["ratio"] == 2
+    assert found["slow"]["ratio_high"] == pytest.approx(2.15)
+    assert found["slow"]["base"] == found["fast"]["base"] == "fast"
+    assert found["fast"]["seconds"] == found["fast"]["ratio"] == 1
+
+
+def test_the_context_of_a_candidate_is_entered_and_not_timed(monkeypatch):
+    clock, active = [0.0], []
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    @contextlib.contextmanager
+    def inside(name):
+        clock[0] += 10
+        active.append(name)
+        yield
+        active.pop()
+
+    def candidate(name):
+        assert active == [name]
+        clock[0] += 0.01
+
+    times = timing.interleave({name: lambda name=name: candidate(name) for name in "ab"}, 0, inside)
+    assert [value for values in times.values() for value in values] == pytest.approx([0.01] * 10)
 
 
 def test_peak_memory():
@@ -72,7 +98,7 @@ def test_large_inputs_rotate_past_the_cache():
 
 def test_a_wrong_path_is_not_timed(monkeypatch):
     monkeypatch.setattr(class_counts, "taylor", lambda f, k, u: (torch.softmax(f, 1), u))  # without its second order
-    with pytest.raises(timing.WrongResult, match=r"taylor: relative error .* at \[4, 10\]"):
+    with pytest.raises(timing.WrongResult, match=r"taylor: expected a relative error .* at \[4, 10\]"):
         class_counts.measure(4, 10, 0)
 
 
@@ -84,7 +110,7 @@ def test_a_path_served_by_another_backend_is_not_timed(monkeypatch):
             return right(f, u)
 
     monkeypatch.setattr(class_counts, "api", elsewhere)
-    with pytest.raises(timing.WrongResult, match=r"api was served by .*softmax/torch"):
+    with pytest.raises(timing.WrongResult, match=r"api: expected \[.*softmax/cpu.*got .*softmax/torch"):
         class_counts.measure(4, 10, 0)
 
 
@@ -100,89 +126,192 @@ def test_an_overflow_that_is_not_naives_fails(monkeypatch):
 
 
 def test_steps_are_compared_with_float64():
-    model, x, y = steps._problem(steps.CASES["mlp"]._replace(batch=4))
+    model, x, y = steps.problem(steps.CASES["mlp"]._replace(batch=4))
     references = steps.references(model, x, y)
     taylor = steps.step_of("taylor", model, x, y)()
     assert steps.require("taylor", taylor, references) < 1e-5
-    with pytest.raises(timing.WrongResult, match="gradients off"):  # the penalty counts four times there
+    with pytest.raises(timing.WrongResult, match="expected gradients within"):  # the penalty counts four times there
         steps.require("interval 4", taylor, references)
-    with pytest.raises(timing.WrongResult, match="gradients off"):
+    with pytest.raises(timing.WrongResult, match="expected gradients within"):
         steps.require("plain", taylor, references)
     for rival in steps.RIVALS:
         assert steps.require(rival, steps.step_of(rival, model, x, y)(), references) is None
-        with pytest.raises(timing.WrongResult, match="those of a plain step"):
+        with pytest.raises(timing.WrongResult, match="unlike those of a plain step"):
             steps.require(rival, references[0], references)
 
 
+def test_a_step_that_fails_is_not_timed_and_costs_no_other(monkeypatch):
+    right = steps.step_of
+
+    def step_of(column, *problem):
+        step = right(column, *problem)
+        return step if column != "naive" else lambda: [0 * g for g in step()]
+
+    monkeypatch.setattr(steps, "step_of", step_of)
+    row = steps.measure("mlp", ["plain eager", "naive", "taylor"], 0, False, base="plain eager", batch=4)
+    naive, taylor = row["columns"]["naive"], row["columns"]["taylor"]
+    assert naive["note"].startswith("not timed: WrongResult: naive: expected gradients within")
+    assert "seconds" not in naive
+    assert taylor["ratio"] > 0
+    assert taylor["error"] < 1e-5
+    with pytest.raises(timing.WrongResult, match="mlp, naive: not timed"):  # there is nothing to divide by
+        steps.measure("mlp", ["naive", "taylor"], 0, False, base="naive", batch=4)
+
+
 def test_epochs_are_summed_by_blocks():
-    times = {"plain": [1.0] * 8, "interval 4": [4.0, 1.0, 1.0, 1.0] * 2, "per_class": [10.0]}
-    sizes = {"plain": 10, "interval 4": 10, "per_class": 2}
-    summary = test_epoch._summary(times, sizes, 10)
-    assert summary["seconds_per_image"] == {"plain": 0.1, "interval 4": 0.175, "per_class": 5}
-    assert summary["over_plain"] == {"plain": 1, "interval 4": pytest.approx(1.75), "per_class": 50}
-    assert set(summary["quartiles"]) == {"plain", "interval 4"}
+    times = {"plain": [0.1] * 8, "interval 4": [0.4, 0.1, 0.1, 0.1] * 2, "per_class": [5.0]}
+    found = test_epoch.summarize_blocks(times, 10)
+    assert {name: of["seconds"] for name, of in found.items()} == pytest.approx(
+        {"plain": 1, "interval 4": 1.75, "per_class": 50}
+    )
+    assert {name: of["ratio"] for name, of in found.items()} == pytest.approx(
+        {"plain": 1, "interval 4": 1.75, "per_class": 50}
+    )
+    assert [name for name, of in found.items() if "ratio_low" in of] == ["plain", "interval 4"]
 
 
 def _rows(epoch):
-    shapes = [{"kind": "logits", **class_counts.measure(4, c, 0, papers=True, memory=True)} for c in (1000, 2000)]
-    head = {"kind": "head", **class_counts.measure_head(4, 10, 0, memory=True)}
-    growth = {"kind": "growth", **test_growth.measure("batch", (2, 4), 0)}
-    return [*shapes, head, growth, {"kind": "epoch", **epoch}]
+    shapes = [class_counts.measure(4, c, 0, papers=True, memory=True) for c in (1000, 2000)]
+    head = class_counts.measure_head(4, 10, 0, memory=True)
+    return [*shapes, head, *test_growth.measure("batch", (2, 4), 0), epoch]
 
 
 @pytest.mark.long
 def test_report(tmp_path):
-    """Of real measurements at tiny sizes: what the JSON file, the tables and the pictures hold."""
+    """Of real measurements at tiny sizes: what the CSV file, the page and the pictures hold."""
     columns = ("plain", "taylor", "per_class", "objective", "input_gradient")
     epoch, step = test_epoch.measure("blockmnist", 512, columns=columns)
     assert len(step()) == 6  # the objective's gradients
-    about = timing.environment()
-    made = {"machine": report.machine_name(about), "profile": "tiny", "environment": about, "seconds": 1.0}
-    made |= {"failed": ["test_head[4x10]: WrongResult: so it is"], "rows": _rows(epoch)}
-    report.write(made, tmp_path)
-    names = {"report.json", "report.md", "time.png", "memory.png", "bandwidth.png", "epochs.png", "growth.png"}
+    about = timing.environment() | {"failed": ["test_head[4x10]: WrongResult: so it is"]}
+    report.write("a machine", [{"environment": about, "rows": _rows(epoch)}], tmp_path)
+    names = {"results.csv", "README.md", "time.png", "memory.png", "bandwidth.png", "epochs.png", "growth.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png"))
-    read = json.loads((tmp_path / "report.json").read_text())
-    assert read["rows"][0]["overflow"] == ["naive"]
-    for row in read["rows"][:2]:
+    (run,) = records.read(tmp_path / "results.csv")
+    assert run["environment"] == about
+    for row in run["rows"][:2]:
+        found = row["columns"]
         timed = {"api", "taylor", "raw", "aten", "compiled", "fallback", "naive", "max_shift", "stable"}
-        timed |= {"floor", "copy", "clone"}
-        assert set(row["seconds"]) == set(row["quartiles"]) == set(row["peak_bytes"]) == timed
-        assert row["raw_bytes_per_second"] == pytest.approx(5 * 4 * row["B"] * row["C"] / row["seconds"]["raw"])
-        assert row["peak_bytes"]["api"] < row["peak_bytes"]["taylor"]
-    assert read["rows"][-1]["source"].startswith("noise")
-    assert set(read["rows"][-1]["over_plain"]) == set(columns)
-    assert read["rows"][-1]["images_of"]["taylor"] == 512
-    text = (tmp_path / "report.md").read_text()
-    for wanted in (
+        assert found.keys() == timed | {"floor", "copy", "clone"}
+        assert all({"seconds", "ratio", "ratio_high", "base", "peak_bytes"} <= of.keys() for of in found.values())
+        assert [name for name, of in found.items() if "note" in of] == ["naive"]
+        assert found["raw"]["bytes"] == pytest.approx(5 * 4 * row["case"]["B"] * row["case"]["C"], rel=1e-3)
+        assert found["api"]["peak_bytes"] < found["taylor"]["peak_bytes"]
+    assert run["rows"][-1]["case"]["source"].startswith("noise")
+    assert set(run["rows"][-1]["columns"]) == set(columns)
+    assert run["rows"][-1]["columns"]["taylor"]["images"] == 512
+    text = (tmp_path / "README.md").read_text()
+    for expected in (
         about["cpu"],
         about["torch"],
         "Failed, not timed:** test_head",
         "noise of its shape",
-        "overflow in naive",
+        "naive: not finite",
+        "| time, batch 2 to 4 |",
     ):
-        assert wanted in text
-    assert "| per_class |" in text.split("An epoch")[1]
-    assert "to the power of" in text
+        assert expected in text
+    assert "| per_class |" in text.split("## Epochs")[1]
+
+
+def test_csv_keeps_what_was_measured(tmp_path):
+    column = {"seconds": 0.123456, "ratio": 1.0, "base": "b, the other", "bytes": 8192.0, "note": 'so "it" is'}
+    row = {"suite": "epoch", "case": {"B": 3, "p": 1.5, "source": "noise: 2 of 3, a=b"}, "columns": {"a": column}}
+    runs = [
+        {"environment": {"torch": "2", "gpu": None}, "rows": [row, row | {"case": {"B": 4}}]},
+        {"environment": {}, "rows": []},
+    ]
+    records.write_csv(tmp_path / "x.csv", runs)
+    read = records.read(tmp_path / "x.csv")
+    assert read[0]["rows"][0]["columns"]["a"] == column | {"seconds": 0.12346}
+    assert [each["case"] for each in read[0]["rows"]] == [row["case"], {"B": 4}]
+    assert [each["environment"] for each in read] == [{"torch": "2", "gpu": None}, {}]
+    records.write_json(tmp_path / "x.json", [row], {"torch": "2"})
+    assert records.read(tmp_path / "x.json") == [{"environment": {"torch": "2"}, "rows": [row]}]
+
+
+def test_tables():
+    columns = {
+        "api": {"seconds": 2e-4, "ratio": 1.0, "base": "api"},
+        "raw": {"seconds": 1e-3, "ratio": 1.0, "base": "raw", "bytes": 4e6},
+        "taylor": {"seconds": 3e-4, "ratio": 1.5, "base": "api"},
+    }
+    rows = [{"suite": "logits", "case": {"B": 4, "C": c}, "columns": columns} for c in (10, 1000)]
+    del rows[1]["columns"]
+    rows[1]["columns"] = {"api": columns["api"]}
+    text = "\n".join(records.tables(rows))
+    assert "| B | C | api | raw | taylor |\n| --- | --- | --- | --- | --- |\n| 4 | 10 | 200 | 1,000 | 300 |" in text
+    assert "| B | C | taylor / api |\n| --- | --- | --- |\n| 4 | 10 | 1.50 |\n| 4 | 1000 | - |" in text
+    assert "| B | C | raw |\n| --- | --- | --- |\n| 4 | 10 | 4.0 |" in text  # GB/s
+    assert "peak" not in text.lower()  # which nobody measured
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/results.csv")), ids=lambda path: path.parent.name)
+def test_committed_results(path):
+    """Each names its machine, versions, commit and date; pages that are made of them are what is made of them now."""
+    if "run" not in path.read_text().split("suite")[0]:
+        return  # a table of the paper
+    measured = records.read(path)
+    page = path.with_name("README.md").read_text()
+    for run in measured:
+        assert run["environment"].keys() >= {"torch", "cpu", "date"}
+        assert run["rows"]
+    if "Made from `results.csv`" in page:
+        assert page == report.page(path.parent.name, measured)
+
+
+def test_results_are_small():
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 300_000
+
+
+@pytest.mark.parametrize("name", [name for name in command.COMMANDS if name != "triton-aot"])
+def test_every_command_says_what_it_does(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main([name, "--help"])
+    said = capsys.readouterr().out
+    assert f"python -m benchmarks {name}" in said
+    module = {"class-counts": class_counts, "compare": compare, "gpu": gpu, "report": report, "steps": steps}.get(name)
+    for option in module.SHARED if module else ("json",):
+        assert f"--{option}" in said
+
+
+def test_a_wrong_result_is_one_line_and_status_1(monkeypatch, capsys):
+    def wrong(options):
+        raise timing.WrongResult("api: expected 1, got 2")
+
+    monkeypatch.setattr(steps, "run", wrong)
+    threads = torch.get_num_threads()
+    try:
+        assert command.main(["steps", "--models", "mlp", "--threads", "2"]) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().err.splitlines()[-1] == "wrong, and not timed: api: expected 1, got 2"
 
 
 @pytest.mark.slow
 def test_suites_run_and_failures_are_named():
     # Of the second only what is on a device can fail there.
     options = ["--profile=tiny", "--seconds=0.01", "-k", "logits and 4x10 or batch", "--device=nowhere"]
-    rows, failed = report.run(options, report.SUITES[:2])
-    assert [row["kind"] for row in rows] == ["logits"]
+    rows, failed = report.measure(options, report.SUITES[:2])
+    assert [row["suite"] for row in rows] == ["logits"]
     assert len(failed) == 1
     assert "nowhere" in failed[0]
 
 
 def test_what_is_faster_is_listed():
-    row = {"kind": "logits", "B": 4, "C": 10, "over_fused": {"taylor": 0.8, "naive": 1.2}, "aten/raw": 2.0}
-    epoch = {"kind": "epoch", "data": "noise", "over_plain": {"plain": 1.0, "taylor": 1.5, "objective": 2.0}}
-    found = report.slower({"rows": [{**row, "compiled/raw": 0.5}, epoch]})
-    assert [line.split(" takes")[0] for line in found] == [
-        *("logits, 4 x 10: taylor", "logits, 4 x 10: compiled", "epoch of noise: taylor")
+    def columns(base, **ratios):
+        return {name: {"ratio": value, "base": base} for name, value in ratios.items()}
+
+    logits = columns("api", api=1.0, taylor=0.8, naive=1.2, floor=0.2) | columns("raw", raw=1.0, compiled=0.5, aten=2.0)
+    epoch = columns("plain", plain=1.0, taylor=1.5, objective=2.0)
+    rows = [
+        {"suite": "logits", "case": {"B": 4, "C": 10}, "columns": logits},
+        {"suite": "epoch", "case": {"data": "noise", "model": "mlp"}, "columns": epoch},
+    ]
+    assert report.slower(rows) == [
+        "logits, B 4, C 10: taylor takes 0.80 of api",
+        "logits, B 4, C 10: compiled takes 0.50 of raw",
+        "epoch, noise: taylor takes 0.75 of the objective",
     ]
 
 
@@ -217,8 +346,7 @@ def test_compare(now, status, tmp_path, monkeypatch, capsys):
     file = tmp_path / "ratios.json"
     file.write_text(json.dumps({"environment": {}, "ratios": COMMITTED}))
     monkeypatch.setattr(compare, "measure_repeatedly", lambda *args: now)
-    monkeypatch.setattr(sys, "argv", ["compare", "--data", str(file)])
-    assert compare.main() == status
+    assert command.main(["compare", "--data", str(file)]) == status
     said = capsys.readouterr()
     assert ("worsened: " in said.out) == (status == 1)
     assert ("not measured now: plain/objective, mlp" in said.err) == (status == 2)
@@ -227,14 +355,14 @@ def test_compare(now, status, tmp_path, monkeypatch, capsys):
 def test_compare_writes_what_it_reads(tmp_path, monkeypatch, capsys):
     file = tmp_path / "machine" / "ratios.json"
     monkeypatch.setattr(compare, "measure_repeatedly", lambda *args: COMMITTED)
-    monkeypatch.setattr(sys, "argv", ["compare", "--write", "--data", str(file)])
-    assert compare.main() == 0
+    arguments = ["compare", "--write", "--data", str(file)]
+    assert command.main(arguments) == 0
     about = timing.environment() | {"gpu": None}
     assert compare.committed(about, tmp_path) == file
     with pytest.raises(compare.CompareError, match="no committed ratios of a machine like this"):
         compare.committed(about | {"instruction_set": "another"}, tmp_path)
     monkeypatch.setattr(compare, "measure_repeatedly", lambda *args: {"a/b": [1.0, 5.0, 1.0, 5.0]})
-    assert compare.main() == 1
+    assert command.main(arguments) == 1
     assert "too far spread" in capsys.readouterr().out
 
 
@@ -255,12 +383,15 @@ def test_the_ratios_that_are_compared(monkeypatch):
 # benchmarks.gpu: what a call leaves for the next
 
 
+ROW = {"suite": "kernels", "case": {"C": 1}, "columns": {"cuda": {"seconds": 3}, "quack": {"note": "not installed"}}}
+
+
 def fails() -> dict:
     raise ValueError("no such kernel")
 
 
 def test_gpu_rows_that_are_there_are_not_measured_and_a_failure_costs_one(tmp_path, monkeypatch, capsys):
-    work = [("a", fails), ("b", fails), ("c", lambda: {"seconds": 3})]
+    work = [("a", fails), ("b", fails), ("c", lambda: ROW)]
     monkeypatch.setattr(gpu, "STAGES", {"small": (lambda options: iter(work), 9)})
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps({"stages": {"small": {"rows": [{"key": "a", "code": 0}]}}}))
@@ -269,8 +400,8 @@ def test_gpu_rows_that_are_there_are_not_measured_and_a_failure_costs_one(tmp_pa
     assert not torch.backends.cudnn.allow_tf32
     begun_b, b, begun_c, c = map(json.loads, capsys.readouterr().out.splitlines())
     assert (begun_b, begun_c) == ({"begun": "b"}, {"begun": "c"})
-    assert b["row"] == {"key": "b", "code": 1, "failed": {"b": "ValueError: no such kernel"}}
-    assert c["row"] == {"key": "c", "code": 0, "seconds": 3}
+    assert b["row"] == {"key": "b", "code": 1, **gpu._failed_row("b", {"note": "failed: ValueError: no such kernel"})}
+    assert c["row"] == {"key": "c", "code": 0, **ROW}
 
 
 def run_stage(tmp_path, monkeypatch, script: str, seconds: float) -> tuple[str, list[dict]]:
@@ -285,15 +416,19 @@ def run_stage(tmp_path, monkeypatch, script: str, seconds: float) -> tuple[str, 
     return gpu._run_stage("small", options, seconds, rows.append), rows
 
 
-HANGS = {"key": "b", "code": 1, "failed": {"b": "out of time"}}
+def dead(ended: str) -> dict:
+    return {"key": "b", "code": 1, **gpu._failed_row("b", {"note": f"failed: {ended}"})}
+
+
+HANGS = dead("out of time")
 
 
 @pytest.mark.parametrize(
     ("script", "seconds", "ended", "rows"),
     [
         ("""echo '{"row": {"key": "a"}}'""", 30, "whole", [{"key": "a"}]),
-        ("""echo '{"begun": "b"}'; exit 3""", 30, "exit code 3", [HANGS | {"failed": {"b": "exit code 3"}}]),
-        ("""echo '{"begun": "b"}'; kill -9 $$""", 30, "exit code -9", [HANGS | {"failed": {"b": "exit code -9"}}]),
+        ("""echo '{"begun": "b"}'; exit 3""", 30, "exit code 3", [dead("exit code 3")]),
+        ("""echo '{"begun": "b"}'; kill -9 $$""", 30, "exit code -9", [dead("exit code -9")]),
         ("""echo '{"begun": "b"}'; sleep 100""", 2, "out of time", [HANGS]),
         ("""echo '{"begun": "b"}'; sleep 100""", 0.9, "out of time", []),  # less than the stage takes
         ("""echo '{"row": {"key": "a"}}'; echo '{"begun": "b"}'; sleep 100""", 2, "out of time", [{"key": "a"}]),
@@ -344,24 +479,21 @@ def test_gpu_calls_go_on_where_the_last_one_stopped(tmp_path, monkeypatch, capsy
     def run_stage(name, options, seconds, keep):
         calls.append((name, seconds))
         if name == "tests":
-            keep({"key": "a", "code": 1})
+            keep({"key": "a", "code": 1, **ROW})
             return "whole"
-        keep({"key": str(len(calls)), "code": 0})
+        keep({"key": str(len(calls)), "code": 0, **ROW})
         return "whole" if len(calls) > 2 else "out of time"
 
     monkeypatch.setattr(gpu, "_run_stage", run_stage)
-    monkeypatch.setattr(gpu, "_table", lambda result: ())
     file = tmp_path / "gpu.json"
-    command = ["gpu", "--dry-run", "--json", str(file), "--stage", "tests", "small", "--minutes", "50"]
-    monkeypatch.setattr(sys, "argv", command)
-    assert gpu.main() == 1
+    arguments = ["gpu", "--dry-run", "--json", str(file), "--stage", "tests", "small", "--minutes", "50"]
+    assert command.main(arguments) == 1
     # Every stage has its turn, 1.5 times what it is expected to take; then what is unfinished has the rest.
     assert [name for name, _ in calls] == ["tests", "small", "small"]
-    assert [seconds for _, seconds in calls] == [270, 180, pytest.approx(3000, abs=60)]
+    assert [seconds for _, seconds in calls] == [270, 135, pytest.approx(3000, abs=60)]
     stages = json.loads(file.read_text())["stages"]
     assert {name: stage["ended"] for name, stage in stages.items()} == {"tests": "failed", "small": "whole"}
-    assert gpu.main() == 1
+    assert command.main(arguments) == 1
     assert len(calls) == 3
-    monkeypatch.setattr(sys, "argv", [*command, "--again"])
-    gpu.main()
+    command.main([*arguments, "--again"])
     assert len(calls) == 5

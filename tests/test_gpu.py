@@ -1,6 +1,6 @@
 """What only a GPU can show; and the same checks of whole steps on whatever device the tests run on.
 
-``DENSREG_TEST_DEVICE=cuda python -m pytest tests/test_gpu.py`` (``python -m benchmarks.gpu`` does so). Without it the
+``DENSREG_TEST_DEVICE=cuda python -m pytest tests/test_gpu.py`` (``python -m benchmarks gpu`` does so). Without it the
 steps run on the CPU, and what needs CUDA is skipped, and says so.
 """
 

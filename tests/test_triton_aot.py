@@ -20,7 +20,7 @@ KERNELS = {
 
 def _report(path, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.triton_aot", "--json", str(path), *arguments]
+    command = [sys.executable, "-m", "benchmarks", "triton-aot", "--json", str(path), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
@@ -35,10 +35,10 @@ def test_no_spills_and_vector_loads(tmp_path):
     dtypes = ("float16", "bfloat16", "float32", "float64")
     assert compiled == {(kernel, dtype, sm) for kernel in KERNELS for dtype in dtypes for sm in (80, 90, 100)}
     assert [row for row in rows if row["spills"] or row["stack"]] == []
-    assert [row for row in rows if row["wanted_vectors"] and not row["vectors"]] == []
+    assert [row for row in rows if row["vectors_expected"] and not row["vectors"]] == []
     # What fails above must be able to: rows of 1000 and of a power of two want vectors, in every dtype.
-    assert {row["dtype"] for row in rows if row["wanted_vectors"]} == set(dtypes)
-    assert {row["kernel"] for row in rows if row["wanted_vectors"]} == KERNELS - {"pnorm_whole"}
+    assert {row["dtype"] for row in rows if row["vectors_expected"]} == set(dtypes)
+    assert {row["kernel"] for row in rows if row["vectors_expected"]} == KERNELS - {"pnorm_whole"}
     # Reductions take a few; a row's number, broadcast in the wrong layout, took 2051, and up to 16 times the time.
     assert max(row["shared_stores"] for row in rows) <= 32
     # A program has the registers that its warps may use.

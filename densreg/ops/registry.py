@@ -137,7 +137,7 @@ BACKENDS: dict[str, Backend] = {
         CompiledKernels("cpu", f"C++ kernels ({_isa})", ("cpu",), counted_as=f"cpu-{_isa}"),  # csrc/cpu
         # Before Triton for every operator, dtype and shape: its launch is C++ where Triton's is Python, and took half
         # the time in small calls on an H200. Large ones Triton served faster there at most sizes, before the CUDA
-        # kernels took its tiles; they were not measured again. `python -m benchmarks.gpu` times both.
+        # kernels took its tiles; they were not measured again. `python -m benchmarks gpu` times both.
         CompiledKernels("cuda", "CUDA kernels", ("cuda",), overload="cuda"),  # csrc/cuda
         PythonKernels("triton", "Triton kernels", ("cuda",), "densreg.kernels"),
         PlainTorch("torch", "plain torch", ()),
