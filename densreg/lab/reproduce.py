@@ -98,8 +98,8 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
     for kind, given in (("method", budget.methods), ("seed", budget.seeds)):
         if given is not None and not given:
             raise ValueError(f"expected at least one {kind}, got none")
-    for method in (*(budget.methods or ()), *budget.coeff, *budget.config):
-        if method and method not in METHODS:
+    for method in (*(budget.methods or ()), *budget.coeff, *filter(None, budget.config)):
+        if method not in METHODS:
             near = runs.did_you_mean(method, METHODS)
             raise ValueError(f"unknown method {method!r}; expected some of {', '.join(METHODS)}{near}")
     rows: dict[str, Row] = {}

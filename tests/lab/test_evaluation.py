@@ -123,8 +123,9 @@ def test_metrics_have_one_shape(name):
 
 @pytest.mark.parametrize("name", METRICS)
 def test_what_a_metric_needs(name):
-    importlib.import_module(METRICS[name].needs)
-    assert re.search(rf"^{METRICS[name].extra} = ", (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.M)
+    module, extra = METRICS[name].needs
+    importlib.import_module(module)
+    assert re.search(rf"^{extra} = ", (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.M)
 
 
 @pytest.mark.parametrize("name", [name for name in METRICS if METRICS[name].draw])
@@ -148,7 +149,7 @@ def test_budgets_side_by_side():
     comparison = Comparison({}, results, split(), "cpu", 4, 0, {})
     for name, attack in (("pgd", "PGD"), ("autoattack", "AutoAttack")):
         (axes,) = METRICS[name].draw(comparison).axes
-        drawn = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.get_lines()}
+        drawn = {line.get_label(): ([*line.get_xdata()], [*line.get_ydata()]) for line in axes.get_lines()}
         assert drawn == {"a": ([0, 0.5, 1], [90, 50, 20]), "b": ([0, 0.5, 1], [80, 70, 60])}
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("budget, L2", f"accuracy under {attack}, %")
 

@@ -9,7 +9,6 @@ image: the size of the batches changes nothing but rounding.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import json
 import math
@@ -42,7 +41,7 @@ class Metric:
         draw: what draws the picture METRIC.png from a :class:`densreg.lab.evaluation.samples.Comparison`, and gives a
             matplotlib figure; None: there is no picture.
         percent: whether its quantities are fractions that tables show as percentages.
-        needs, extra: the module that must be installed for it, and the extra of densreg that installs it.
+        needs: a module that must be installed for it, and the extra of densreg that installs the module.
         of_data: options that are an attribute of the data set where they are not given.
     """
 
@@ -51,12 +50,11 @@ class Metric:
     what: str
     draw: Callable[[samples.Comparison], Any] | None = None
     percent: bool = False
-    needs: str = "tqdm"
-    extra: str = "train"
+    needs: tuple[str, str] = ("tqdm", "train")
     of_data: tuple[str, ...] = ()
 
 
-_CAPTUM: dict[str, Any] = {"needs": "captum.attr", "extra": "evaluate"}
+_MAPS = ("captum.attr", "evaluate")
 
 METRICS = {
     "accuracy": Metric(accuracy.accuracy, "Tables 1, 3", "clean accuracy", percent=True),
@@ -68,60 +66,44 @@ METRICS = {
         of_data=("groups",),
     ),
     "leakage": Metric(
-        leakage.leakage,
-        "Table 1, Eq. 9",
-        "integrated gradients over BlockMNIST's null tile",
-        leakage.draw_leakage,
-        **_CAPTUM,
+        leakage.leakage, "Table 1, Eq. 9", "integrated gradients over BlockMNIST's null tile", leakage.draw, needs=_MAPS
     ),
     "pgd": Metric(
-        attacks.pgd,
-        "Tables 1, 3 to 6",
-        "accuracy under projected gradient descent",
-        attacks.draw_budgets,
-        percent=True,
+        attacks.pgd, "Tables 1, 3 to 6", "accuracy under projected gradient descent", attacks.draw, percent=True
     ),
     "autoattack": Metric(
         autoattack.autoattack,
         "Table 6",
         "accuracy under AutoAttack (extra autoattack)",
-        functools.partial(attacks.draw_budgets, attack="AutoAttack"),
+        autoattack.draw,
         percent=True,
-        needs="pyautoattack",
-        extra="autoattack",
+        needs=("pyautoattack", "autoattack"),
     ),
     "pixel_perturbation": Metric(
         attribution.pixel_perturbation,
         "Fig. 6a",
         "change of the output without the top and bottom pixels",
         attribution.draw_pixel_perturbation,
-        **_CAPTUM,
+        needs=_MAPS,
     ),
     "noise_robustness": Metric(
-        noise.noise_robustness,
-        "Fig. 6b, 9",
-        "change of gradient and log density under noise",
-        noise.draw_noise_robustness,
+        noise.noise_robustness, "Fig. 6b, 9", "change of gradient and log density under noise", noise.draw
     ),
     "out_of_distribution": Metric(
         ood.out_of_distribution,
         "Table 7",
         "AUROC of log density, maximum logit, maximum softmax",
-        needs="sklearn.metrics",
-        extra="evaluate",
+        needs=("sklearn.metrics", "evaluate"),
     ),
     "insertion": Metric(
         attribution.insertion,
         "Fig. 1, 13-15",
         "insertion game, with the attribution maps",
         attribution.draw_insertion,
-        **_CAPTUM,
+        needs=_MAPS,
     ),
     "activation_maximisation": Metric(
-        activation.activation_maximisation,
-        "Fig. 11, 12",
-        "images that maximise a class's logit",
-        activation.draw_activation_maximisation,
+        activation.activation_maximisation, "Fig. 11, 12", "images that maximise a class's logit", activation.draw
     ),
 }
 
@@ -150,9 +132,9 @@ def require(name: str, picture: bool = True) -> None:
         ModuleNotFoundError: it is not; the message names the extra.
     """
     entry = METRICS[name]
-    samples.require(entry.needs, entry.extra)
+    samples.require(*entry.needs)
     if picture and entry.draw:
-        samples.require("matplotlib.figure", entry.extra)
+        samples.require("matplotlib.figure", entry.needs[1])
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -236,24 +218,18 @@ def _parse(text: str, hint: Any) -> Any:
         if type(None) in inner and text.lower() == "none":
             return None
         for kind in sorted((kind for kind in inner if kind is not type(None)), key=lambda kind: kind is str):
-            try:
+            with contextlib.suppress(ValueError):
                 return _parse(text, kind)
-            except ValueError:
-                pass
-        raise ValueError
-    if origin in (tuple, list, Sequence):
+    elif origin in (tuple, list, Sequence):
         return tuple(_parse(part, inner[0]) for part in text.split(",") if part)
-    if hint is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse()
-    if hint is float and "/" in text:
+    elif hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    elif hint is float and "/" in text:
         above, below = map(float, text.split("/", 1))
-        return above / below if below else _refuse()
-    if hint in (int, float, str):
+        if below:
+            return above / below
+    elif hint in (int, float, str):
         return hint(text)
-    return _refuse()
-
-
-def _refuse() -> typing.NoReturn:
     raise ValueError
 
 

@@ -103,7 +103,7 @@ def _shape_and_classes(
     return tuple(x.shape[1:]), torch.tensor(numbers)
 
 
-def draw_activation_maximisation(of: Comparison) -> Any:
+def draw(of: Comparison) -> Any:
     """A matplotlib figure: the images, a row for each run and a column for each class."""
     options = {name: of.options[name] for name in ("steps", "lr", "start", "variation")}
     first = next(iter(of.models.values()))

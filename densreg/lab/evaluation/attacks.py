@@ -60,13 +60,10 @@ def pgd(
     check_one_of("space", space, SPACES)
     for name, value in (("steps", steps), ("restarts", restarts)):
         check_range(name, value, 1, 2**31)
-    if not eps:
-        raise ValueError("eps is empty; expected at least one budget")
-    for budget in eps:
-        check_range("eps", budget, 0, 1e3, above=True)
+    budgets = check_budgets(eps)
     if step_size is not None:
         check_range("step_size", step_size, 0, 1e3, above=True)
-    unit, budgets, order = _unit(model, space), sorted(set(eps)), float(norm)
+    unit, order = _unit(model, space), float(norm)
     right = torch.zeros(1 + len(budgets), dtype=torch.int64)
     for index, x, y in batches(split, batch_size, device, "pgd"):
         robust = is_right(model, x, y)
@@ -81,11 +78,25 @@ def pgd(
                 start = _starts(clean, order, budget, numbers) if random_start else torch.zeros_like(clean)
                 size = attacks.default_step_size(budget, steps) if step_size is None else step_size
                 attacked = attacks.perturb(model, clean, labels, order, budget, steps, size, unit=unit, start=start)
-                _check(attacked, clean, order, budget, unit)
+                check_attacked("PGD", attacked, clean, order, budget, unit)
                 robust[left] = is_right(model, attacked, labels)
             right[1 + i] += robust.sum().item()
-    parts = (right.double() / len(split)).tolist()
-    return {"clean": parts[0], **{f"l{norm}_{e:g}": part for e, part in zip(budgets, parts[1:], strict=True)}}
+    return accuracies(right, len(split), norm, budgets)
+
+
+def check_budgets(eps: Sequence[float]) -> list[float]:
+    """The budgets of an attack in order, each once; raises ValueError for none, or an impossible one."""
+    if not eps:
+        raise ValueError("eps is empty; expected at least one budget")
+    for budget in eps:
+        check_range("eps", budget, 0, 1e3, above=True)
+    return sorted(set(eps))
+
+
+def accuracies(right: Tensor, images: int, norm: str, budgets: Sequence[float]) -> dict[str, float]:
+    """clean, and lNORM_EPS for each budget, of how many images were classified right, [1 + budgets]."""
+    clean, *parts = (right.double() / images).tolist()
+    return {"clean": clean, **{f"l{norm}_{eps:g}": part for eps, part in zip(budgets, parts, strict=True)}}
 
 
 def _unit(model: nn.Module, space: str) -> Tensor | float:
@@ -104,14 +115,16 @@ def _starts(x: Tensor, norm: float, eps: float, numbers: Sequence[tuple[int, ...
     return torch.cat([attacks.uniform_in_ball(one, norm, eps, data.seeded(*number)) for number in numbers]).to(x)
 
 
-def _check(attacked: Tensor, x: Tensor, norm: float, eps: float, unit: Tensor | float) -> None:
+def check_attacked(
+    attack: str, attacked: Tensor, x: Tensor, norm: float, eps: float, unit: Tensor | float = 1.0
+) -> None:
     """Raise RuntimeError unless attacked images are in the ball, up to rounding, and in [0, 1]."""
     far = ((attacked - x) / unit).flatten(1).norm(norm, dim=1).max().item()
     if not far <= eps * (1 + 1e-4) + 1e-6 or attacked.min() < 0 or attacked.max() > 1:
-        raise RuntimeError(f"PGD left its ball: distance {far} of {eps}, or pixels outside of [0, 1]")
+        raise RuntimeError(f"{attack} left its ball: distance {far} of {eps}, or pixels outside of [0, 1]")
 
 
-def draw_budgets(of: Comparison, attack: str = "PGD") -> Any:
+def draw(of: Comparison, attack: str = "PGD") -> Any:
     """A matplotlib figure: the accuracy over the budgets of an attack, a line for each run."""
     figure, ((axes,),) = report.panels(1, 1, 6.5, 4.2)
     draw_accuracy(axes, of.results, attack)

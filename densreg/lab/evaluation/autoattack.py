@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from densreg.lab import data
-from densreg.lab.evaluation.samples import batches, check_one_of, check_range, require
+from densreg.lab.evaluation.attacks import accuracies, check_attacked, check_budgets
+from densreg.lab.evaluation.attacks import draw as draw_budgets
+from densreg.lab.evaluation.samples import Comparison, batches, check_one_of, require
 
 NORMS = {"2": "L2", "inf": "Linf"}
 
@@ -51,12 +54,8 @@ def autoattack(
         raise ValueError(f"attacks are for version=custom, which needs some; got version {version}, attacks {attacks}")
     for name in attacks:
         check_one_of("attacks", name, ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"])
-    if not eps:
-        raise ValueError("eps is empty; expected at least one budget")
-    for budget in eps:
-        check_range("eps", budget, 0, 1e3, above=True)
+    budgets = check_budgets(eps)
     package = require("pyautoattack", "autoattack")
-    budgets = sorted(set(eps))
     right = torch.zeros(1 + len(budgets), dtype=torch.int64)
     on = torch.device(device)
     trace = sys.gettrace()  # it sets one of its own, and leaves none
@@ -82,8 +81,7 @@ def autoattack(
                     right[1 + i] += robust.sum().item()
         finally:
             sys.settrace(trace)
-    parts = (right.double() / len(split)).tolist()
-    return {"clean": parts[0], **{f"l{norm}_{e:g}": part for e, part in zip(budgets, parts[1:], strict=True)}}
+    return accuracies(right, len(split), norm, budgets)
 
 
 def _check_classes(count: int, version: str, attacks: tuple[str, ...]) -> None:
@@ -97,8 +95,11 @@ def _check_classes(count: int, version: str, attacks: tuple[str, ...]) -> None:
 def _withstands(model: nn.Module, attack: object, x: Tensor, y: Tensor, eps: float, norm: str) -> Tensor:
     """[n] bool: whether the model is right about each attacked image, which must lie in the ball and in [0, 1]."""
     attacked, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))  # type: ignore[attr-defined]
-    far = (attacked - x).flatten(1).norm(float(norm), dim=1).max().item()
-    if far > eps * (1 + 1e-4) + 1e-6 or attacked.min() < 0 or attacked.max() > 1:
-        raise RuntimeError(f"AutoAttack left its ball: distance {far} of {eps}, or pixels outside of [0, 1]")
+    check_attacked("AutoAttack", attacked, x, float(norm), eps)
     with torch.no_grad():
         return model(attacked).argmax(1) == y
+
+
+def draw(of: Comparison) -> Any:
+    """A matplotlib figure: the accuracy over the budgets of the attack, a line for each run."""
+    return draw_budgets(of, "AutoAttack")

@@ -84,7 +84,7 @@ def norms(attributions: Tensor, tiles: Tensor) -> Tensor:
     return torch.stack(columns, 1).cpu()
 
 
-def draw_leakage(of: Comparison) -> Any:
+def draw(of: Comparison) -> Any:
     """A matplotlib figure: the first images, and integrated gradients by each run, each on a scale of its own."""
     index = torch.arange(min(PICTURES, len(of.split)))
     x, y = of.split.batch(index, torch.Generator())

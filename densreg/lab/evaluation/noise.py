@@ -94,7 +94,7 @@ def noise_robustness(
     return {f"{name}_{s:g}": means[i, j].item() for j, name in enumerate(names) for i, s in enumerate(sigmas)}
 
 
-def draw_noise_robustness(of: Comparison) -> Any:
+def draw(of: Comparison) -> Any:
     """A matplotlib figure: the three means over sigma, a line for each run."""
     sigmas = of.options["sigmas"]
     figure, (row,) = report.panels(1, 3, 12, 3.6)
