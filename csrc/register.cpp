@@ -46,8 +46,6 @@ extern "C" __attribute__((visibility("default"))) int64_t densreg_calls(int op, 
 STABLE_TORCH_LIBRARY_IMPL(densreg, CPU, m) {
   m.impl("softmax", TORCH_BOX(&densreg::cpu::softmax));
   m.impl("softmax_backward", TORCH_BOX(&densreg::cpu::softmax_backward));
-  m.impl("log_softmax_difference", TORCH_BOX(&densreg::cpu::log_softmax_difference));
   m.impl("pnorm", TORCH_BOX(&densreg::cpu::pnorm));
   m.impl("pnorm_backward", TORCH_BOX(&densreg::cpu::pnorm_backward));
-  m.impl("pnorm_dual", TORCH_BOX(&densreg::cpu::pnorm_dual));
 }

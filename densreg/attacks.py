@@ -26,6 +26,11 @@ def check_norm(norm: float) -> float:
     return float(norm)
 
 
+def default_step_size(eps: float, steps: int) -> float:
+    """``2.5 eps / steps`` (Madry et al., ICLR 2018): from any point of the ball its surface can be reached."""
+    return 2.5 * eps / steps
+
+
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
@@ -104,7 +109,7 @@ def perturb(
         x: [B, ...], pixels in [0, 1]; y: [B] int64.
         norm: 2 or inf.
         eps: radius of the ball, >= 0.
-        step_size: in the same unit.
+        step_size: in the same unit; see :func:`default_step_size`.
         random_start: begin at a random point of the ball, instead of at x.
         generator: where it is drawn from, on x's device; None is torch's global one.
         unit: of eps and step_size in pixels, to be broadcast with x: for a ball in normalised space, the standard

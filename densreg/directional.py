@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from densreg import functional, ops, paths
+from densreg import _torch, functional, ops, paths
 
 
 class _Affine(NamedTuple):
@@ -269,7 +269,9 @@ SMALLEST_INPUT = 1e-2
 def dual_direction(score: Sequence[Tensor], p: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``||g_b||_p`` [B] of the joint score, and the direction of unit dual norm along which it is attained."""
     sizes = [g.shape[1:].numel() for g in score]
-    norm, dual = ops.pnorm_dual(torch.cat([g.detach().flatten(1) for g in score], 1), functional.check_order(p))
+    joint, p = torch.cat([g.detach().flatten(1) for g in score], 1), functional.check_order(p)
+    norm, peak, total = ops.pnorm(joint, p)
+    dual = ops.pnorm_backward(torch.ones_like(norm), joint, peak, total, p)
     return norm, tuple(v.view_as(g) for v, g in zip(dual.split(sizes, 1), score, strict=True))
 
 
@@ -349,7 +351,7 @@ def first_order_gradients(
         ValueError: reentrant checkpoints, and a leaf with a post-accumulate-grad hook.
     """
     # autograd.grad would not say so: weights inside of such a checkpoint simply look unused.
-    if all(node.name() != "CheckpointFunctionBackward" for node in paths.graph_nodes([output])):
+    if not any(_torch.is_reentrant_checkpoint(node) for node in paths.graph_nodes([output])):
         try:
             return list(torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True))
         except torch.utils.checkpoint.CheckpointError as error:
@@ -357,7 +359,7 @@ def first_order_gradients(
                 'path "directional" goes through checkpoints that are reentrant only, or have no ReLU or max pooling '
                 f"inside: use_reentrant=True ({str(error).splitlines()[0]})"
             ) from error
-    if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in leaves):
+    if any(_torch.has_post_accumulate_grad_hooks(leaf) for leaf in leaves):
         raise ValueError(
             "through reentrant checkpoints gradients come by backward() only, which would call the parameters' "
             "post-accumulate-grad hooks too early: take those off, or checkpoint with use_reentrant=False"

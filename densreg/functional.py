@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from densreg import ops
+from densreg import _torch, ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,32 +49,21 @@ class _Function(Function):
 
     @classmethod
     def call(cls, *args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _torch.inside_func_transform():
             return cls.plain(*args) if _loses_derivatives() else cls.apply(*args)
-        return cls.plain(*args) if _is_included(_VMAP_OF_AUTOGRAD) else cls.twin.apply(*args)
+        return cls.plain(*args) if _torch.inside_autograd_vmap() else cls.twin.apply(*args)
 
 
-_is_included = torch._C._dispatch_tls_is_dispatch_key_included
-_VMAP_OF_AUTOGRAD = torch._C._dispatch_key_parse("VmapMode")  # torch.func's is another
-
-
-@torch._dynamo.assume_constant_result  # the transforms around a call are part of the code that is compiled
+@torch.compiler.assume_constant_result  # the transforms around a call are part of the code that is compiled
 def _loses_derivatives() -> bool:
     """Whether torch would lose derivatives of a Function that is called now."""
-    if _is_included(_VMAP_OF_AUTOGRAD):
-        return True
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+    return _torch.inside_autograd_vmap() or _torch.jvp_depth() > 1
 
 
-@torch._dynamo.assume_constant_result  # for code that is compiled, whose guards see to it
+@torch.compiler.assume_constant_result  # for code that is compiled, whose guards see to it
 def _transformed() -> bool:
     """Whether this is called under forward mode, torch.func or the vmap of torch.autograd."""
-    return (
-        torch.autograd.forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or _is_included(_VMAP_OF_AUTOGRAD)
-    )
+    return _torch.inside_forward_mode() or _torch.inside_func_transform() or _torch.inside_autograd_vmap()
 
 
 def _undifferentiated() -> bool:
@@ -135,7 +124,7 @@ def _probabilities(source: Tensor, statistics: Tensor | None, scale: float) -> T
     return wide / scale if statistics is None else torch.softmax(wide, 1)
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _Softmax(_Function):
     """Order 0: (log_density, cross_entropy, scale * softmax) of the logits. See :func:`densreg.ops.softmax`."""
 
@@ -204,7 +193,7 @@ def _fold_statistics(info: Any, statistics: Tensor | None, dim: int | None) -> T
     return batched.mT.flatten(0, 1).t()
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _SoftmaxBackward(_Function):
     """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`, also for l, a and U."""
 
@@ -313,42 +302,6 @@ class _SoftmaxBackward(_Function):
         return _unfold(info, _SoftmaxBackward.call(tensors[0], statistics, *tensors[1:], *args[4:])), 0
 
 
-@torch._dynamo.allow_in_graph
-class _LogSoftmaxDifference(_Function):
-    """(f_k - log_softmax_k(f), softmax); its gradient is that of the log density, for every k."""
-
-    @staticmethod
-    def forward(logits, k, need_softmax):
-        return ops.log_softmax_difference(logits, k, need_softmax)
-
-    @staticmethod
-    def plain(logits, k, need_softmax):
-        log_density, _, softmax, _ = _Softmax.plain(logits, None, 0.0, -100, need_softmax, 1.0)
-        return log_density, softmax, None
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, _, ctx.need_softmax = inputs
-        ctx.options, ctx.scale = (0.0, -100), 1.0
-        _save_source(ctx, logits, output[1], output[2], None)
-        ctx.mark_non_differentiable(output[2], *([] if ctx.need_softmax else [output[1]]))
-
-    @staticmethod
-    def backward(ctx, l, u, _statistics):
-        return _Softmax.backward(ctx, l, None, u, None)[0], None, None
-
-    @staticmethod
-    def jvp(ctx, logits, *_):
-        difference, _, softmax, _ = _Softmax.jvp(ctx, logits)
-        return difference, softmax, None
-
-    @staticmethod
-    def vmap(info, in_dims, logits, k, need_softmax):
-        *outputs, statistics = _LogSoftmaxDifference.call(*_fold(info, in_dims, (logits, k)), need_softmax)
-        outputs, out_dims = _unfold_present(info, outputs, (True, need_softmax))
-        return (*outputs, _unfold_statistics(info, statistics)), (*out_dims, 0)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # p-norm
 
@@ -363,7 +316,7 @@ def _row_peak(g: Tensor) -> Tensor:
     return g.abs().amax(tuple(range(1, g.ndim))) if g.numel() else _row_sum(g)
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _PNorm(_Function):
     """Order 0: (norm, peak, total) of the rows. See :func:`densreg.ops.pnorm`."""
 
@@ -408,7 +361,7 @@ class _PNorm(_Function):
         return _unfold_present(info, _PNorm.call(*_fold(info, in_dims, (g,)), p), (True, True, True))
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _PNormBackward(_Function):
     """Order 1: ``grad * d||g||_p / dg``. See :func:`densreg.ops.pnorm_backward`."""
 
@@ -516,7 +469,7 @@ def _check_class_index(name: str, logits: Tensor, index: Tensor) -> None:
     if index.shape != logits.shape[:1]:
         raise ValueError(f"{name} must have shape [{logits.shape[0]}], one class a row, got {list(index.shape)}")
     if index.device != logits.device:
-        raise ValueError(f"{name} is on {index.device}, the logits are on {logits.device}: wanted the same device")
+        raise ValueError(f"{name} is on {index.device}, the logits are on {logits.device}: expected the same device")
 
 
 def class_index(logits: Tensor, k: int | Tensor) -> Tensor:
@@ -532,7 +485,7 @@ def class_index(logits: Tensor, k: int | Tensor) -> Tensor:
     if k.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = k[(k < 0) | (k >= classes)]
         if wrong.numel():
-            raise ValueError(f"k holds class {int(wrong[0])}; wanted classes in [0, {classes})")
+            raise ValueError(f"expected classes in [0, {classes}) in k, got class {int(wrong[0])}")
     return k
 
 
@@ -593,11 +546,12 @@ def log_softmax_difference(logits: Tensor, k: int | Tensor) -> Tensor:
         [B], float32 (float64 for float64 logits). Differentiable to every order.
 
     Raises:
-        TypeError, ValueError: logits of another dtype or rank; k of another dtype, shape, device or range (on CUDA a
-        tensor with a class out of range is a device assert, or not detected: the result does not depend on k).
+        TypeError, ValueError: logits of another dtype or rank; k of another dtype, shape, device or range. The classes
+        in a tensor k are checked on the CPU, in eager mode: the result does not depend on them.
     """
     check_logits(logits)
-    return _LogSoftmaxDifference.call(logits, class_index(logits, k), False)[0]
+    class_index(logits, k)  # raises
+    return log_density(logits)
 
 
 def density_cross_entropy(
@@ -615,7 +569,7 @@ def density_cross_entropy(
         ``(cross_entropy [B], log_density [B])``, float32 (float64 for float64 logits). Differentiable to every order.
 
     Raises:
-        TypeError, ValueError: what was given and what is wanted. On CUDA a target out of range is a device assert.
+        TypeError, ValueError: what was expected and what was given. On CUDA a target out of range is a device assert.
     """
     check_logits(logits)
     check_target(logits, target, label_smoothing, ignore_index)
@@ -637,7 +591,7 @@ def pnorm(g: Tensor, p: float = 2) -> Tensor:
         an entry is 0 and its row is not.
 
     Raises:
-        TypeError, ValueError: what was given and what is wanted.
+        TypeError, ValueError: what was expected and what was given.
     """
     if not isinstance(g, Tensor):
         raise TypeError(f"g must be a tensor, got {type(g).__name__}")

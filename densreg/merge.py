@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+
+from densreg import _torch
+from densreg._torch import CustomGraphPass, get_hash_for_files
 
 aten = torch.ops.aten
 
@@ -49,7 +51,7 @@ def _merge(graph: Graph, node: Any) -> None:
     node.replace_all_uses_with(total)
     for old in dict.fromkeys((node, *node.args, one, other)):
         graph.erase_node(old)
-    torch._dynamo.utils.counters["densreg"]["products merged"] += 1
+    _torch.count("products merged")
 
 
 def _product(node: Any) -> tuple[Any, bool] | None:

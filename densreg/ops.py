@@ -17,6 +17,7 @@ import functools
 import importlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 _library = torch.library.Library("densreg", "DEF")
 
 # In the order of enum Op in csrc/calls.h, by which the calls are counted.
-OPERATORS = ("softmax", "softmax_backward", "log_softmax_difference", "pnorm", "pnorm_backward", "pnorm_dual")
+OPERATORS = ("softmax", "softmax_backward", "pnorm", "pnorm_backward")
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 """The C++ kernels for CPU tensors (csrc/cpu), the CUDA kernels (csrc/cuda), the Triton kernels (kernels/), and the
@@ -276,8 +277,8 @@ def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if wrong.any():
         raise ValueError(
-            f"target holds class {target[wrong][0].item()}; wanted classes in [0, {classes}) "
-            f"or ignore_index={ignore_index}"
+            f"expected classes in [0, {classes}) or ignore_index={ignore_index} in target, "
+            f"got class {target[wrong][0].item()}"
         )
 
 
@@ -424,46 +425,6 @@ def _softmax_backward_fake(source, *_):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# log_softmax_difference: f_k - log_softmax_k(f)
-
-_define(
-    "log_softmax_difference(Tensor logits, Tensor k, bool need_softmax)"
-    " -> (Tensor difference, Tensor softmax, Tensor statistics)"
-)
-
-
-def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """``f_k - log_softmax_k(f)`` of each row, the integrand of the paper's "stable and efficient" gradient.
-
-    f_k cancels, so it is never added: a class at -inf, or 1e4 below the maximum, costs no digits.
-
-    Args:
-        logits: [B, C], any floating dtype and strides.
-        k: [B] int64 class indices in [0, C).
-        need_softmax: whether to write the softmax, which is the gradient of the difference in the logits.
-
-    Returns:
-        ``(difference [B], softmax [B, C], statistics [2, B])``, as in :func:`softmax`.
-    """
-    _require_no_grad("log_softmax_difference", logits)
-    return _call("log_softmax_difference", logits, k, need_softmax)
-
-
-@_fallback("log_softmax_difference")
-def _log_softmax_difference_torch(logits: Tensor, k: Tensor, need_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if k.device.type == "cpu" and ((k < 0) | (k >= logits.shape[1])).any():
-        raise ValueError(f"k holds classes in [{k.min()}, {k.max()}]; wanted classes in [0, {logits.shape[1]})")
-    difference, _, y, statistics = _softmax_torch(logits, None, 0.0, -100, need_softmax, 1.0)
-    return difference, y, statistics
-
-
-@_fake("log_softmax_difference")
-def _log_softmax_difference_fake(logits, k, need_softmax):
-    difference, _, y, statistics = _softmax_fake(logits, None, 0.0, -100, need_softmax, 1.0)
-    return difference, y, statistics
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # pnorm: the p-norm of each row of the score
 
 _define("pnorm(Tensor g, float p) -> (Tensor norm, Tensor peak, Tensor total)")
@@ -543,37 +504,6 @@ def _pnorm_backward_fake(grad, g, peak, total, p):
     return torch.empty_like(g)
 
 
-_define("pnorm_dual(Tensor g, float p) -> (Tensor norm, Tensor dual)")
-
-
-def pnorm_dual(g: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """p-norm of each row and its gradient ``sign(g) (|g| / norm)^(p-1)``, from one read of the rows that fit on chip.
-
-    The gradient is the dual direction, which a finite difference of the density moves along. In the double backward
-    :func:`pnorm_backward` moves fewer bytes: the gradient there is scaled before it is written.
-
-    Args:
-        g: [B, ...], any floating dtype and memory format.
-        p: the order, 1 <= p <= inf.
-
-    Returns:
-        ``(norm [B], dual [B, ...])``: as :func:`pnorm`, and :func:`pnorm_backward` for a gradient of one.
-    """
-    _require_no_grad("pnorm_dual", g)
-    return _call("pnorm_dual", g, p)
-
-
-@_fallback("pnorm_dual")
-def _pnorm_dual_torch(g: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    norm, peak, total = _pnorm_torch(g, p)
-    return norm, _pnorm_backward_torch(torch.ones_like(norm), g, peak, total, p)
-
-
-@_fake("pnorm_dual")
-def _pnorm_dual_fake(g, p):
-    return _pnorm_fake(g, p)[0], torch.empty_like(g)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # the C++ extension: its kernels take the place of the fallback for CPU tensors when it is loaded
 
@@ -594,6 +524,7 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
     """The extension, or why there is none."""
     path = _FOLDER / "_C.so"
     if not path.exists():
+        _refuse_to_hide_an_installation()
         return None, build_info().get("reason", f"{path.name} was not built")
     try:
         torch.ops.load_library(str(path))
@@ -602,6 +533,18 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} does not load: {error}"
     extension.densreg_calls.restype = ctypes.c_int64
     return extension, None
+
+
+def _refuse_to_hide_an_installation() -> None:
+    """Raise where this is a source tree that was never built, found before the densreg that is installed."""
+    if (_FOLDER / "_build_info.json").exists():
+        return
+    for other in (Path(place, "densreg").resolve() for place in sys.path):
+        if other != _FOLDER.resolve() and (other / "_build_info.json").exists():
+            raise ImportError(
+                f"densreg is imported from its source tree, {_FOLDER}, which was not built and hides the densreg "
+                f"installed in {other}: start Python in another folder, or install with pip install -e"
+            )
 
 
 _extension, MISSING = _load_extension()

@@ -28,7 +28,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from densreg import functional, ops
+from densreg import _torch, functional, ops
 
 Inputs = Tensor | Sequence[Tensor]
 Score = Tensor | tuple[Tensor, ...]
@@ -67,7 +67,7 @@ def _compiling() -> bool:
     if not torch.compiler.is_dynamo_compiling():
         return False
     # Where a full graph is not asked for, Dynamo then leaves this frame to the interpreter, which makes the checks.
-    if not torch._dynamo.config.trace_autograd_ops:
+    if not _torch.traces_autograd():
         raise RuntimeError(_COMPILED_STEP)
     return True
 
@@ -136,20 +136,6 @@ def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Ite
                 nodes.append(child)
 
 
-def _sharding(node: Any, name: str) -> str | None:
-    """Whose node of the graph this is, where it is one of a wrapper that loses gradients of gradients."""
-    if name == "RegisterPostBackwardFunctionBackward":
-        return "a model that is sharded (FSDP2, fully_shard)"
-    if name == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
-        return "DistributedDataParallel(static_graph=True)"
-    if name == "torch::autograd::AccumulateGrad":
-        if getattr(node.variable, "_is_flat_param", False):
-            return "a model that is sharded (FSDP1)"
-        if any(not placement.is_replicate() for placement in getattr(node.variable, "placements", ())):
-            return "a model whose weights are sharded DTensors"
-    return None
-
-
 def check_score(score: tuple[Tensor, ...], outputs: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The score of outputs in x; raises RuntimeError where it cannot be differentiated again, or only in part.
 
@@ -162,13 +148,12 @@ def check_score(score: tuple[Tensor, ...], outputs: Tensor, x: tuple[Tensor, ...
             raise RuntimeError(_NOT_TWICE)
         return score
     for node in graph_nodes([*score, outputs], x):
-        name = node.name()
-        whose = _sharding(node, name)
+        whose = _torch.sharded_by(node)
         if whose is not None:
             raise RuntimeError(_SHARDED.format(whose))
-        if name == "CompiledFunctionBackwardBackward":
+        if _torch.is_of_compiled_model(node):
             raise RuntimeError(_COMPILED_MODEL)
-        if name == "torch::autograd::Error":
+        if _torch.cannot_be_differentiated(node):
             raise RuntimeError(_NOT_TWICE)
     if not all(g.requires_grad for g in score):
         raise RuntimeError(_NOT_TWICE)

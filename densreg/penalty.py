@@ -44,7 +44,7 @@ def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused"
     """``R = mean_b || grad_{x_b} logsumexp f(x_b) ||_p``, the density penalty (Yang et al., ECCV 2024).
 
     Differentiable in the parameters, which is second order. Inside torch.compile, an ``autograd.Function`` of your own
-    in the model must be marked ``torch._dynamo.allow_in_graph``: torch loses its second order there, without an error.
+    in the model must be marked ``torch.compiler.allow_in_graph``: torch loses its second order there, without an error.
 
         x.requires_grad_()
         logits = model(x)

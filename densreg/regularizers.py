@@ -251,7 +251,7 @@ class IGSum:
         return _cross_entropy(classify(ends), target) + self.beta * norm
 
     def _worst(self, classify: Classify, xs: tuple[Tensor, ...], target: Tensor) -> tuple[Tensor, ...]:
-        size = 2.5 * self.eps / self.steps
+        size = attacks.default_step_size(self.eps, self.steps)
         fixed = tuple(x.detach() for x in xs)
 
         def valid(points: Sequence[Tensor]) -> tuple[Tensor, ...]:

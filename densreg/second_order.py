@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from densreg import _torch
+from densreg._torch import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from densreg.functional import _Function, _transformed, _undifferentiated
 from densreg.paths import graph_nodes
 
@@ -40,19 +39,8 @@ from densreg.paths import graph_nodes
 
 
 def _wanted(tensor: Tensor | None) -> bool:
-    """Whether the running backward is to compute this input's gradient.
-
-    ``needs_input_grad`` says so of every input that requires grad, also of the weights under ``grad(loss, [x])``
-    (pytorch #56500), which would double the cost of the first backward.
-    """
-    if tensor is None or not tensor.requires_grad:
-        return False
-    try:
-        with torch._C.DisableTorchFunctionSubclass():  # a subclass would be given the edge of a view of it
-            edge = torch.autograd.graph.get_gradient_edge(tensor)
-        return torch._C._will_engine_execute_node(edge.node)
-    except RuntimeError:  # a leaf whose gradient autograd.grad was asked for
-        return True
+    """Whether the running backward is to compute this input's gradient: more would double the first one's cost."""
+    return tensor is not None and tensor.requires_grad and _torch.engine_needs(tensor)
 
 
 class _Convolution(_Function):
@@ -65,7 +53,7 @@ class _Convolution(_Function):
         return cls.apply(*args) if torch.compiler.is_compiling() else cls.twin.apply(*args)
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _Conv(_Convolution):
     """[N, C_in, ...], weight, bias -> [N, C_out, ...]."""
 
@@ -76,7 +64,7 @@ class _Conv(_Convolution):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, ctx.bias, *ctx.spec = inputs  # whose value no derivative needs, so it may change
-        ctx.bias_version = None if ctx.bias is None else ctx.bias._version
+        ctx.bias_version = None if ctx.bias is None else _torch.version(ctx.bias)
         ctx.save_for_backward(x, weight)
 
     @staticmethod
@@ -85,12 +73,12 @@ class _Conv(_Convolution):
         grad_x = _ConvGradInput.call(grad, weight, x, *ctx.spec) if _wanted(x) else None
         grad_weight = _ConvGradWeight.call(grad, x, weight, *ctx.spec) if _wanted(weight) else None
         # Changed in place it is another tensor of the graph, about which there is nothing to ask any more.
-        changed = ctx.needs_input_grad[2] and ctx.bias._version != ctx.bias_version
+        changed = ctx.needs_input_grad[2] and _torch.version(ctx.bias) != ctx.bias_version
         grad_bias = grad.sum([0, *range(2, grad.ndim)]) if changed or _wanted(ctx.bias) else None
         return grad_x, grad_weight, grad_bias, *[None] * len(ctx.spec)
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _ConvGradInput(_Convolution):
     """The gradient in x; of x itself only the shape and the memory format matter."""
 
@@ -111,7 +99,7 @@ class _ConvGradInput(_Convolution):
         return grad_grad, grad_weight, None, *[None] * len(ctx.spec)
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 class _ConvGradWeight(_Convolution):
     """The gradient in the weight; of the weight itself only the shape and the memory format matter."""
 
@@ -213,21 +201,47 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     torch.conv_transpose3d: _conv_transpose,
     F.hardsigmoid: _hardsigmoid,
     F.normalize: _normalize,
-    torch._weight_norm: _weight_norm,
+    _torch.weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _attention(F.multi_head_attention_forward),
 }
 
 
-def _undispatched(function: Any) -> Callable:
-    """A Python function of torch without its own dispatch to modes."""
-    scope = function.__globals__ | {"has_torch_function": lambda _: False, "has_torch_function_unary": lambda _: False}
-    copied = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
+_INCOMING = {torch.autograd.grad: "grad_outputs", torch.autograd.backward: "grad_tensors"}
 
 
-_BACKWARDS = {f: _undispatched(f) for f in (torch.autograd.grad, Tensor.backward)}
+class _Mode(TorchFunctionMode):
+    """A mode that is on in a backward too, where checkpoints run their forward again, which has to be the same.
+
+    A mode is off while it handles a call. torch's functions ask at their beginning whether one is on, and would come
+    back to it; the incoming gradients they read after that, and that is when the mode is entered. Were they read
+    earlier, the calls would not end (RecursionError).
+    """
+
+    def _backward(self, function: Callable, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.pop(_INCOMING[function])
+        if given is None:
+            given = [None] * (len(outputs) if isinstance(outputs, Sequence) else 1)
+        with contextlib.ExitStack() as stack:
+
+            def incoming() -> Iterator[Tensor | None]:
+                stack.enter_context(self)
+                yield from [given] if isinstance(given, Tensor) else given
+
+            return function(outputs, *args, **{_INCOMING[function]: incoming()}, **kwargs)
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _INCOMING and not torch.compiler.is_compiling():
+            return self._backward(func, *args, **kwargs)
+        if func is Tensor.backward and not torch.compiler.is_compiling():  # calls autograd.backward
+            with self:
+                return torch.autograd.backward(args[0], kwargs.pop("gradient"), **kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The call of any other function."""
+        raise NotImplementedError
 
 
 def _inside(function: Callable) -> Callable:
@@ -240,7 +254,7 @@ def _inside(function: Callable) -> Callable:
     return run
 
 
-class fast_second_order(TorchFunctionMode):
+class fast_second_order(_Mode):
     """Context in which a model is run so that its gradients can be differentiated again, fast.
 
         with densreg.fast_second_order():
@@ -259,11 +273,7 @@ class fast_second_order(TorchFunctionMode):
     mode and vmap the convolutions are torch's own, with all of its derivatives and at its speed.
     """
 
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _BACKWARDS and not torch.compiler.is_compiling():
-            with self:  # a mode is off while it handles a call, and what is computed again has to be the same
-                return _BACKWARDS[func](*args, **kwargs)
+    def _call(self, func, args, kwargs):
         if func is torch.utils.checkpoint.checkpoint:  # only Dynamo asks a mode about it, and the mode is off meanwhile
             return func(_inside(args[0]), *args[1:], **kwargs)
         replacement = _REPLACEMENTS.get(func)
@@ -280,7 +290,7 @@ def hardsigmoid_under_compile() -> AbstractContextManager:
 
     torch lists hardsigmoid among the functions that no mode may override, by which Dynamo goes, though eager does not.
     """
-    return mock.patch.object(F, "hardsigmoid", _hardsigmoid)
+    return _torch.replaced(F, "hardsigmoid", _hardsigmoid)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -358,7 +368,7 @@ _FORMULAS: dict[Callable, Callable] = {
 }
 
 
-class third_order(TorchFunctionMode):
+class third_order(_Mode):
     """Context in which a model is run so that its gradients can be differentiated twice again, as a Hessian's norm is.
 
         with densreg.fast_second_order(), densreg.second_order.third_order():
@@ -368,8 +378,8 @@ class third_order(TorchFunctionMode):
     without an error, and of the others it has none.
     """
 
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        return _FORMULAS.get(func, func)(*args, **(kwargs or {}))
+    def _call(self, func, args, kwargs):
+        return _FORMULAS.get(func, func)(*args, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -426,7 +436,7 @@ def check_model(model: nn.Module, *example: Any, order: int = 2) -> list[Finding
     """
     if order not in (2, 3):
         raise ValueError(f"order must be 2 or 3, got {order}")
-    model = _copy(getattr(model, "_orig_mod", model))
+    model = _copy(_torch.uncompiled(model))
     if order == 3:
         model = model.double()
         example = tree_map(lambda t: t.double() if _is_floating(t) else t, example)
@@ -484,8 +494,7 @@ def of_a_graph(model: nn.Module) -> list[tuple[str, str, Tensor]]:
     return [
         (name, attribute, t)
         for name, module in model.named_modules()
-        for attribute, value in (module._buffers | vars(module)).items()
-        if attribute not in ("_parameters", "_buffers", "_modules")
+        for attribute, value in _torch.attributes_of(module).items()
         for t in tree_leaves(value)
         if isinstance(t, Tensor) and t.grad_fn is not None
     ]

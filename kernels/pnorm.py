@@ -1,4 +1,4 @@
-"""pnorm, pnorm_backward and pnorm_dual in Triton. The mathematics is in densreg/ops.py.
+"""pnorm and pnorm_backward in Triton. The mathematics is in densreg/ops.py.
 
 A row is one dense block of memory, in whatever order of dimensions. Lengths and strides come divided by ALIGN.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .rows import (
     SPLIT,
-    Rung,
+    Tile,
     accumulation,
     accumulation_dtype,
     alignment,
@@ -22,8 +22,8 @@ from .rows import (
     exp_difference,
     on,
     part_of_row,
-    rung_of,
     store,
+    tile_of,
 )
 
 GENERAL, ONE, TWO, INF = range(4)
@@ -110,29 +110,22 @@ def _dual(g, peak, total, less_one, inverse_p, grad, ORDER: tl.constexpr, PRECIS
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def pnorm_rows(
-    g_ptr, norm_ptr, peak_ptr, total_ptr, out_ptr, rows, units, stride,
-    p: tl.float64, inverse_p: tl.float64, less_one: tl.float64,
+    g_ptr, norm_ptr, peak_ptr, total_ptr, rows, units, stride, p: tl.float64, inverse_p: tl.float64,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
     PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows whole: the norm, with what the backward takes, or with the dual direction."""
+    """ROWS rows whole."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     columns = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (columns < units * ALIGN)
-    g = tl.load(g_ptr + (row * stride * ALIGN)[:, None] + columns, mask=mask, other=0.0).to(ACC)
-    magnitude = tl.abs(g)
+    magnitude = tl.abs(tl.load(g_ptr + (row * stride * ALIGN)[:, None] + columns, mask=mask, other=0.0).to(ACC))
     p, inverse_p = tl.full((1, 1), p, ACC), tl.full((1,), inverse_p, ACC)
     peak = _peak(magnitude, ACC)
     total = _total(magnitude, mask, peak, p, ORDER, PRECISE)
     tl.store(norm_ptr + row, _norm(peak, total, inverse_p, ORDER, PRECISE), mask=live)
-    if out_ptr is None:
-        tl.store(peak_ptr + row, peak, mask=live)
-        tl.store(total_ptr + row, total, mask=live)
-    else:
-        less_one, grad = tl.full((1,), less_one, ACC), tl.full(peak.shape, 1.0, ACC)
-        dual = _dual(g, peak, total, less_one, inverse_p, grad, ORDER, PRECISE)
-        store(out_ptr + (row * units * ALIGN)[:, None] + columns, dual, mask)
+    tl.store(peak_ptr + row, peak, mask=live)
+    tl.store(total_ptr + row, total, mask=live)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -187,16 +180,14 @@ def pnorm_backward_tiles(
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
     PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows whole, or one part of one row. Without grad_ptr the gradient of the norm is one."""
+    """ROWS rows whole, or one part of one row."""
     pid = tl.program_id(0).to(tl.int64)
     row = pid // parts * ROWS + tl.arange(0, ROWS)
     live = row < rows
     pointers, mask, column = part_of_row(g_ptr, row[:, None], pid % parts, units, stride, ALIGN, BLOCK)
     mask = mask & live[:, None]
     g = tl.load(pointers, mask=mask, other=0.0).to(ACC)
-    grad = tl.full(row.shape, 1.0, ACC)
-    if grad_ptr is not None:
-        grad = tl.load(grad_ptr + row, mask=live, other=0.0)
+    grad = tl.load(grad_ptr + row, mask=live, other=0.0)
     peak = tl.load(peak_ptr + row, mask=live, other=1.0)
     total = tl.load(total_ptr + row, mask=live, other=1.0)
     less_one, inverse_p = tl.full((1,), less_one, ACC), tl.full((1,), inverse_p, ACC)
@@ -228,9 +219,9 @@ def row_stride(g: Tensor) -> int | None:
     return g.stride(0) if g.shape[0] > 1 else length
 
 
-def _rung_of(g: Tensor, p: float) -> Rung | None:
+def _tile_of(g: Tensor, p: float) -> Tile | None:
     # exp and log take registers: with 32 entries a thread ptxas spills.
-    return rung_of(g[0].numel(), g.element_size(), *((8192,) if order_of(p) == GENERAL else ()))
+    return tile_of(g[0].numel(), g.element_size(), *((8192,) if order_of(p) == GENERAL else ()))
 
 
 def _options(g: Tensor, align: int, p: float) -> dict[str, object]:
@@ -242,90 +233,59 @@ def _options(g: Tensor, align: int, p: float) -> dict[str, object]:
     }
 
 
-def _norm_of(g: Tensor, stride: int, p: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm, peak and total of dense rows; and the dual direction, where `out` is given and the rows are whole."""
-    rows = g.shape[0]
-    length = g.numel() // rows
-    norm, peak, total = (g.new_empty(rows, dtype=accumulation_dtype(g.dtype)) for _ in range(3))
+def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`densreg.ops.pnorm`."""
+    rows, dtype = g.shape[0], accumulation_dtype(g.dtype)
+    if g.numel() == 0:  # no rows, or rows without entries
+        zero = g.new_zeros(rows, dtype=dtype)
+        return zero, zero.clone(), torch.ones_like(zero)
+    length = g[0].numel()
+    stride = row_stride(g)
+    if stride is None:
+        g, stride = g.contiguous(), length
+    norm, peak, total = (g.new_empty(rows, dtype=dtype) for _ in range(3))
     align = alignment(length, stride)
     options = _options(g, align, p)
     sizes = (rows, length // align, stride // align)
-    if rung := _rung_of(g, p):
-        pnorm_rows[(triton.cdiv(rows, rung.rows),)](
-            g, norm, peak, total, out, *sizes, *_powers(p),
-            BLOCK=rung.block, ROWS=rung.rows, num_warps=rung.warps, **options,
-        )  # fmt: skip
-    else:
-        rung = SPLIT[g.element_size()]
-        parts = triton.cdiv(length, rung.block)
-        partial = g.new_empty((2, rows, parts), dtype=norm.dtype)
-        pnorm_parts[(rows * parts,)](
-            g, partial, *sizes, parts, _powers(p)[0], BLOCK=rung.block, num_warps=rung.warps, **options
-        )
-        del options["ALIGN"]
-        pnorm_whole[(rows,)](
-            partial, norm, peak, total, rows, parts, *_powers(p)[:2],
-            PARTS=triton.next_power_of_2(parts), num_warps=4, **options,
-        )  # fmt: skip
-    return norm, peak, total
-
-
-def _gradient_of(
-    grad: Tensor | None, g: Tensor, stride: int, peak: Tensor, total: Tensor, p: float, out: Tensor
-) -> None:
-    rows = g.shape[0]
-    length = g.numel() // rows
-    align = alignment(length, stride)
-    rung = _rung_of(g, p) or SPLIT[g.element_size()]
-    parts = triton.cdiv(length, rung.block)
-    pnorm_backward_tiles[(triton.cdiv(rows, rung.rows) * parts,)](
-        grad, g, peak, total, out, rows, length // align, stride // align, parts, *_powers(p)[1:],
-        BLOCK=rung.block, ROWS=rung.rows, num_warps=rung.warps, **_options(g, align, p),
-    )  # fmt: skip
-
-
-def _in_and_out(g: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
-    """Dense rows and their distance, where the kernels write (rows one after the other, in the same order), and the
-    output: another tensor where g has no dense rows."""
-    out = torch.empty_like(g)  # g's memory format
-    stride = row_stride(g)
-    if stride is not None and out.stride()[1:] == g.stride()[1:] and row_stride(out) == g[0].numel():
-        return g, stride, out, out
-    g = g.contiguous()
-    return g, g[0].numel(), torch.empty_like(g), out
-
-
-def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`densreg.ops.pnorm`."""
-    if g.numel() == 0:  # no rows, or rows without entries
-        zero = g.new_zeros(g.shape[0], dtype=accumulation_dtype(g.dtype))
-        return zero, zero.clone(), torch.ones_like(zero)
-    stride = row_stride(g)
-    if stride is None:
-        g = g.contiguous()
-        stride = g[0].numel()
     with on(g.device):
-        return _norm_of(g, stride, p, None)
+        if tile := _tile_of(g, p):
+            pnorm_rows[(triton.cdiv(rows, tile.rows),)](
+                g, norm, peak, total, *sizes, *_powers(p)[:2],
+                BLOCK=tile.block, ROWS=tile.rows, num_warps=tile.warps, **options,
+            )  # fmt: skip
+        else:
+            tile = SPLIT[g.element_size()]
+            parts = triton.cdiv(length, tile.block)
+            partial = g.new_empty((2, rows, parts), dtype=dtype)
+            pnorm_parts[(rows * parts,)](
+                g, partial, *sizes, parts, _powers(p)[0], BLOCK=tile.block, num_warps=tile.warps, **options
+            )
+            del options["ALIGN"]
+            pnorm_whole[(rows,)](
+                partial, norm, peak, total, rows, parts, *_powers(p)[:2],
+                PARTS=triton.next_power_of_2(parts), num_warps=4, **options,
+            )  # fmt: skip
+    return norm, peak, total
 
 
 def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: float) -> Tensor:
     """See :func:`densreg.ops.pnorm_backward`."""
+    out = torch.empty_like(g)  # g's memory format
     if g.numel() == 0:
-        return torch.empty_like(g)
-    g, stride, dense, out = _in_and_out(g)
-    row = accumulation_dtype(g.dtype)
+        return out
+    rows, length = g.shape[0], g[0].numel()
+    # Where the kernel writes: dense rows one after the other, in the order of g's; another tensor where g has none.
+    dense, stride = out, row_stride(g)
+    if stride is None or out.stride()[1:] != g.stride()[1:] or row_stride(out) != length:
+        g, stride = g.contiguous(), length
+        dense = torch.empty_like(g)
+    grad, peak, total = (as_row(t, accumulation_dtype(g.dtype)) for t in (grad, peak, total))
+    align = alignment(length, stride)
+    tile = _tile_of(g, p) or SPLIT[g.element_size()]
+    parts = triton.cdiv(length, tile.block)
     with on(g.device):
-        _gradient_of(as_row(grad, row), g, stride, as_row(peak, row), as_row(total, row), p, dense)
+        pnorm_backward_tiles[(triton.cdiv(rows, tile.rows) * parts,)](
+            grad, g, peak, total, dense, rows, length // align, stride // align, parts, *_powers(p)[1:],
+            BLOCK=tile.block, ROWS=tile.rows, num_warps=tile.warps, **_options(g, align, p),
+        )  # fmt: skip
     return out if dense is out else out.copy_(dense)
-
-
-def pnorm_dual(g: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """See :func:`densreg.ops.pnorm_dual`."""
-    if g.numel() == 0:
-        return g.new_zeros(g.shape[0], dtype=accumulation_dtype(g.dtype)), torch.empty_like(g)
-    g, stride, dense, out = _in_and_out(g)
-    with on(g.device):
-        norm, peak, total = _norm_of(g, stride, p, dense)
-        if _rung_of(g, p) is None:
-            _gradient_of(None, g, stride, peak, total, p, dense)
-    return norm, out if dense is out else out.copy_(dense)

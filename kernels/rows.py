@@ -1,4 +1,4 @@
-"""How rows are laid over programs, and what the kernels share: the size ladder, exp, power, and the launch.
+"""How rows are laid over programs, and what the kernels share: tile configurations, exp, power, and the launch.
 
 A row that fits on chip is read once, by one program; a program takes several rows where they are short. A longer row is
 split over several programs: a first kernel reduces each part, a second one reduces the parts, in every program again,
@@ -25,35 +25,37 @@ INTERPRETED = bool(knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-class Rung(NamedTuple):
+class Tile(NamedTuple):
+    """A tile configuration: what one program works on, and with how many threads."""
+
     block: int  # entries of a row in one program, a power of two
     rows: int
     warps: int
 
 
 _SHORT = (
-    *(Rung(16, 16, 1), Rung(32, 8, 1), Rung(64, 4, 1), Rung(128, 4, 2), Rung(256, 4, 4), Rung(512, 2, 4)),
-    *(Rung(1024, 1, 4), Rung(2048, 1, 4), Rung(4096, 1, 8), Rung(8192, 1, 16)),
+    *(Tile(16, 16, 1), Tile(32, 8, 1), Tile(64, 4, 1), Tile(128, 4, 2), Tile(256, 4, 4), Tile(512, 2, 4)),
+    *(Tile(1024, 1, 4), Tile(2048, 1, 4), Tile(4096, 1, 8), Tile(8192, 1, 16)),
 )
 
 # By bytes of an entry. Reasoned, not measured: 8 to 32 entries a thread, so that its loads are 16 bytes and several of
 # them are in flight, and two operands of a row stay in registers; at least about 100 programs for 128 short rows.
-# `python -m benchmarks.triton_aot` shows registers and spills of every rung.
-LADDER = {
-    2: (*_SHORT, Rung(16384, 1, 32)),
-    4: (*_SHORT, Rung(16384, 1, 16)),
+# `python -m benchmarks.triton_aot` shows registers and spills of every tile.
+TILES = {
+    2: (*_SHORT, Tile(16384, 1, 32)),
+    4: (*_SHORT, Tile(16384, 1, 16)),
     8: _SHORT,
 }
-"""The first rung whose block holds the row."""
+"""The configurations for whole rows: the first whose block holds the row is taken."""
 
-SPLIT = {2: Rung(4096, 1, 8), 4: Rung(8192, 1, 8), 8: Rung(2048, 1, 8)}
-"""What is longer than the ladder: each program's part. Twice of it spills on Triton 3.6, but for float32."""
+SPLIT = {2: Tile(4096, 1, 8), 4: Tile(8192, 1, 8), 8: Tile(2048, 1, 8)}
+"""For longer rows: each program's part. Twice of it spills on Triton 3.6, but for float32."""
 
 
 @functools.cache
-def rung_of(length: int, itemsize: int, most: int = 1 << 20) -> Rung | None:
-    """The rung that holds a row whole, with a block of at most `most`; None: split it."""
-    return next((rung for rung in LADDER[itemsize] if length <= rung.block <= most), None)
+def tile_of(length: int, itemsize: int, most: int = 1 << 20) -> Tile | None:
+    """The tile that holds a row whole, with a block of at most `most`; None: split it."""
+    return next((tile for tile in TILES[itemsize] if length <= tile.block <= most), None)
 
 
 def alignment(*multiples: int) -> int:

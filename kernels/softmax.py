@@ -1,4 +1,4 @@
-"""softmax, softmax_backward and log_softmax_difference in Triton. The mathematics is in densreg/ops.py.
+"""softmax and softmax_backward in Triton. The mathematics is in densreg/ops.py.
 
 In the names of the kernels' arguments: f the logits, p the softmax, u its upstream gradient; a_ptr, l_ptr those of the
 cross-entropy and of the log density. Lengths and strides come divided by ALIGN.
@@ -21,8 +21,8 @@ from .rows import (
     finite_or_zero,
     on,
     part_of_row,
-    rung_of,
     store,
+    tile_of,
 )
 
 _INTEGERS = ["rows", "units", "stride", "u_stride", "ignore_index", "parts"]  # not specialized: one kernel for all
@@ -288,15 +288,15 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
 
 
-def _classes(what: str, y: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
+def _checked_target(y: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Contiguous class indices, checked here on the CPU. On a GPU that would synchronise: the kernels assert."""
     if y.device.type == "cpu":
-        wrong = (y < 0) | (y >= classes)
-        if ignore_index is not None:
-            wrong &= y != ignore_index
+        wrong = ((y < 0) | (y >= classes)) & (y != ignore_index)
         if wrong.any():
-            ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-            raise ValueError(f"{what} holds class {y[wrong][0].item()}; wanted classes in [0, {classes}){ignored}")
+            raise ValueError(
+                f"expected classes in [0, {classes}) or ignore_index={ignore_index} in target, "
+                f"got class {y[wrong][0].item()}"
+            )
     return y.contiguous()
 
 
@@ -313,7 +313,7 @@ def softmax(
     rows, classes = f.shape
     dtype = accumulation_dtype(f.dtype)
     if target is not None:
-        target = _classes("target", target, classes, ignore_index)
+        target = _checked_target(target, classes, ignore_index)
     density = f.new_empty(rows, dtype=dtype)
     ce = f.new_empty(0 if target is None else rows, dtype=dtype)
     p = f.new_empty(f.shape if need_softmax else 0)
@@ -332,21 +332,21 @@ def softmax(
     sizes = (rows, classes // align, stride // align)
     numbers = (ignore_index, label_smoothing, scale)
     with on(f.device):
-        if rung := rung_of(classes, f.element_size()):
-            softmax_rows[(triton.cdiv(rows, rung.rows),)](
+        if tile := tile_of(classes, f.element_size()):
+            softmax_rows[(triton.cdiv(rows, tile.rows),)](
                 f, target, density, ce, out, statistics, *sizes, *numbers,
-                BLOCK=rung.block, ROWS=rung.rows, num_warps=rung.warps, sanitize_overflow=False, **options,
+                BLOCK=tile.block, ROWS=tile.rows, num_warps=tile.warps, sanitize_overflow=False, **options,
             )  # fmt: skip
         else:
-            rung = SPLIT[f.element_size()]
-            parts = triton.cdiv(classes, rung.block)
+            tile = SPLIT[f.element_size()]
+            parts = triton.cdiv(classes, tile.block)
             partial = f.new_empty((3, rows, parts), dtype=dtype)
             softmax_parts[(rows * parts,)](
-                f, partial, *sizes, parts, BLOCK=rung.block, num_warps=rung.warps, **options
+                f, partial, *sizes, parts, BLOCK=tile.block, num_warps=tile.warps, **options
             )  # fmt: skip
             softmax_columns[(rows * (parts if need_softmax else 1),)](
                 f, target, density, ce, out, statistics, partial, *sizes, parts, *numbers,
-                BLOCK=rung.block, PARTS=triton.next_power_of_2(parts), num_warps=rung.warps, sanitize_overflow=False,
+                BLOCK=tile.block, PARTS=triton.next_power_of_2(parts), num_warps=tile.warps, sanitize_overflow=False,
                 **options,
             )  # fmt: skip
     return density, ce, p, statistics
@@ -369,7 +369,7 @@ def softmax_backward(
     dtype = accumulation_dtype(source.dtype)
     out = source.new_empty(source.shape)
     if target is not None:
-        target = _classes("target", target, classes, ignore_index)
+        target = _checked_target(target, classes, ignore_index)
     if rows == 0:
         return out
     statistics, l = as_row(statistics, dtype), as_row(grad_log_density, dtype)
@@ -384,33 +384,25 @@ def softmax_backward(
     numbers = (ignore_index, label_smoothing, scale)
     tensors = (source, statistics, target, l, a, u, out)
     with on(source.device):
-        if rung := rung_of(classes, source.element_size()):
-            softmax_backward_rows[(triton.cdiv(rows, rung.rows),)](
+        if tile := tile_of(classes, source.element_size()):
+            softmax_backward_rows[(triton.cdiv(rows, tile.rows),)](
                 *tensors, *sizes, *numbers,
-                BLOCK=rung.block, ROWS=rung.rows, SMOOTH=smooth, num_warps=rung.warps, sanitize_overflow=False,
+                BLOCK=tile.block, ROWS=tile.rows, SMOOTH=smooth, num_warps=tile.warps, sanitize_overflow=False,
                 **options,
             )  # fmt: skip
         else:
-            rung = SPLIT[source.element_size()]
-            parts = triton.cdiv(classes, rung.block)
+            tile = SPLIT[source.element_size()]
+            parts = triton.cdiv(classes, tile.block)
             partial = None
             if u is not None:
                 partial = source.new_empty((rows, parts), dtype=dtype)
                 softmax_backward_parts[(rows * parts,)](
                     source, statistics, u, partial, *sizes, parts,
-                    BLOCK=rung.block, num_warps=rung.warps, **options,
+                    BLOCK=tile.block, num_warps=tile.warps, **options,
                 )  # fmt: skip
             softmax_backward_columns[(rows * parts,)](
                 *tensors, partial, *sizes, parts, *numbers,
-                BLOCK=rung.block, PARTS=triton.next_power_of_2(parts), SMOOTH=smooth, num_warps=rung.warps,
+                BLOCK=tile.block, PARTS=triton.next_power_of_2(parts), SMOOTH=smooth, num_warps=tile.warps,
                 sanitize_overflow=False, **options,
             )  # fmt: skip
     return out
-
-
-def log_softmax_difference(logits: Tensor, k: Tensor, need_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`densreg.ops.log_softmax_difference`. On a GPU k is not looked at: nothing is read or written there."""
-    if k.device.type == "cpu":
-        _classes("k", k, logits.shape[1])
-    difference, _, p, statistics = softmax(logits, None, 0.0, -100, need_softmax, 1.0)
-    return difference, p, statistics

@@ -209,7 +209,7 @@ def test_normalised_space():
     in_pixels = pgd(model, data, eps=(0.1,), **options)
     in_deviations = pgd(model, data, eps=(0.4,), space="normalised", **options)
     assert in_pixels["l2_0.1"] == in_deviations["l2_0.4"] < in_pixels["clean"]
-    with pytest.raises(ValueError, match=r"first layer is densreg\.models\.Normalize"):
+    with pytest.raises(ValueError, match=r"first layer is densreg\.lab\.models\.Normalize"):
         pgd(body, data, space="normalised", **options)
 
 
@@ -234,3 +234,12 @@ def test_an_attack_that_leaves_its_ball_is_found(monkeypatch):
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
         pgd(curved(4, SHAPE), split(5, SHAPE), device="cpu", batch_size=5, **options)
+
+
+def test_default_step_size():
+    """2.5 eps / steps, in the measurement as in adversarial training."""
+    assert attacks.default_step_size(0.4, 20) == pytest.approx(0.05)
+    model, images = curved(4, SHAPE), split(20, SHAPE)
+    options = {"device": "cpu", "batch_size": 20, "eps": (0.2,), "steps": 2}
+    results = [pgd(model, images, **options, step_size=size) for size in (None, 0.25, 0.01)]
+    assert results[0] == results[1] != results[2]

@@ -17,7 +17,7 @@ from torch import nn
 
 import densreg
 from benchmarks.second_order import problem, reference, relative_error
-from densreg import RegularizedObjective, directional
+from densreg import RegularizedObjective, directional, step
 
 Y = torch.tensor([0, 1, 2, 3, 4])
 F32, F64 = torch.float32, torch.float64
@@ -362,7 +362,7 @@ def test_kinks_of_other_functions_are_noticed():
 def test_kinks_of_other_functions_are_noticed_later(monkeypatch):
     """A small batch may have none within the first step."""
     seen = []
-    monkeypatch.setattr(RegularizedObjective, "_check_smooth", lambda *args: seen.append(args[0]._differences))
+    monkeypatch.setattr(step, "_check_smooth", lambda checks, *_: seen.append(checks.steps))
     objective = RegularizedObjective(
         nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)), 1.0, path="directional"
     )

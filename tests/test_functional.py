@@ -50,6 +50,49 @@ def test_only_the_penalty_writes_the_softmax(monkeypatch):
     assert asked == [False, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_softmax_difference_is_the_log_density_for_every_class(dtype):
+    logits = torch.randn(6, 11).mul(5).to(dtype)
+    wide = double(logits)
+    for k in range(11):
+        difference = densreg.log_softmax_difference(logits, k)
+        assert torch.equal(difference, densreg.log_density(logits))
+        assert error(difference, wide[:, k] - wide.log_softmax(1)[:, k]) < (1e-14 if dtype == torch.float64 else 2e-6)
+    # f_k cancels: a class far below the maximum costs no digits.
+    masked = torch.tensor([[3.0, -1e4, -math.inf]])
+    assert all(densreg.log_softmax_difference(masked, k).item() == 3 for k in range(3))
+
+
+def test_log_softmax_difference_to_second_order():
+    """Against the expression itself."""
+    f, v = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.randn(4, 5, dtype=torch.float64)
+    k = torch.tensor([0, 4, 2, 2])
+
+    def derivatives(function) -> tuple[Tensor, Tensor]:
+        (first,) = torch.autograd.grad(function(f).square().sum(), f, create_graph=True)
+        return first.detach(), torch.autograd.grad(first, f, v)[0]
+
+    ours = derivatives(lambda f: densreg.log_softmax_difference(f, k))
+    rows = torch.arange(4)
+    for a, b in zip(ours, derivatives(lambda f: f[rows, k] - f.log_softmax(1)[rows, k]), strict=True):
+        assert error(a, b) < 1e-14
+
+
+def test_class_of_log_softmax_difference():
+    logits = torch.randn(3, 4)
+    for k, kind, message in [
+        (4, ValueError, r"class in \[0, 4\), got 4"),
+        (-1, ValueError, r"class in \[0, 4\), got -1"),
+        (True, TypeError, "got bool"),
+        (torch.tensor([0, 1]), ValueError, r"shape \[3\], one class a row, got \[2\]"),
+        (torch.tensor([0.0, 1, 2]), TypeError, "int64 class indices, got torch.float32"),
+        (torch.tensor([0, 1, 4]), ValueError, r"expected classes in \[0, 4\) in k, got class 4"),
+        ("1", TypeError, "must be a tensor, got str"),
+    ]:
+        with pytest.raises(kind, match=message):
+            densreg.log_softmax_difference(logits, k)
+
+
 def test_without_gradient_nothing_is_kept():
     logits = torch.randn(3, 4, requires_grad=True)
     with torch.no_grad():
@@ -76,7 +119,7 @@ def test_errors():
         (target.float(), TypeError, "target must hold int64 class indices, got torch.float32"),
         (target[:2], ValueError, r"shape \[3\], one class a row, got \[2\]"),
         (target.unsqueeze(1), ValueError, r"got \[3, 1\]"),
-        (target + 2, ValueError, r"class 4; wanted classes in \[0, 4\) or ignore_index=-100"),
+        (target + 2, ValueError, r"expected classes in \[0, 4\) or ignore_index=-100 in target, got class 4"),
         (target.to("meta"), ValueError, "target is on meta, the logits are on cpu"),
     ]:
         with pytest.raises(kind, match=message):
@@ -145,7 +188,6 @@ def _both_by_torch(f: Tensor) -> Tensor:
 FUNCTIONS = {  # of [3, 5]: densreg's and torch's
     "log_density": (densreg.log_density, lambda f: torch.logsumexp(f, 1)),
     "density_cross_entropy": (_both, _both_by_torch),
-    "log_softmax_difference": (lambda f: densreg.log_softmax_difference(f, 2), lambda f: torch.logsumexp(f, 1)),
     "softmax": (
         lambda f: functional.softmax(f, scale=2.0)[2].square().sum(1),
         lambda f: (2 * torch.softmax(f, 1)).square().sum(1),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +15,40 @@ import setuptools
 import torch
 
 import densreg
-from densreg import ops
+from densreg import linear, ops
 
 ROOT = Path(__file__).parent.parent
 
 # Each imports only what stands before it; the lab comes after the whole library.
 LIBRARY = (
-    *("version", "ops", "functional", "paths", "penalty", "attacks", "second_order", "regularizers", "directional"),
-    *("merge", "objective"),
+    "_torch",
+    "version",
+    "ops",
+    "functional",
+    "paths",
+    "penalty",
+    "linear",
+    "attacks",
+    "second_order",
+    "regularizers",
+    "directional",
+    "merge",
+    "step",
+    "compiling",
+    "objective",
 )
 LAB = (
-    *("groups", "runs", "options", "data", "models", "config", "training", "stability", "evaluation", "reproduce"),
+    "groups",
+    "options",
+    "report",
+    "runs",
+    "data",
+    "models",
+    "config",
+    "training",
+    "stability",
+    "evaluation",
+    "reproduce",
     "cli",
 )
 
@@ -38,7 +63,11 @@ def test_every_operator_has_schema_fake_and_fallback():
         name.removeprefix("densreg::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("densreg::")
     ]
     wanted = set(ops.OPERATORS)
-    assert wanted | {f"{name}.{overload}" for name in wanted for overload in ("cuda", "triton")} == set(names)
+    for name in linear.OPERATORS:  # in plain torch and the device's matrix products, on every device
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
+    assert wanted | set(linear.OPERATORS) | {
+        f"{name}.{overload}" for name in wanted for overload in ("cuda", "triton")
+    } == set(names)
     for name in wanted:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
         assert callable(getattr(ops, name))
@@ -103,3 +132,23 @@ def test_cuda_kernels_are_built_for_the_gpus_that_are_there(listed, environment,
             build["cuda_targets"](mode)
     else:
         assert build["cuda_targets"](mode) == expected
+
+
+def test_a_source_tree_does_not_hide_an_installation(tmp_path):
+    """Started in a checkout, Python finds the source tree first, which has no kernels unless it was built."""
+    tree, installed = tmp_path / "checkout" / "densreg", tmp_path / "site" / "densreg"
+    shutil.copytree(
+        ROOT / "densreg", tree, ignore=shutil.ignore_patterns("*.so", "_build_info.json", "lab", "__pycache__")
+    )
+    shutil.copytree(tree, installed)
+    (installed / "_build_info.json").write_text("{}")
+
+    def run(*places):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
+        command = [sys.executable, "-c", "from densreg import ops; print(ops.__file__)"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    hidden = run(tree.parent, installed.parent).stderr.splitlines()[-1]
+    assert hidden.startswith(f"ImportError: densreg is imported from its source tree, {tree}, which was not built and ")
+    assert f"installed in {installed}: start Python in another folder, or install with pip install -e" in hidden
+    assert run(installed.parent, tree.parent).stdout.strip() == str(installed / "ops.py")

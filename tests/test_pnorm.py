@@ -80,14 +80,13 @@ def test_extreme_rows_give_what_torch_gives(dtype, p):
     ("length", "dtype", "offset", "p"),
     [(*row, ORDERS[(i + 3 * n) % 4]) for i, row in enumerate(full_rows()) for n in (0, 1)],
 )
-def test_rows_that_fill_a_team(dtype, p, length, offset):
-    """Rows of a power of two, which fill what a team of threads holds; with offset 1 they begin beside its vectors."""
+def test_rows_that_fill_a_tile(dtype, p, length, offset):
+    """Rows of a power of two, which fill what a thread group holds; with offset 1 they begin beside its vectors."""
     g = torch.randn(3 * length + offset).to(dtype)[offset:].view(3, length)
     norm, gradient = _norm_and_gradient(g, p)
     expected = _reference(g.double(), p)
     torch.testing.assert_close(norm.double(), expected[0], rtol=2e-6, atol=0)
     torch.testing.assert_close(gradient.double(), expected[1], rtol=max(4e-6, 2 * HALF_ULP[dtype]), atol=1e-9)
-    torch.testing.assert_close(ops.pnorm_dual(g, p), (norm, gradient))
 
 
 LONG_ROWS = {  # (from, to, value): what a row of 20,000 entries holds there
@@ -118,7 +117,6 @@ def test_extreme_long_rows_give_what_torch_gives(dtype, p):
     torch.testing.assert_close(
         gradient.double(), expected[1], rtol=max(4e-6, 2 * HALF_ULP[dtype]), atol=1e-6, equal_nan=True
     )
-    torch.testing.assert_close(ops.pnorm_dual(g, p), (norm, gradient), equal_nan=True)
 
 
 @pytest.mark.core
@@ -194,28 +192,12 @@ def test_any_shape_order_and_size(shape, p, exponent, zeros, seed):
     torch.testing.assert_close(gradient.double(), direction, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("p", ORDERS)
-def test_dual_is_norm_and_gradient(dtype, p):
-    for g in (
-        torch.tensor([[1.0, 2.0, -1.0, 0.0], *ROWS.values()]).to(dtype),
-        torch.randn(2, 3, 4, 5).to(dtype).to(memory_format=torch.channels_last),
-        torch.randn(9, 4).to(dtype).t(),
-        torch.randn(1, 70_000).to(dtype),
-    ):
-        norm, dual = ops.pnorm_dual(g, p)
-        torch.testing.assert_close((norm, dual), _norm_and_gradient(g, p), equal_nan=True)
-        assert dual.stride() == torch.empty_like(g).stride()
-
-
 @pytest.mark.dispatcher
 @pytest.mark.parametrize(("dtype", "p"), list(zip(DTYPES, ORDERS, strict=True)))
 def test_opcheck(operator, dtype, p):
     for g in (torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last)):
         g = g.to(dtype)
         torch.library.opcheck(operator("pnorm"), (g, float(p)))
-        torch.library.opcheck(operator("pnorm_dual"), (g, float(p)))
         norm, peak, total = ops.pnorm(g, p)
         torch.library.opcheck(operator("pnorm_backward"), (norm, g, peak, total, float(p)))
 

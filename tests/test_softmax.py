@@ -120,8 +120,8 @@ def test_backward_of_long_rows(backward, dtype):
 
 @pytest.mark.core
 @pytest.mark.parametrize(("classes", "dtype", "offset"), full_rows())
-def test_rows_that_fill_a_team(dtype, classes, offset):
-    """Rows of a power of two, which fill what a team of threads holds; with offset 1 they begin beside its vectors."""
+def test_rows_that_fill_a_tile(dtype, classes, offset):
+    """Rows of a power of two, which fill what a thread group holds; with offset 1 they begin beside its vectors."""
     logits, u = (torch.randn(3, classes + 8).to(dtype)[:, offset : offset + classes] for _ in range(2))
     target = torch.tensor([classes - 1, 0, classes // 2])
     log_density, ce, p, statistics = ops.softmax(logits, target, 0.1)
@@ -279,7 +279,7 @@ def test_only_what_is_asked_for():
 @pytest.mark.host_checks
 def test_target_out_of_range():
     for bad in (4, -1, -101):
-        with pytest.raises(ValueError, match=rf"class {bad}; wanted classes in \[0, 4\)"):
+        with pytest.raises(ValueError, match=rf"expected classes in \[0, 4\) .*, got class {bad}"):
             ops.softmax(torch.randn(3, 4), torch.tensor([0, bad, 1]))
 
 

@@ -29,7 +29,7 @@ def _report(path, *arguments):
 
 @pytest.mark.long
 def test_no_spills_and_vector_loads(tmp_path):
-    """Each dtype's smallest, middle and largest rung (float16: the largest), and the split rows."""
+    """Each dtype's smallest, middle and largest tile (float16: the largest), and the split rows."""
     rows = _report(tmp_path / "report.json")
     compiled = {(row["kernel"], row["dtype"], row["target"]) for row in rows}
     dtypes = ("float16", "bfloat16", "float32", "float64")

@@ -71,7 +71,7 @@ void for_dtype(ScalarType dtype, const char* op, F f) {
     case ScalarType::Double: return f(F64{});
     case ScalarType::BFloat16: return f(BF16{});
     case ScalarType::Half: return f(F16{});
-    default: STD_TORCH_CHECK(false, "densreg::", op, ": wanted float16, bfloat16, float32 or float64");
+    default: STD_TORCH_CHECK(false, "densreg::", op, ": expected float16, bfloat16, float32 or float64");
   }
 }
 

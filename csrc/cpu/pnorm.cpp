@@ -208,23 +208,6 @@ struct Backward {
   }
 };
 
-// Norm and dual direction of a row one after the other: a row that fits in a core's cache is read from memory once.
-template <class S>
-struct DualArgs {
-  ForwardArgs<S> forward;
-  BackwardArgs<S> backward;
-};
-
-struct Dual {
-  template <class S, int BYTES>
-  static DENSREG_INLINE void run(const DualArgs<S>& a, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      Forward::run<S, BYTES>(a.forward, row, row + 1);
-      Backward::run<S, BYTES>(a.backward, row, row + 1);
-    }
-  }
-};
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
@@ -249,32 +232,6 @@ std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
     parallel_rows<Forward, S>(args, rows, n);
   });
   return {norm, peak, total};
-}
-
-std::tuple<Tensor, Tensor> pnorm_dual(Tensor g, double p) {
-  STD_TORCH_CHECK(g.dim() >= 2 && g.is_cpu(), "densreg::pnorm_dual: g must be a CPU tensor of shape [rows, ...]");
-  count_call(Op::pnorm_dual);
-  Tensor out = torch::stable::empty_like(g);  // g's memory format
-  const bool direct = dense_rows(g);
-  if (!direct) g = torch::stable::contiguous(g);
-  Tensor dense = direct ? out : torch::stable::empty_like(g);
-  const int64_t rows = g.size(0), n = rows ? g.numel() / rows : 0;
-  const auto row = row_dtype(g.scalar_type());
-  Tensor norm = empty<1>({rows}, row);
-  Tensor scratch = empty<2>({3, rows}, row);  // peak, total and a gradient of one
-  for_dtype(g.scalar_type(), "pnorm_dual", [&](auto storage) {
-    using S = decltype(storage);
-    using Acc = typename S::Acc;
-    const auto* data = static_cast<const typename S::Raw*>(g.data_ptr());
-    auto* peak = static_cast<Acc*>(scratch.data_ptr());
-    std::fill_n(peak + 2 * rows, rows, Acc(1));
-    const DualArgs<S> args{{data, n, p, order_of(p), static_cast<Acc*>(norm.data_ptr()), peak, peak + rows},
-                           {data, n, p, order_of(p), peak + 2 * rows, peak, peak + rows,
-                            static_cast<typename S::Raw*>(dense.data_ptr())}};
-    parallel_rows<Dual, S>(args, rows, 2 * n);
-  });
-  if (!direct) torch::stable::copy_(out, dense);
-  return {norm, out};
 }
 
 Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p) {

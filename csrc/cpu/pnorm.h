@@ -9,7 +9,6 @@ namespace densreg::cpu {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p);
-std::tuple<Tensor, Tensor> pnorm_dual(Tensor g, double p);
 Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p);
 
 }  // namespace densreg::cpu

@@ -1,4 +1,4 @@
-// softmax, softmax_backward and log_softmax_difference on CPU. The mathematics is in densreg/ops.py.
+// softmax and softmax_backward on CPU. The mathematics is in densreg/ops.py.
 #include "softmax.h"
 
 #include <optional>
@@ -432,33 +432,29 @@ void check_matrix(const char* op, const char* what, const Tensor& t, int64_t row
                   "densreg::", op, ": ", what, " must be a matrix on the CPU, of the shape of the other arguments");
 }
 
-void check_classes(const char* op, const char* what, const Tensor& target, int64_t classes, const int64_t* ignored) {
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "densreg::", op, ": ", what, " must hold int64 classes");
-  const auto* y = static_cast<const int64_t*>(target.data_ptr());
-  for (int64_t i = 0; i < target.numel(); ++i) {
-    if ((y[i] < 0 || y[i] >= classes) && !(ignored && y[i] == *ignored)) {
-      if (ignored) {
-        STD_TORCH_CHECK(false, "densreg::", op, ": ", what, " holds class ", y[i], "; wanted classes in [0, ", classes,
-                        ") or ignore_index=", *ignored);
-      }
-      STD_TORCH_CHECK(false, "densreg::", op, ": ", what, " holds class ", y[i], "; wanted classes in [0, ", classes, ")");
-    }
-  }
-}
-
 // The class of each row, contiguous, so that what the kernels read is what was checked.
-std::optional<Tensor> classes_of(const char* op, const char* what, const std::optional<Tensor>& t, int64_t rows,
-                                 int64_t classes, const int64_t* ignored) {
-  check_rows(op, what, t, rows);
-  const auto dense = contiguous(t);
-  if (dense) check_classes(op, what, *dense, classes, ignored);
+std::optional<Tensor> checked_target(const char* op, const std::optional<Tensor>& target, int64_t rows,
+                                     int64_t classes, int64_t ignore_index) {
+  check_rows(op, "target", target, rows);
+  const auto dense = contiguous(target);
+  if (!dense) return dense;
+  STD_TORCH_CHECK(dense->scalar_type() == ScalarType::Long, "densreg::", op, ": target must hold int64 classes");
+  const auto* y = static_cast<const int64_t*>(dense->data_ptr());
+  for (int64_t i = 0; i < rows; ++i) {
+    STD_TORCH_CHECK((y[i] >= 0 && y[i] < classes) || y[i] == ignore_index, "densreg::", op,
+                    ": expected classes in [0, ", classes, ") or ignore_index=", ignore_index,
+                    " in target, got class ", y[i]);
+  }
   return dense;
 }
 
-// `target` is contiguous, and checked.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, std::optional<Tensor> target,
-                                                   double label_smoothing, int64_t ignore_index,
-                                                   bool need_softmax, double scale) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<Tensor> target, double label_smoothing,
+                                                   int64_t ignore_index, bool need_softmax, double scale) {
+  check_matrix("softmax", "logits", logits, -1, -1);
+  target = checked_target("softmax", target, logits.size(0), logits.size(1), ignore_index);
+  count_call(Op::softmax);
   logits = rows_contiguous(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const auto row = row_dtype(logits.scalar_type());
@@ -492,24 +488,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, std::optional<
   return {log_density, cross_entropy, softmax, statistics};
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<Tensor> target, double label_smoothing,
-                                           int64_t ignore_index, bool need_softmax, double scale) {
-  check_matrix("softmax", "logits", logits, -1, -1);
-  target = classes_of("softmax", "target", target, logits.size(0), logits.size(1), &ignore_index);
-  count_call(Op::softmax);
-  return forward(logits, target, label_smoothing, ignore_index, need_softmax, scale);
-}
-
-std::tuple<Tensor, Tensor, Tensor> log_softmax_difference(Tensor logits, Tensor k, bool need_softmax) {
-  check_matrix("log_softmax_difference", "logits", logits, -1, -1);
-  classes_of("log_softmax_difference", "k", k, logits.size(0), logits.size(1), nullptr);
-  count_call(Op::log_softmax_difference);
-  auto [difference, unused, y, statistics] = forward(logits, std::nullopt, 0.0, -100, need_softmax, 1.0);
-  return {difference, y, statistics};
-}
-
 Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::optional<Tensor> target,
                         std::optional<Tensor> grad_log_density, std::optional<Tensor> grad_cross_entropy,
                         std::optional<Tensor> grad_softmax, double label_smoothing, int64_t ignore_index,
@@ -526,7 +504,7 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
                     "densreg::softmax_backward: grad_softmax must have the dtype of the source");
   }
   // Checked again: since the forward it may have changed.
-  const auto y = classes_of("softmax_backward", "target", target, rows, classes, &ignore_index);
+  const auto y = checked_target("softmax_backward", target, rows, classes, ignore_index);
   count_call(Op::softmax_backward);
   source = rows_contiguous(source);
   Tensor grad = empty<2>({rows, classes}, dtype);

@@ -1,4 +1,4 @@
-// From an operator's arguments to a kernel: storage type, size of the team, device, stream.
+// From an operator's arguments to a kernel: storage type, tile configuration, device, stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,53 +23,55 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace densreg::cuda {
 
-struct Rung {
-  int threads;  // of a team
-  int numbers;  // that each of them holds in registers, or fewer: vectors_of
+// A tile is what a thread group (row.h) holds in registers of one row.
+struct TileConfig {
+  int threads;  // of the group
+  int numbers;  // that each of them holds, or fewer: vectors_of
 };
 
-// The ladder of team sizes: a row is held by the first team that can. Small teams keep all lanes busy at C = 10 to 100
-// and need no barrier. Beyond, a rung for every doubling, so that at most half of a team idles, of 8 to 16 numbers a
-// thread: as Triton's ladder has it, which reached 0.6 to 1.0 of an H200's copy speed at C = 4096, where rungs of four
-// times the size reached 0.2 to 0.7. Not measured itself.
-#ifdef DENSREG_CUDA_LADDER  // the tests' emulation, to reach every rung with small rows
-inline constexpr Rung kLadder[] = DENSREG_CUDA_LADDER;
-inline constexpr Rung kSplit = DENSREG_CUDA_SPLIT;
+// The first configuration whose tile holds a whole row is taken. Small groups keep all lanes busy at C = 10 to 100 and
+// need no barrier. Beyond, there is one for every doubling, so that at most half of a group idles, of 8 to 16 numbers a
+// thread, as in kernels/rows.py: Triton reached 0.6 to 1.0 of an H200's copy speed with them at C = 4096, where larger
+// steps reached 0.2 to 0.7. Not measured with these kernels.
+#ifdef DENSREG_CUDA_TILES  // the tests' emulation, to reach every configuration with small rows
+inline constexpr TileConfig kTileConfigs[] = DENSREG_CUDA_TILES;
+inline constexpr TileConfig kSplit = DENSREG_CUDA_SPLIT;
 inline constexpr int64_t kMaxChunks = DENSREG_CUDA_MAX_CHUNKS;
 #else
-inline constexpr Rung kLadder[] = {{4, 4},   {16, 4},   {32, 8},   {32, 16},  {128, 8},
-                                  {128, 16}, {256, 16}, {512, 16}, {1024, 16}};
+inline constexpr TileConfig kTileConfigs[] = {{4, 4},    {16, 4},   {32, 8},   {32, 16},  {128, 8},
+                                              {128, 16}, {256, 16}, {512, 16}, {1024, 16}};
 // Longer rows: chunks of one block each, of the same size on every GPU, so that a row's sums are the same everywhere.
 // 8188 elements of float32 make 984 blocks of B = 8, C = 1,000,000: one wave of an H100, eight blocks a multiprocessor.
-inline constexpr Rung kSplit = {256, 32};
+inline constexpr TileConfig kSplit = {256, 32};
 // A row of more chunks has longer ones: each of its blocks reads what all of them found.
 inline constexpr int64_t kMaxChunks = 512;
 #endif
 static_assert(kSplit.threads > 32, "a chunk is the work of a block");
 
 // Vectors that a thread holds of each row, in a kernel that holds ROWS of them at once: as many numbers, of all rows
-// together, as the rung says; in float64, whose functions need the most registers, a quarter.
+// together, as the configuration says; in float64, whose functions need the most registers, a quarter.
 template <class Raw, int ROWS>
-constexpr int vectors_of(Rung rung) {
+constexpr int vectors_of(TileConfig config) {
   constexpr int share = std::is_same_v<Raw, double> ? 4 : 1;
-  // What a rung of few numbers says is meant of each row.
-  const int numbers = rung.numbers <= 16 ? rung.numbers : rung.numbers / ROWS;
+  // Up to 16 the number is meant for each row.
+  const int numbers = config.numbers <= 16 ? config.numbers : config.numbers / ROWS;
   return std::max(1, numbers / share / kLanes<Raw>);
 }
 
-// Calls f(threads, vectors) with the rung (as compile-time numbers) that holds a row of n elements; false if none does.
-// Rows that are not `aligned` begin anywhere: up to N - 1 elements of their first vector are before them.
-template <class Raw, int ROWS, size_t RUNGS = std::size(kLadder), size_t I = 0, class F>
-bool on_ladder(int64_t n, bool aligned, F f) {
-  if constexpr (I == RUNGS) {
+// Calls f(threads, vectors), compile-time numbers, with the first configuration whose tile holds a row of n elements;
+// false if none does. Rows that are not `aligned` begin anywhere: up to N - 1 elements of their first vector are before
+// them.
+template <class Raw, int ROWS, size_t CONFIGS = std::size(kTileConfigs), size_t I = 0, class F>
+bool with_tile_config(int64_t n, bool aligned, F f) {
+  if constexpr (I == CONFIGS) {
     return false;
   } else {
-    constexpr int threads = kLadder[I].threads, vectors = vectors_of<Raw, ROWS>(kLadder[I]);
+    constexpr int threads = kTileConfigs[I].threads, vectors = vectors_of<Raw, ROWS>(kTileConfigs[I]);
     if (n + (aligned ? 0 : kLanes<Raw> - 1) <= static_cast<int64_t>(threads) * vectors * kLanes<Raw>) {
       f(std::integral_constant<int, threads>{}, std::integral_constant<int, vectors>{});
       return true;
     }
-    return on_ladder<Raw, ROWS, RUNGS, I + 1>(n, aligned, f);
+    return with_tile_config<Raw, ROWS, CONFIGS, I + 1>(n, aligned, f);
   }
 }
 
@@ -101,15 +103,15 @@ class OnDevice {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  // One team of T threads for every row, or for every chunk of every row. Nothing waits for it.
+  // One group of T threads for every row, or for every chunk of every row. Nothing waits for it.
   template <int T, class Args>
   void launch(void (*kernel)(Args), int64_t rows, const Args& args, int64_t chunks = 1) const {
-    const int64_t blocks = (rows + Team<T>::kTeams - 1) / Team<T>::kTeams;
+    const int64_t blocks = (rows + Group<T>::kGroups - 1) / Group<T>::kGroups;
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= 0x7fffffff, "densreg: ", blocks, " blocks are more than CUDA has");
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks));
-    config.blockDim = dim3(Team<T>::kThreads);
+    config.blockDim = dim3(Group<T>::kThreads);
     config.stream = stream_;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
     STD_TORCH_CHECK(error == cudaSuccess, "densreg: the kernel was not launched: ", cudaGetErrorString(error));
@@ -128,7 +130,7 @@ void for_dtype(ScalarType dtype, const char* op, F f) {
     case ScalarType::Double: return f(double{});
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
     case ScalarType::Half: return f(torch::headeronly::Half{});
-    default: STD_TORCH_CHECK(false, "densreg::", op, ": wanted float16, bfloat16, float32 or float64");
+    default: STD_TORCH_CHECK(false, "densreg::", op, ": expected float16, bfloat16, float32 or float64");
   }
 }
 

@@ -1,7 +1,7 @@
-// pnorm, pnorm_dual and pnorm_backward on CUDA. The mathematics is in densreg/ops.py.
+// pnorm and pnorm_backward on CUDA. The mathematics is in densreg/ops.py.
 //
-// A row that a team can hold is read once, for the norm and the dual direction too (pnorm_rows). A longer one is split
-// into chunks: one kernel leaves the peak and the total of every chunk, the next puts those of its row together.
+// A row that fits in one tile is read once (pnorm_rows). A longer one is split into chunks: one kernel leaves the peak
+// and the total of every chunk, the next puts those of its row together.
 #include "pnorm.h"
 
 #include "launch.h"
@@ -111,11 +111,10 @@ struct NormArgs {
   const Raw* g;
   int64_t rows;
   int64_t n;
-  A p, p_less_one, exponent;  // p, p - 1 and 1/p - 1
+  A p;
   A* norm;
-  A* peak;    // null in pnorm_dual
-  A* total;   // null in pnorm_dual
-  Raw* dual;  // or null
+  A* peak;
+  A* total;
   Split split;
   A* partial;  // [2, rows * chunks]: of each chunk peak and total
 };
@@ -123,18 +122,18 @@ struct NormArgs {
 template <Order order, class Raw>
 DENSREG_DEVICE void finish_row(const NormArgs<Raw>& a, int64_t row, Acc<Raw> peak, Acc<Raw> total) {
   a.norm[row] = norm_of<order>(peak, total, a.p);
-  if (a.peak) a.peak[row] = peak;
-  if (a.total) a.total[row] = total;
+  a.peak[row] = peak;
+  a.total[row] = total;
 }
 
 // The 1: left to itself, the assembler gives float64 so few registers here that they spill.
 template <Order order, class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_rows(NormArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads, 1) pnorm_rows(NormArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t row = Team<T>::row();
+  const int64_t row = Group<T>::row();
   const bool there = row < a.rows;
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   const Raw* g = a.g + (there ? row * a.n : 0);
   const Cut cut{there ? static_cast<int>(a.n) : 0, Cut::shift_of(g)};
   A x[V][N];
@@ -145,33 +144,24 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) pnorm_rows(NormArgs<Raw>
 #pragma unroll
     for (int e = 0; e < N; ++e) bits = Max{}(bits, bits_of(x[j][e]));
   }
-  const Peak<A> peak(from_bits(team_reduce<T>(bits, Max{})));
+  const Peak<A> peak(from_bits(group_reduce<T>(bits, Max{})));
   A total = 0;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
 #pragma unroll
     for (int e = 0; e < N; ++e) total += peak.template term<order>(x[j][e], a.p);
   }
-  total = total_of<order>(peak.value, team_reduce<T>(total, Sum{}) * peak.template unit<order>(), a.n);
+  total = total_of<order>(peak.value, group_reduce<T>(total, Sum{}) * peak.template unit<order>(), a.n);
   if (there && lane == 0) finish_row<order>(a, row, peak.value, total);
-  if (!there || !a.dual) return;
-  const Dual<order, A> dual(peak, total, A(1), a.p_less_one, a.exponent);
-  Raw* out = a.dual + row * a.n;
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-#pragma unroll
-    for (int e = 0; e < N; ++e) x[j][e] = dual(x[j][e]);
-    cut.store(out, lane + j * T, x[j]);
-  }
 }
 
 // Peak and total of a chunk, in partial.
 template <Order order, class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_partial(NormArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads) pnorm_partial(NormArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   const Raw* g = a.g + row * a.n + a.split.begin(chunk);
   const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
   auto bits = bits_of(A(0));
@@ -185,7 +175,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads) pnorm_partial(NormArgs<Raw>
 #pragma unroll
       for (int e = 0; e < N; ++e) larger = Max{}(larger, bits_of(x[j][e]));
     }
-    larger = team_reduce<T>(larger, Max{});
+    larger = group_reduce<T>(larger, Max{});
     const Peak<A> peak(from_bits(larger));
     if (total != 0) total *= peak.template weight<order>(from_bits(bits), a.p);
     bits = larger;
@@ -197,45 +187,29 @@ __global__ void __launch_bounds__(Team<T>::kThreads) pnorm_partial(NormArgs<Raw>
     }
     total += of_tile * peak.template unit<order>();
   }
-  total = team_reduce<T>(total, Sum{});
+  total = group_reduce<T>(total, Sum{});
   if (lane == 0) {
     a.partial[item] = from_bits(bits);
     a.partial[a.rows * a.split.chunks + item] = total;
   }
 }
 
-// A row's peak and total from those of its chunks, and the dual direction of one chunk; without it a row has one block.
-template <Order order, class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_finish(NormArgs<Raw> a) {
+// A row's peak and total from those of its chunks, by one block.
+template <Order order, class Raw, int T>
+__global__ void __launch_bounds__(Group<T>::kThreads) pnorm_finish(NormArgs<Raw> a) {
   using A = Acc<Raw>;
-  constexpr int N = kLanes<Raw>;
-  const auto [row, chunk] = backwards();
-  const int lane = Team<T>::lane();
+  const int64_t row = blockIdx.x;
+  const int lane = Group<T>::lane();
   const A* partial = a.partial + row * a.split.chunks;
   auto bits = bits_of(A(0));
   for (int64_t c = lane; c < a.split.chunks; c += T) bits = Max{}(bits, bits_of(partial[c]));
-  const Peak<A> peak(from_bits(team_reduce<T>(bits, Max{})));
+  const Peak<A> peak(from_bits(group_reduce<T>(bits, Max{})));
   A total = 0;
   for (int64_t c = lane; c < a.split.chunks; c += T) {
     total += partial[a.rows * a.split.chunks + c] * peak.template weight<order>(partial[c], a.p);
   }
-  total = total_of<order>(peak.value, team_reduce<T>(total, Sum{}), a.n);
-  if (lane == 0 && chunk == 0) finish_row<order>(a, row, peak.value, total);
-  if (!a.dual) return;
-  const Dual<order, A> dual(peak, total, A(1), a.p_less_one, a.exponent);
-  const Raw* g = a.g + row * a.n + a.split.begin(chunk);
-  Raw* out = a.dual + row * a.n + a.split.begin(chunk);
-  const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
-  for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      A x[N];
-      cut.load(g, tile + lane + j * T, A(0), x);
-#pragma unroll
-      for (int e = 0; e < N; ++e) x[e] = dual(x[e]);
-      cut.store(out, tile + lane + j * T, x);
-    }
-  }
+  total = total_of<order>(peak.value, group_reduce<T>(total, Sum{}), a.n);
+  if (lane == 0) finish_row<order>(a, row, peak.value, total);
 }
 
 template <class Raw>
@@ -252,14 +226,14 @@ struct BackwardArgs {
   Split split;
 };
 
-// One team for each chunk: a row that a team can hold is a chunk.
+// One thread group for each chunk: a row that fits in one tile is a chunk.
 template <Order order, class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) pnorm_backward_chunks(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads) pnorm_backward_chunks(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t row = Team<T>::row(), chunk = blockIdx.y;
+  const int64_t row = Group<T>::row(), chunk = blockIdx.y;
   if (row >= a.rows) return;  // nothing is shared here
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   const Dual<order, A> dual(Peak<A>(a.peak[row]), a.total[row], a.grad[row], a.p_less_one, a.exponent);
   const Raw* g = a.g + row * a.n + a.split.begin(chunk);
   Raw* out = a.out + row * a.n + a.split.begin(chunk);
@@ -292,70 +266,45 @@ void check(const char* op, const Tensor& g) {
   STD_TORCH_CHECK(g.dim() >= 2, "densreg::", op, ": g must be a tensor of shape [rows, ...]");
 }
 
-// Norms, and peak and total (pnorm) or the dual direction (pnorm_dual): where they are given.
-void forward(const char* op, const Tensor& g, double p, const Tensor& norm, const Tensor* peak, const Tensor* total,
-             const Tensor* dual) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
+  check("pnorm", g);
+  count_call(Op::pnorm, Kernel::cuda);
   const OnDevice device(g);
+  if (!dense_rows(g)) g = torch::stable::contiguous(g);
   const int64_t rows = g.size(0), n = rows ? g.numel() / rows : 0;
-  for_dtype(g.scalar_type(), op, [&](auto zero) {
+  const auto row = row_dtype(g.scalar_type());
+  const Tensor norm = empty<1>(g, {rows}, row), peak = empty<1>(g, {rows}, row), total = empty<1>(g, {rows}, row);
+  for_dtype(g.scalar_type(), "pnorm", [&](auto zero) {
     using Raw = decltype(zero);
     using A = Acc<Raw>;
     NormArgs<Raw> args{data<const Raw>(g),
                        rows,
                        n,
                        static_cast<A>(p),
-                       static_cast<A>(p - 1),
-                       static_cast<A>(1 / p - 1),
                        data<A>(norm),
-                       peak ? data<A>(*peak) : nullptr,
-                       total ? data<A>(*total) : nullptr,
-                       dual ? data<Raw>(*dual) : nullptr,
+                       data<A>(peak),
+                       data<A>(total),
                        {},
                        nullptr};
     for_order(p, [&](auto order) {
       // Powers take registers: 1024 threads have too few for 16 of them, on sm_100.
-      constexpr size_t rungs = std::size(kLadder) - (order == Order::general);
-      const bool held = on_ladder<Raw, 1, rungs>(n, is_aligned(args.g, n), [&](auto threads, auto vectors) {
+      constexpr size_t configs = std::size(kTileConfigs) - (order == Order::general);
+      const bool held = with_tile_config<Raw, 1, configs>(n, is_aligned(args.g, n), [&](auto threads, auto vectors) {
         device.launch<threads>(pnorm_rows<order, Raw, threads, vectors>, rows, args);
       });
       if (held) return;
       constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
       args.split = split_of<Raw>(n);
       const int64_t chunks = args.split.chunks;
-      const Tensor partial = empty<2>(g, {2, rows * chunks}, row_dtype(g.scalar_type()));
+      const Tensor partial = empty<2>(g, {2, rows * chunks}, row);
       args.partial = data<A>(partial);
       device.launch<T>(pnorm_partial<order, Raw, T, V>, rows, args, chunks);
-      device.launch<T>(pnorm_finish<order, Raw, T, V>, rows, args, dual ? chunks : 1);
+      device.launch<T>(pnorm_finish<order, Raw, T>, rows, args);
     });
   });
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
-  check("pnorm", g);
-  count_call(Op::pnorm, Kernel::cuda);
-  if (!dense_rows(g)) g = torch::stable::contiguous(g);
-  const auto row = row_dtype(g.scalar_type());
-  Tensor norm = empty<1>(g, {g.size(0)}, row);
-  Tensor peak = empty<1>(g, {g.size(0)}, row);
-  Tensor total = empty<1>(g, {g.size(0)}, row);
-  forward("pnorm", g, p, norm, &peak, &total, nullptr);
   return {norm, peak, total};
-}
-
-std::tuple<Tensor, Tensor> pnorm_dual(Tensor g, double p) {
-  check("pnorm_dual", g);
-  count_call(Op::pnorm_dual, Kernel::cuda);
-  const OnDevice device(g);
-  Tensor out = torch::stable::empty_like(g);  // g's memory format
-  const bool direct = dense_rows(g);
-  if (!direct) g = torch::stable::contiguous(g);
-  const Tensor dense = direct ? out : torch::stable::empty_like(g);
-  Tensor norm = empty<1>(g, {g.size(0)}, row_dtype(g.scalar_type()));
-  forward("pnorm_dual", g, p, norm, nullptr, nullptr, &dense);
-  if (!direct) torch::stable::copy_(out, dense);
-  return {norm, out};
 }
 
 Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p) {
@@ -387,7 +336,7 @@ Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p
                            data<Raw>(dense),
                            {1, n}};
     for_order(p, [&](auto order) {
-      const bool held = on_ladder<Raw, 1>(n, is_aligned(args.g, n), [&](auto threads, auto vectors) {
+      const bool held = with_tile_config<Raw, 1>(n, is_aligned(args.g, n), [&](auto threads, auto vectors) {
         device.launch<threads>(pnorm_backward_chunks<order, Raw, threads, vectors>, rows, args);
       });
       if (held) return;

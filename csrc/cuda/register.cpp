@@ -11,8 +11,6 @@
 STABLE_TORCH_LIBRARY_IMPL(densreg, DENSREG_CUDA_KEY, m) {
   m.impl("softmax.cuda", TORCH_BOX(&densreg::cuda::softmax));
   m.impl("softmax_backward.cuda", TORCH_BOX(&densreg::cuda::softmax_backward));
-  m.impl("log_softmax_difference.cuda", TORCH_BOX(&densreg::cuda::log_softmax_difference));
   m.impl("pnorm.cuda", TORCH_BOX(&densreg::cuda::pnorm));
   m.impl("pnorm_backward.cuda", TORCH_BOX(&densreg::cuda::pnorm_backward));
-  m.impl("pnorm_dual.cuda", TORCH_BOX(&densreg::cuda::pnorm_dual));
 }

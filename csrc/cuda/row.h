@@ -27,14 +27,14 @@ inline constexpr int kLanes = 16 / static_cast<int>(sizeof(Raw));
 template <class A>
 inline constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
-// A team is the T threads that share a row, or a chunk of one. Up to a warp several teams make a block; a larger team
-// is a block. No thread leaves early: the shuffles and barriers below need all of them.
+// A thread group is the T threads that share a row, or a chunk of one. Up to a warp several groups make a block; a
+// larger group is a block. No thread leaves early: the shuffles and barriers below need all of them.
 template <int T>
-struct Team {
+struct Group {
   static constexpr int kThreads = T <= 32 ? 128 : T;  // of a block
-  static constexpr int kTeams = kThreads / T;         // in a block
+  static constexpr int kGroups = kThreads / T;        // in a block
 
-  static DENSREG_DEVICE int64_t row() { return static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / T; }
+  static DENSREG_DEVICE int64_t row() { return static_cast<int64_t>(blockIdx.x) * kGroups + threadIdx.x / T; }
   static DENSREG_DEVICE int lane() { return static_cast<int>(threadIdx.x) % T; }
 };
 
@@ -54,9 +54,9 @@ struct Sum {
   }
 };
 
-// The same result, to the last bit, in every thread of the team.
+// The same result, to the last bit, in every thread of the group.
 template <int T, class X, class Op>
-DENSREG_DEVICE X team_reduce(X x, Op op) {
+DENSREG_DEVICE X group_reduce(X x, Op op) {
 #pragma unroll
   for (int offset = (T < 32 ? T : 32) / 2; offset > 0; offset /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, offset));
   if constexpr (T > 32) {
@@ -136,8 +136,8 @@ struct Cut {
   }
 };
 
-// A row that one team cannot hold is split into chunks, each the work of one block of kSplit.threads: blockIdx.y. What
-// the chunks of a row leave is at row * chunks + chunk.
+// A row that does not fit in one tile is split into chunks, each the work of one block of kSplit.threads: blockIdx.y.
+// What the chunks of a row leave is at row * chunks + chunk.
 struct Split {
   int64_t chunks;  // of a row
   int64_t size;    // elements of a chunk, the last one of a row excepted; below 2^31

@@ -1,6 +1,6 @@
-// softmax, softmax_backward and log_softmax_difference on CUDA. The mathematics is in densreg/ops.py.
+// softmax and softmax_backward on CUDA. The mathematics is in densreg/ops.py.
 //
-// A row that a team can hold is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: one
+// A row that fits in one tile is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: one
 // kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk again.
 #include "softmax.h"
 
@@ -47,7 +47,7 @@ struct ForwardArgs {
   A label_smoothing;
   A scale;
   A* log_density;
-  A* cross_entropy;  // or null: then a target is only checked, and none is ignored
+  A* cross_entropy;  // null without a target
   Raw* softmax;      // or null
   A* statistics;     // [2, rows]: m, then s
   Split split;
@@ -66,9 +66,8 @@ DENSREG_DEVICE void finish_row(const ForwardArgs<Raw>& a, int64_t row, Acc<Raw> 
   a.statistics[a.rows + row] = infinite ? std::numeric_limits<A>::quiet_NaN() : s;
   if (!a.target) return;
   const int64_t y = a.target[row];
-  const bool ignored = a.cross_entropy && y == a.ignore_index;
+  const bool ignored = y == a.ignore_index;
   CUDA_KERNEL_ASSERT((ignored || (y >= 0 && y < a.classes)) && "a target is out of range");
-  if (!a.cross_entropy) return;
   if (ignored) {
     a.cross_entropy[row] = 0;
     return;
@@ -93,12 +92,12 @@ DENSREG_DEVICE Acc<Raw> shortfall_of(const Cut& cut, int k, const Acc<Raw> (&f)[
 }
 
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) softmax_rows(ForwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads) softmax_rows(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t row = Team<T>::row();
+  const int64_t row = Group<T>::row();
   const bool there = row < a.rows;
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   const Raw* f = a.logits + (there ? row * a.stride : 0);
   const Cut cut{there ? static_cast<int>(a.classes) : 0, Cut::shift_of(f)};
   A x[V][N];
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_rows(ForwardArgs<Ra
 #pragma unroll
     for (int e = 0; e < N; ++e) m = Max{}(m, x[j][e]);
   }
-  m = team_reduce<T>(m, Max{});
+  m = group_reduce<T>(m, Max{});
   const A b = base(m);
   A s = 0, shortfall = 0;
 #pragma unroll
@@ -121,8 +120,8 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_rows(ForwardArgs<Ra
       s += x[j][e];
     }
   }
-  s = team_reduce<T>(s, Sum{});
-  if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
+  s = group_reduce<T>(s, Sum{});
+  if (a.label_smoothing > 0) shortfall = group_reduce<T>(shortfall, Sum{});
   if (there && lane == 0) finish_row(a, row, m, s, shortfall);
   if (!there || !a.softmax) return;
   const A inverse = magnitude(m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : a.scale / s;
@@ -137,11 +136,11 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_rows(ForwardArgs<Ra
 
 // The sums of a chunk, in partial.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) softmax_partial(ForwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads) softmax_partial(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   const Raw* f = a.logits + row * a.stride + a.split.begin(chunk);
   const Cut cut{a.split.length(chunk, a.classes), Cut::shift_of(f)};
   A m = -kInfinity<A>, s = 0, shortfall = 0;
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_partial(ForwardArgs
 #pragma unroll
       for (int e = 0; e < N; ++e) larger = Max{}(larger, x[j][e]);
     }
-    larger = team_reduce<T>(larger, Max{});
+    larger = group_reduce<T>(larger, Max{});
     const A b = base(larger);
     s *= rescale(m, larger);
     shortfall += static_cast<A>(count) * (b - base(m));
@@ -171,8 +170,8 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_partial(ForwardArgs
       for (int e = 0; e < N; ++e) s += exp_difference<Raw>(x[j][e], b);
     }
   }
-  s = team_reduce<T>(s, Sum{});
-  if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
+  s = group_reduce<T>(s, Sum{});
+  if (a.label_smoothing > 0) shortfall = group_reduce<T>(shortfall, Sum{});
   if (lane == 0) {
     const int64_t items = a.rows * a.split.chunks;
     a.partial[item] = m;
@@ -183,16 +182,16 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_partial(ForwardArgs
 
 // A row's sums from those of its chunks, and the softmax of one chunk; without a softmax a row has one block.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) softmax_finish(ForwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads) softmax_finish(ForwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const auto [row, chunk] = backwards();
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   const int64_t items = a.rows * a.split.chunks;
   const A* partial = a.partial + row * a.split.chunks;
   A m = -kInfinity<A>, s = 0, shortfall = 0;
   for (int64_t c = lane; c < a.split.chunks; c += T) m = Max{}(m, partial[c]);
-  m = team_reduce<T>(m, Max{});
+  m = group_reduce<T>(m, Max{});
   const A b = base(m);
   for (int64_t c = lane; c < a.split.chunks; c += T) {
     s += partial[items + c] * rescale(partial[c], m);
@@ -201,8 +200,8 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_finish(ForwardArgs<
       shortfall += partial[2 * items + c] + length * (b - base(partial[c]));
     }
   }
-  s = team_reduce<T>(s, Sum{});
-  if (a.label_smoothing > 0) shortfall = team_reduce<T>(shortfall, Sum{});
+  s = group_reduce<T>(s, Sum{});
+  if (a.label_smoothing > 0) shortfall = group_reduce<T>(shortfall, Sum{});
   if (lane == 0 && chunk == 0) finish_row(a, row, m, s, shortfall);
   if (!a.softmax) return;
   const A inverse = magnitude(m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : a.scale / s;
@@ -312,12 +311,12 @@ DENSREG_DEVICE void load_upstream(const Raw* u, const Cut& cut, int k, Acc<Raw> 
 
 // The 1 here and below: left to itself, the assembler aims at so few registers for sm_100 that some spill.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_rows(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads, 1) softmax_backward_rows(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t row = Team<T>::row();
+  const int64_t row = Group<T>::row();
   const bool there = row < a.rows;
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   const Raw* f = a.source + (there ? row * a.source_stride : 0);
   const Raw* upstream = a.upstream ? a.upstream + (there ? row * a.upstream_stride : 0) : nullptr;
   const Cut cut{there ? static_cast<int>(a.classes) : 0, Cut::shift_of(f)};
@@ -331,7 +330,7 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_rows(Ba
 #pragma unroll
     for (int e = 0; e < N; ++e) dot += q[j][e] * u[j][e];
   }
-  if (upstream) dot = team_reduce<T>(dot, Sum{});
+  if (upstream) dot = group_reduce<T>(dot, Sum{});
   if (!there) return;
   const Gradient<Raw> gradient(a, row, upstream ? dot : A(0));
   Raw* g = a.grad + row * a.classes;
@@ -344,11 +343,11 @@ __global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_rows(Ba
 
 // <Q, U> of a chunk, in partial.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_partial(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads) softmax_backward_partial(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   const Raw* f = a.source + row * a.source_stride + a.split.begin(chunk);
   const Raw* upstream = a.upstream + row * a.upstream_stride + a.split.begin(chunk);
   const Cut cut{a.split.length(chunk, a.classes), Cut::shift_of(f)};
@@ -366,21 +365,21 @@ __global__ void __launch_bounds__(Team<T>::kThreads) softmax_backward_partial(Ba
     }
     dot += of_tile;
   }
-  dot = team_reduce<T>(dot, Sum{});
+  dot = group_reduce<T>(dot, Sum{});
   if (lane == 0) a.partial[item] = dot;
 }
 
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Team<T>::kThreads, 1) softmax_backward_finish(BackwardArgs<Raw> a) {
+__global__ void __launch_bounds__(Group<T>::kThreads, 1) softmax_backward_finish(BackwardArgs<Raw> a) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
   const auto [row, chunk] = backwards();
-  const int lane = Team<T>::lane();
+  const int lane = Group<T>::lane();
   A dot = 0;
   if (a.partial) {
     const A* partial = a.partial + row * a.split.chunks;
     for (int64_t c = lane; c < a.split.chunks; c += T) dot += partial[c];
-    dot = team_reduce<T>(dot, Sum{});
+    dot = group_reduce<T>(dot, Sum{});
   }
   const int64_t begin = a.split.begin(chunk);
   const Raw* f = a.source + row * a.source_stride + begin;
@@ -405,26 +404,32 @@ void check_matrix(const char* op, const char* what, const Tensor& t, const Tenso
                   int64_t columns) {
   STD_TORCH_CHECK(t.dim() == 2 && (rows < 0 || t.size(0) == rows) && (columns < 0 || t.size(1) == columns) &&
                       same_device(t, like),
-                  "densreg::", op, ": ", what, " must be a matrix of the shape and on the device of the other arguments");
+                  "densreg::", op, ": ", what,
+                  " must be a matrix of the shape and on the device of the other arguments");
 }
 
-// The class of each row, contiguous. What it holds is checked on the device.
-std::optional<Tensor> classes_of(const char* op, const char* what, const std::optional<Tensor>& t, const Tensor& like) {
-  check_rows(op, what, t, like);
-  STD_TORCH_CHECK(!t || t->scalar_type() == ScalarType::Long, "densreg::", op, ": ", what, " must hold int64 classes");
-  return contiguous(t);
+// What a target holds is checked on the device.
+void check_target(const char* op, const std::optional<Tensor>& target, const Tensor& like) {
+  check_rows(op, "target", target, like);
+  STD_TORCH_CHECK(!target || target->scalar_type() == ScalarType::Long, "densreg::", op,
+                  ": target must hold int64 classes");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, Tensor logits, const std::optional<Tensor>& classes,
-                                                   bool need_cross_entropy, double label_smoothing,
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<Tensor> target, double label_smoothing,
                                                    int64_t ignore_index, bool need_softmax, double scale) {
+  const char* op = "softmax";
+  check_matrix(op, "logits", logits, logits, -1, -1);
+  check_target(op, target, logits);
+  count_call(Op::softmax, Kernel::cuda);
   const OnDevice device(logits);
   logits = rows_contiguous(logits);
-  const auto target = contiguous(classes);
+  target = contiguous(target);
   const int64_t rows = logits.size(0), n = logits.size(1);
   const auto dtype = logits.scalar_type(), row = row_dtype(dtype);
   Tensor log_density = empty<1>(logits, {rows}, row);
-  Tensor cross_entropy = empty<1>(logits, {need_cross_entropy ? rows : 0}, row);
+  Tensor cross_entropy = empty<1>(logits, {target ? rows : 0}, row);
   Tensor softmax = need_softmax ? empty<2>(logits, {rows, n}, dtype) : empty<1>(logits, {0}, dtype);
   Tensor statistics = empty<2>(logits, {2, rows}, row);
   for_dtype(dtype, op, [&](auto zero) {
@@ -436,15 +441,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, Tensor logits
                           n,
                           data_or_null<int64_t>(target),
                           ignore_index,
-                          static_cast<A>(need_cross_entropy ? label_smoothing : 0),
+                          static_cast<A>(target ? label_smoothing : 0),
                           static_cast<A>(scale),
                           data<A>(log_density),
-                          need_cross_entropy ? data<A>(cross_entropy) : nullptr,
+                          target ? data<A>(cross_entropy) : nullptr,
                           need_softmax ? data<Raw>(softmax) : nullptr,
                           data<A>(statistics),
                           {},
                           nullptr};
-    const bool held = on_ladder<Raw, 1>(n, is_aligned(args.logits, args.stride), [&](auto threads, auto vectors) {
+    const bool aligned = is_aligned(args.logits, args.stride);
+    const bool held = with_tile_config<Raw, 1>(n, aligned, [&](auto threads, auto vectors) {
       device.launch<threads>(softmax_rows<Raw, threads, vectors>, rows, args);
     });
     if (held) return;
@@ -457,25 +463,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, Tensor logits
     device.launch<T>(softmax_finish<Raw, T, vectors_of<Raw, 2>(kSplit)>, rows, args, need_softmax ? chunks : 1);
   });
   return {log_density, cross_entropy, softmax, statistics};
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<Tensor> target, double label_smoothing,
-                                                   int64_t ignore_index, bool need_softmax, double scale) {
-  check_matrix("softmax", "logits", logits, logits, -1, -1);
-  const auto y = classes_of("softmax", "target", target, logits);
-  count_call(Op::softmax, Kernel::cuda);
-  return forward("softmax", logits, y, y.has_value(), label_smoothing, ignore_index, need_softmax, scale);
-}
-
-std::tuple<Tensor, Tensor, Tensor> log_softmax_difference(Tensor logits, Tensor k, bool need_softmax) {
-  check_matrix("log_softmax_difference", "logits", logits, logits, -1, -1);
-  const auto y = classes_of("log_softmax_difference", "k", k, logits);
-  count_call(Op::log_softmax_difference, Kernel::cuda);
-  auto [difference, unused, p, statistics] =
-      forward("log_softmax_difference", logits, y, false, 0.0, -100, need_softmax, 1.0);
-  return {difference, p, statistics};
 }
 
 Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::optional<Tensor> target,
@@ -494,12 +481,12 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
     STD_TORCH_CHECK(grad_softmax->scalar_type() == dtype,
                     "densreg::softmax_backward: grad_softmax must have the dtype of the source");
   }
-  const auto checked = classes_of(op, "target", target, source);
+  check_target(op, target, source);
   count_call(Op::softmax_backward, Kernel::cuda);
   const OnDevice device(source);
   source = rows_contiguous(source);
   Tensor grad = empty<2>(source, {rows, n}, dtype);
-  const auto y = contiguous(checked);
+  const auto y = contiguous(target);
   const auto stats = contiguous_as(statistics, row);
   const auto l = contiguous_as(grad_log_density, row);
   const auto a = contiguous_as(grad_cross_entropy, row);
@@ -525,7 +512,7 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
                            {},
                            nullptr};
     const bool aligned = is_aligned(args.source, args.source_stride);
-    const bool held = on_ladder<Raw, 2>(n, aligned, [&](auto threads, auto vectors) {
+    const bool held = with_tile_config<Raw, 2>(n, aligned, [&](auto threads, auto vectors) {
       device.launch<threads>(softmax_backward_rows<Raw, threads, vectors>, rows, args);
     });
     if (held) return;

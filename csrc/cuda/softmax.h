@@ -12,7 +12,6 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<Tensor> target,
                                                    double label_smoothing, int64_t ignore_index, bool need_softmax,
                                                    double scale);
-std::tuple<Tensor, Tensor, Tensor> log_softmax_difference(Tensor logits, Tensor k, bool need_softmax);
 Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::optional<Tensor> target,
                         std::optional<Tensor> grad_log_density, std::optional<Tensor> grad_cross_entropy,
                         std::optional<Tensor> grad_softmax, double label_smoothing, int64_t ignore_index,

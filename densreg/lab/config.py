@@ -240,7 +240,7 @@ def _complete_attack(values: dict[str, Any]) -> None:
     if kind == "pgd":
         steps = values["adversarial_steps"] = values["adversarial_steps"] or PGD_STEPS
         size = values["adversarial_step_size"]
-        size = values["adversarial_step_size"] = 2.5 * eps / steps if size is None else size
+        size = values["adversarial_step_size"] = attacks.default_step_size(eps, steps) if size is None else size
         if not 0 < size < math.inf:
             raise ValueError(f"adversarial_step_size must be finite and above 0, got {size}")
 

@@ -1,8 +1,9 @@
-"""Group DRO: the cross-entropy of the worst group of training images."""
+"""Groups of images: group DRO, the cross-entropy of the worst group in training, and the accuracy of each group."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,3 +52,35 @@ class GroupDRO(nn.Module):
 def classes(target: Tensor) -> Tensor:
     """[B] classes of a target that is them, or [B, 2] with their groups."""
     return target if target.ndim == 1 else target[:, 0]
+
+
+def group_accuracy(correct: Tensor, groups: Tensor, names: Sequence[str] = ()) -> dict[str, float]:
+    """The accuracy of each group, by its name, and of the worst one.
+
+    Args:
+        correct: [N], 1 or True where an image is classified right; groups: [N] int64, the images' groups.
+        names: of all groups; without them group_0, group_1, ...
+
+    Returns:
+        The groups' accuracies; worst_group, the least of them; group_mean, their mean with equal weights; clean, the
+        mean over the images.
+
+    Raises:
+        ValueError: the shapes differ, a group has no name, or no images.
+    """
+    if correct.shape != groups.shape or correct.ndim != 1:
+        raise ValueError(
+            f"expected one group for each image, got {list(correct.shape)} images and {list(groups.shape)} groups"
+        )
+    if len(groups) == 0:
+        raise ValueError("expected at least one image in each group, got no images")
+    sizes = torch.bincount(groups, minlength=len(names))
+    names = [*names] or [f"group_{i}" for i in range(len(sizes))]
+    if len(sizes) > len(names):
+        raise ValueError(f"expected a name for each of the {len(sizes)} groups, got {len(names)}")
+    for name, size in zip(names, sizes.tolist(), strict=True):
+        if size == 0:
+            raise ValueError(f"the group {name!r} has no images among these {len(groups)}: take more of them")
+    of_group = torch.bincount(groups, weights=correct.double(), minlength=len(sizes)) / sizes
+    summary = {"worst_group": of_group.min(), "group_mean": of_group.mean(), "clean": correct.double().mean()}
+    return {**dict(zip(names, of_group.tolist(), strict=True)), **{key: value.item() for key, value in summary.items()}}

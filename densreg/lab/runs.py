@@ -1,4 +1,4 @@
-"""The run directory: files that are whole at any moment, checkpoints, tables, and the picture of the curves."""
+"""The run directory: atomically written files, locks, checkpoints, tables, and the picture of the curves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from densreg.lab import report
 
 try:
     import fcntl
@@ -245,27 +247,18 @@ def first_line(error: Exception) -> str:
 
 def draw_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the rows of metrics.csv: loss, penalty and accuracy over the epochs. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    panels = {
-        "cross-entropy": {"training": "train_ce", "test": "test_ce"},
-        "penalty": {"training": "train_penalty", "test": "test_penalty"},
-        "accuracy": {"training": "train_accuracy", "test": "test_accuracy"},
-    }
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for label, column in curves.items():
-            axes.plot(epochs, [row[column] for row in rows], marker="." if len(rows) < 50 else None, label=label)
-        axes.set(title=title, xlabel="epoch")
+    figure, (row_of_axes,) = report.panels(1, 3, 12, 3.4)
+    epochs, marker = [row["epoch"] for row in rows], "." if len(rows) < 50 else None
+    columns = {"cross-entropy": "ce", "penalty": "penalty", "accuracy": "accuracy"}
+    for axes, (title, column) in zip(row_of_axes, columns.items(), strict=True):
+        splits = {"training": f"train_{column}", "test": f"test_{column}"}
+        lines = {label: (epochs, [row[name] for row in rows]) for label, name in splits.items()}
+        report.draw_lines(axes, lines, marker, "medium", title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
     save_picture(path, figure)
 
 
 def save_picture(path: Path, figure: Any) -> None:
     """Write a matplotlib figure as PNG."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, lambda file: file.write(picture.getbuffer()))
+    picture = report.png(figure)
+    write_atomically(path, lambda file: file.write(picture))

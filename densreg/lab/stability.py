@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densreg.lab import runs, training
+from densreg.lab import report, runs, training
 from densreg.penalty import density_penalty
 
 TABLE = "stability.csv"
@@ -89,7 +89,7 @@ def run(
     Raises:
         As :func:`densreg.lab.training.fit`.
     """
-    import matplotlib.figure  # noqa: F401  # where it is missing, better said now than after an hour
+    report.panels(1, 1, 1, 1)  # where matplotlib is missing, better said now than after an hour
 
     for name, value in (("steps", steps), ("every", every)):
         if not 1 <= value < 2**31:
@@ -141,11 +141,9 @@ def _write(folder: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
 
 def _draw(path: Any, rows: Sequence[dict[str, Any]]) -> None:
     """One panel for each scale; a measurement that is not finite is a cross at the top."""
-    from matplotlib.figure import Figure
-
     scales, paths = (list(dict.fromkeys(row[column] for row in rows)) for column in ("scale", "path"))
-    figure = Figure(figsize=(8 * len(scales), 4.2), layout="constrained")
-    for axes, scale in zip(figure.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
+    figure, (row_of_axes,) = report.panels(1, len(scales), 8 * len(scales), 4.2)
+    for axes, scale in zip(row_of_axes, scales, strict=True):
         for i, name in enumerate(paths):
             mine = [row for row in rows if (row["path"], row["scale"]) == (name, scale)]
             finite = [row for row in mine if row["finite"]]

@@ -58,11 +58,11 @@ def test_empty_group_is_named():
         group_accuracy(correct, torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="the group 'c' has no images"):
         group_accuracy(correct, torch.tensor([0, 1]), ("a", "b", "c"))
-    with pytest.raises(ValueError, match="there is a group 1, and names for 1"):
+    with pytest.raises(ValueError, match="expected a name for each of the 2 groups, got 1"):
         group_accuracy(correct, torch.tensor([0, 1]), ("a",))
-    with pytest.raises(ValueError, match="there are no images for worst_group"):
+    with pytest.raises(ValueError, match="expected at least one image in each group, got no images"):
         group_accuracy(correct[:0], torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"wanted one group for each image: \[2\] images, \[1\] groups"):
+    with pytest.raises(ValueError, match=r"expected one group for each image, got \[2\] images and \[1\] groups"):
         group_accuracy(correct, torch.tensor([0]))
 
 
@@ -72,5 +72,5 @@ def test_data_set_without_groups():
 
 
 def test_no_images():
-    with pytest.raises(ValueError, match="there are no images for accuracy; wanted at least one"):
+    with pytest.raises(ValueError, match="there are no images for accuracy; expected at least one"):
         accuracy(linear(), dataclasses.replace(split()).first(0), device="cpu", batch_size=4)

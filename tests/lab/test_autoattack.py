@@ -59,7 +59,7 @@ def test_standard_version(images):
     [
         ({"norm": "1"}, "norm must be 2 or inf, got '1'"),
         ({"eps": (0.1, 0.0)}, "eps must be above 0"),
-        ({"eps": ()}, "eps is empty; wanted at least one budget"),
+        ({"eps": ()}, "eps is empty; expected at least one budget"),
         ({"version": "fast"}, "version must be standard, plus, rand or custom, got 'fast'"),
         ({"version": "custom"}, "attacks are for version=custom, which needs some"),
         ({"attacks": ("square",)}, "attacks are for version=custom, which needs some"),

@@ -113,8 +113,7 @@ def test_metrics_have_one_shape(name):
     assert parameters["seed"].default == 0
     assert function.__doc__
     assert all(default is not inspect.Parameter.empty for default in options_of(name).values())
-    if METRICS[name].draw:
-        assert callable(getattr(sys.modules[function.__module__], METRICS[name].draw))
+    assert {*METRICS[name].of_data} <= {*options_of(name)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -146,12 +145,12 @@ def test_options_as_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("points", "--set points: wanted OPTION=VALUE"),
-        ("point=3", "--set point=3: wanted an option of the metrics (insertion: method, target, baseline, points,"),
-        ("accuracy.points=3", "--set accuracy.points=3: wanted an option of the metrics"),
-        ("points=many", "--set points=many: wanted a value of type int"),
-        ("points=1.5", "--set points=1.5: wanted a value of type int"),
-        ("sigma=1/0", "--set sigma=1/0: wanted a value of type float"),
+        ("points", "--set points: expected OPTION=VALUE"),
+        ("point=3", "--set point=3: expected an option of the metrics (insertion: method, target, baseline, points,"),
+        ("accuracy.points=3", "--set accuracy.points=3: expected an option of the metrics"),
+        ("points=many", "--set points=many: expected a value of type int"),
+        ("points=1.5", "--set points=1.5: expected a value of type int"),
+        ("sigma=1/0", "--set sigma=1/0: expected a value of type float"),
     ],
 )
 def test_bad_option_texts(text, message, run, capsys):
@@ -177,7 +176,7 @@ def test_list(capsys):
 def test_command(run, tmp_path, capsys):
     """Two runs side by side: files, table and pictures; the numbers are those of the functions."""
     other = _train(tmp_path / "other", coeff=0.0)
-    metrics = ["accuracy", "pixel_perturbation", "noise_robustness", "insertion", "activation_maximisation"]
+    metrics = ["accuracy", "pgd", "pixel_perturbation", "noise_robustness", "insertion", "activation_maximisation"]
     command = ["evaluate", str(run), str(other), "--metrics", *metrics, "out_of_distribution"]
     command += ["--test-size", "20", "--out", str(tmp_path / "out"), "--set", "samples=2", "data=synthetic", "fit=true"]
     capsys.readouterr()
@@ -254,9 +253,9 @@ def test_held_out_images(run, tmp_path, capsys):
     assert results != evaluation.evaluate([held_out], overwrite=True)
     capsys.readouterr()
     assert cli.main(["evaluate", str(run), "--val"]) == 2
-    assert capsys.readouterr().err.endswith("--val: the run short held out no images, wanted some\n")
+    assert capsys.readouterr().err.endswith("--val: the run short held out no images, expected some\n")
     assert cli.main(["evaluate", str(held_out), str(run), "--val", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.endswith("--val: the run short held out no images, wanted 100\n")
+    assert capsys.readouterr().err.endswith("--val: the run short held out no images, expected 100\n")
 
 
 def test_default_folder(run, capsys):
@@ -270,12 +269,12 @@ def test_default_folder(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "no run is given; wanted a folder that densreg train has written"),
+        ("", "no run is given; expected a folder that densreg train has written"),
         ("nowhere", "no readable run in nowhere: there is no checkpoint.pt"),
-        ("RUN --metrics lime", "unknown metric 'lime'; wanted some of accuracy, worst_group, leakage"),
+        ("RUN --metrics lime", "unknown metric 'lime'; expected some of accuracy, worst_group, leakage"),
         ("RUN --metrics acuracy", "activation_maximisation; did you mean accuracy?\n"),
         ("RUN --metrics worst_group", "worst_group needs a data set with groups, and this one has none"),
-        ("RUN --data mnist", "the run short was trained on digits, wanted mnist"),
+        ("RUN --data mnist", "the run short was trained on digits, expected mnist"),
         ("RUN RUN --out out", "is given twice"),
         ("RUN --test-size 0", "test_size must lie in [1, 2^31), got 0"),
         ("RUN --batch-size 0", "batch_size must lie in [1, 2^31), got 0"),
@@ -460,6 +459,7 @@ def test_full_disk(writes, run, tmp_path, monkeypatch, capsys):
         ("pyautoattack", "autoattack", "pyautoattack is not installed: pip install 'densreg[autoattack]'"),
         ("sklearn.metrics", "out_of_distribution", "sklearn is not installed: pip install 'densreg[evaluate]'"),
         ("matplotlib.figure", "insertion", "matplotlib is not installed: pip install 'densreg[evaluate]'"),
+        ("matplotlib.figure", "pgd", "matplotlib is not installed: pip install 'densreg[train]'"),
     ],
 )
 def test_missing_extras(module, metric, message, run, tmp_path, monkeypatch, capsys):

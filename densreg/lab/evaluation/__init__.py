@@ -1,14 +1,15 @@
 """What a trained classifier is worth: the paper's measurements, of one run or of several side by side.
 
 A metric is a function ``name(model, split, *, device, batch_size, seed=0, ...options) -> dict[str, float]`` in a module
-of this package, registered in :data:`METRICS`. The model takes pixels in [0, 1] and is in eval mode. What is random in
-a metric follows from the seed and the number of the image: the size of the batches changes nothing but rounding.
+of this package. Its entry in :data:`METRICS` is all that this module and the paper's experiments know of it. The model
+takes pixels in [0, 1] and is in eval mode. What is random in a metric follows from the seed and the number of the
+image: the size of the batches changes nothing but rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import functools
 import inspect
 import json
 import math
@@ -22,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from densreg.lab import data, models, runs, training
+from densreg.lab import data, models, report, runs, training
 from densreg.lab import data as datasets
-from densreg.lab.evaluation import samples
+from densreg.lab.evaluation import accuracy, activation, attacks, attribution, autoattack, leakage, noise, ood, samples
 from densreg.version import __version__
 
 RESULTS, TABLE = "evaluation.json", "evaluation.csv"
@@ -32,41 +33,95 @@ RESULTS, TABLE = "evaluation.json", "evaluation.csv"
 
 @dataclass(frozen=True)
 class Metric:
-    """Where a metric is, and what it is.
+    """An entry of :data:`METRICS`: all that the rest of the lab knows of a metric.
 
     Attributes:
-        module: in this package; imported when the metric is wanted, since its extra may be missing.
+        function: what measures.
         paper: where the paper has it.
         what: one line for the user.
-        draw: name of the function of the module that draws the picture METRIC.png:
-            ``draw(models, split, results, *, device, batch_size, seed, ...options)``, models and results by run.
+        draw: what draws the picture METRIC.png from a :class:`densreg.lab.evaluation.samples.Comparison`, and gives a
+            matplotlib figure; None: there is no picture.
+        percent: whether its quantities are fractions that tables show as percentages.
+        needs, extra: the module that must be installed for it, and the extra of densreg that installs it.
+        of_data: options that are an attribute of the data set where they are not given.
     """
 
-    module: str
+    function: Callable[..., dict[str, float]]
     paper: str
     what: str
-    draw: str | None = None
+    draw: Callable[[samples.Comparison], Any] | None = None
+    percent: bool = False
+    needs: str = "tqdm"
+    extra: str = "train"
+    of_data: tuple[str, ...] = ()
 
+
+_CAPTUM: dict[str, Any] = {"needs": "captum.attr", "extra": "evaluate"}
 
 METRICS = {
-    "accuracy": Metric("accuracy", "Tables 1, 3", "clean accuracy"),
-    "worst_group": Metric("accuracy", "CelebA-Hair, Waterbirds", "accuracy of each group, and of the worst"),
-    "leakage": Metric("leakage", "Table 1, Eq. 9", "integrated gradients over BlockMNIST's null tile"),
-    "pgd": Metric("attacks", "Tables 1, 3 to 6", "accuracy under projected gradient descent"),
-    "autoattack": Metric("autoattack", "Table 6", "accuracy under AutoAttack (extra autoattack)"),
+    "accuracy": Metric(accuracy.accuracy, "Tables 1, 3", "clean accuracy", percent=True),
+    "worst_group": Metric(
+        accuracy.worst_group,
+        "CelebA-Hair, Waterbirds",
+        "accuracy of each group, and of the worst",
+        percent=True,
+        of_data=("groups",),
+    ),
+    "leakage": Metric(
+        leakage.leakage,
+        "Table 1, Eq. 9",
+        "integrated gradients over BlockMNIST's null tile",
+        leakage.draw_leakage,
+        **_CAPTUM,
+    ),
+    "pgd": Metric(
+        attacks.pgd,
+        "Tables 1, 3 to 6",
+        "accuracy under projected gradient descent",
+        attacks.draw_budgets,
+        percent=True,
+    ),
+    "autoattack": Metric(
+        autoattack.autoattack,
+        "Table 6",
+        "accuracy under AutoAttack (extra autoattack)",
+        functools.partial(attacks.draw_budgets, attack="AutoAttack"),
+        percent=True,
+        needs="pyautoattack",
+        extra="autoattack",
+    ),
     "pixel_perturbation": Metric(
-        "attribution",
+        attribution.pixel_perturbation,
         "Fig. 6a",
         "change of the output without the top and bottom pixels",
-        "draw_pixel_perturbation",
+        attribution.draw_pixel_perturbation,
+        **_CAPTUM,
     ),
     "noise_robustness": Metric(
-        "noise", "Fig. 6b, 9", "change of gradient and log density under noise", "draw_noise_robustness"
+        noise.noise_robustness,
+        "Fig. 6b, 9",
+        "change of gradient and log density under noise",
+        noise.draw_noise_robustness,
     ),
-    "out_of_distribution": Metric("ood", "Table 7", "AUROC of log density, maximum logit, maximum softmax"),
-    "insertion": Metric("attribution", "Fig. 1, 13-15", "insertion game, with the attribution maps", "draw_insertion"),
+    "out_of_distribution": Metric(
+        ood.out_of_distribution,
+        "Table 7",
+        "AUROC of log density, maximum logit, maximum softmax",
+        needs="sklearn.metrics",
+        extra="evaluate",
+    ),
+    "insertion": Metric(
+        attribution.insertion,
+        "Fig. 1, 13-15",
+        "insertion game, with the attribution maps",
+        attribution.draw_insertion,
+        **_CAPTUM,
+    ),
     "activation_maximisation": Metric(
-        "activation", "Fig. 11, 12", "images that maximise a class's logit", "draw_activation_maximisation"
+        activation.activation_maximisation,
+        "Fig. 11, 12",
+        "images that maximise a class's logit",
+        activation.draw_activation_maximisation,
     ),
 }
 
@@ -81,18 +136,58 @@ def metric(name: str) -> Callable[..., dict[str, float]]:
 
     Raises:
         ValueError: there is none of that name.
-        ModuleNotFoundError: what it needs is not installed; the message names the extra.
     """
     if name not in METRICS:
         near = runs.did_you_mean(name, METRICS)
-        raise ValueError(f"unknown metric {name!r}; wanted some of {', '.join(METRICS)}{near}")
-    return getattr(importlib.import_module(f"densreg.lab.evaluation.{METRICS[name].module}"), name)
+        raise ValueError(f"unknown metric {name!r}; expected some of {', '.join(METRICS)}{near}")
+    return METRICS[name].function
+
+
+def require(name: str, picture: bool = True) -> None:
+    """Check that what a metric needs is installed, and what its picture needs.
+
+    Raises:
+        ModuleNotFoundError: it is not; the message names the extra.
+    """
+    entry = METRICS[name]
+    samples.require(entry.needs, entry.extra)
+    if picture and entry.draw:
+        samples.require("matplotlib.figure", entry.extra)
 
 
 def options_of(name: str) -> dict[str, Any]:
     """The options of a metric and their defaults."""
     parameters = inspect.signature(metric(name)).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _COMMON}
+
+
+def with_data(name: str, options: Mapping[str, Any], dataset: data.DataSet) -> dict[str, Any]:
+    """Options of a metric, those that were not given taken from the data set where it has them."""
+    return {**options, **{key: options[key] or getattr(dataset, key) for key in METRICS[name].of_data}}
+
+
+def measure(
+    name: str,
+    model: nn.Module,
+    split: data.Split,
+    run: str | Path,
+    common: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, float]:
+    """What a metric gives.
+
+    Args:
+        run: whose model it is, for messages.
+        common: device, batch_size and maybe seed; options: of the metric.
+
+    Raises:
+        ValueError: a quantity is not finite.
+    """
+    values = metric(name)(model, split, **common, **options)
+    for quantity, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} of {run}: {quantity} is {value}")
+    return {quantity: float(value) for quantity, value in values.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -123,14 +218,14 @@ def parse_options(texts: Iterable[str], names: Collection[str]) -> dict[str, dic
         if not equals or not users:
             there = "; ".join(f"{name}: {', '.join(options) or 'none'}" for name, options in known.items())
             near = runs.did_you_mean(option, {option for options in known.values() for option in options})
-            wanted = "OPTION=VALUE" if not equals else f"an option of the metrics ({there}){near}"
-            raise ValueError(f"--set {text}: wanted {wanted}")
+            expected = "OPTION=VALUE" if not equals else f"an option of the metrics ({there}){near}"
+            raise ValueError(f"--set {text}: expected {expected}")
         for name in users:
             try:
                 given[name][option] = _parse(value, hints[name][option])
             except ValueError:
                 kind = inspect.formatannotation(hints[name][option])
-                raise ValueError(f"--set {text}: wanted a value of type {kind}") from None
+                raise ValueError(f"--set {text}: expected a value of type {kind}") from None
     return given
 
 
@@ -167,13 +262,7 @@ def describe() -> str:
     lines = []
     for name, entry in METRICS.items():
         lines.append(f"{name}: {entry.what} ({entry.paper})")
-        try:
-            defaults = options_of(name)
-        except ModuleNotFoundError as error:
-            lines.append(f"    {error}")
-            continue
-        for option, default in defaults.items():
-            lines.append(f"    {option}={_text(default)}")
+        lines += [f"    {option}={_text(default)}" for option, default in options_of(name).items()]
     return "\n".join(lines)
 
 
@@ -217,16 +306,16 @@ def load_runs(
         ValueError: a run was trained on another data set.
     """
     if not folders:
-        raise ValueError("no run is given; wanted a folder that densreg train has written")
+        raise ValueError("no run is given; expected a folder that densreg train has written")
     names = names_of(folders)
     loaded = [models.load_checkpoint(folder, device) for folder in folders]
     configs = dict(zip(names, (config for _, config in loaded), strict=True))
-    first, wanted = next(iter(configs)), name
+    first = next(iter(configs))
     for run, config in configs.items():
         training.check_known(config, run)
         trained = config.get("data")
-        if trained != (wanted or configs[first].get("data")):
-            other = f"wanted {wanted}" if wanted else f"and {first} on {configs[first].get('data')}"
+        if trained != (name or configs[first].get("data")):
+            other = f"expected {name}" if name else f"and {first} on {configs[first].get('data')}"
             raise ValueError(f"the run {run} was trained on {trained}, {other}")
     return dict(zip(names, (model for model, _ in loaded), strict=True)), configs
 
@@ -252,7 +341,7 @@ def _check_trained_on(
 
     Args:
         split: the one that is measured, "train" or "test".
-        data_dir: as the user gave it: other images of these classes and this shape are wanted then.
+        data_dir: as the user gave it: other images of these classes and this shape are accepted then.
     """
     (first, config), *_ = configs.items()
     where, shape = data_dir or config.get("data_dir") or dataset.name, list(dataset.image_shape)
@@ -319,12 +408,11 @@ def evaluate(
         ModuleNotFoundError: a metric's extra is not installed; the message names it.
     """
     metrics = [*dict.fromkeys(metrics)]
-    functions = {name: metric(name) for name in metrics}  # what is missing is said before anything is computed
     chosen = {name: {**options_of(name), **(options or {}).get(name, {})} for name in metrics}
-    if any(METRICS[name].draw for name in metrics):
-        samples.require("matplotlib.figure", "evaluate")
+    for name in metrics:  # what is missing is said before anything is computed
+        require(name)
     if not folders:
-        raise ValueError("no run is given; wanted a folder that densreg train has written")
+        raise ValueError("no run is given; expected a folder that densreg train has written")
     if out is None:
         if len(folders) != 1:
             raise ValueError("--out is needed for several runs: the folder for their comparison")
@@ -342,8 +430,7 @@ def evaluate(
     _check_trained_on(configs, dataset, "train" if val else "test", data_dir)
     if val:
         dataset = dataset.held_out(_val_size(configs))
-    if "worst_group" in chosen:
-        chosen["worst_group"]["groups"] = chosen["worst_group"]["groups"] or dataset.groups
+    chosen = {name: with_data(name, given, dataset) for name, given in chosen.items()}
     common: dict[str, Any] = {"device": on, "batch_size": batch_size or config["batch_size"], "seed": seed}
     split = dataset.test.first(test_size)
     results: Results = {run: {} for run in loaded}
@@ -362,19 +449,14 @@ def evaluate(
     with runs.open_run(out, overwrite, [RESULTS]) as folder, training.threads(threads):
         for name in METRICS:  # of results that are overwritten
             (folder / f"{name}.png").unlink(missing_ok=True)
-        for name, function in functions.items():
+        for name in metrics:
             for run, model in loaded.items():
-                values = function(model, split, **common, **chosen[name])
-                for quantity, value in values.items():
-                    if not math.isfinite(value):
-                        raise ValueError(f"{name} of {run}: {quantity} is {value}")
-                results[run][name] = {quantity: float(value) for quantity, value in values.items()}
+                results[run][name] = measure(name, model, split, run, common, chosen[name])
             _write(folder, about, results)
             draw = METRICS[name].draw
             if draw is not None:
-                drawing = getattr(importlib.import_module(function.__module__), draw)
                 of_metric = {run: results[run][name] for run in loaded}
-                figure = drawing(loaded, split, of_metric, **common, **chosen[name])
+                figure = draw(samples.Comparison(loaded, of_metric, split, **common, options=chosen[name]))
                 with _writing(folder):
                     runs.save_picture(folder / f"{name}.png", figure)
     return results
@@ -392,7 +474,7 @@ def _val_size(configs: Mapping[str, Mapping[str, Any]]) -> int:
     first = next(iter(sizes.values()))
     for run, size in sizes.items():
         if size == 0 or size != first:
-            raise ValueError(f"--val: the run {run} held out {size or 'no'} images, wanted {first or 'some'}")
+            raise ValueError(f"--val: the run {run} held out {size or 'no'} images, expected {first or 'some'}")
     return first
 
 
@@ -415,9 +497,8 @@ def markdown(results: Results) -> str:
     rows = rows_of(results)
     if not rows:
         return ""
-    lines = [[*rows[0]], ["---"] * len(rows[0])]
-    lines += [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    cells = [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in rows]
+    return report.markdown_table([[*rows[0]], *cells])
 
 
 def _write(folder: Path, about: Mapping[str, Any], results: Results) -> None:

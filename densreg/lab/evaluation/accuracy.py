@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from densreg.lab import data
 from densreg.lab.evaluation.samples import batches
+from densreg.lab.groups import group_accuracy
 
 
 def correct(model: nn.Module, split: data.Split, device: torch.device | str, batch_size: int, what: str) -> Tensor:
@@ -68,25 +67,3 @@ def worst_group(
     if split.groups is None:
         raise ValueError("worst_group needs a data set with groups, and this one has none")
     return group_accuracy(correct(model, split, device, batch_size, "worst_group"), split.groups, groups)
-
-
-def group_accuracy(correct: Tensor, groups: Tensor, names: Sequence[str] = ()) -> dict[str, float]:
-    """What :func:`worst_group` gives, of [N] bool and [N] int64.
-
-    Raises:
-        ValueError: the shapes differ, a group has no name, or no images.
-    """
-    if correct.shape != groups.shape or correct.ndim != 1:
-        raise ValueError(f"wanted one group for each image: {list(correct.shape)} images, {list(groups.shape)} groups")
-    if len(groups) == 0:
-        raise ValueError("there are no images for worst_group; wanted at least one in each group")
-    sizes = torch.bincount(groups, minlength=len(names))
-    names = [*names] or [f"group_{i}" for i in range(len(sizes))]
-    if len(sizes) > len(names):
-        raise ValueError(f"there is a group {len(sizes) - 1}, and names for {len(names)}")
-    for name, size in zip(names, sizes.tolist(), strict=True):
-        if size == 0:
-            raise ValueError(f"the group {name!r} has no images among these {len(groups)}: take more of them")
-    of_group = torch.bincount(groups, weights=correct.double(), minlength=len(sizes)) / sizes
-    summary = {"worst_group": of_group.min(), "group_mean": of_group.mean(), "clean": correct.double().mean()}
-    return {**dict(zip(names, of_group.tolist(), strict=True)), **{key: value.item() for key, value in summary.items()}}

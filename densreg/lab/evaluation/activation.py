@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from densreg.lab import data
-from densreg.lab.evaluation.samples import Noise, check_range, of_class
+from densreg.lab import data, report
+from densreg.lab.evaluation.samples import Comparison, Noise, check_range, of_class
 
 MOST = 10
 """So many classes, the first ones, if nothing is said."""
@@ -93,7 +92,7 @@ def _shape_and_classes(
     model: nn.Module, split: data.Split, device: torch.device | str, classes: tuple[int, ...] | None
 ) -> tuple[tuple[int, ...], Tensor]:
     if len(split) == 0:
-        raise ValueError("there are no images for activation_maximisation; wanted one, for the shape")
+        raise ValueError("there are no images for activation_maximisation; expected at least one, for the shape")
     x, _ = split.batch(torch.arange(1), torch.Generator())
     with torch.no_grad():
         count = model(x.to(device)).shape[1]
@@ -104,30 +103,16 @@ def _shape_and_classes(
     return tuple(x.shape[1:]), torch.tensor(numbers)
 
 
-def draw_activation_maximisation(
-    models: Mapping[str, nn.Module],
-    split: data.Split,
-    results: Mapping[str, Mapping[str, float]],
-    *,
-    device: torch.device | str,
-    batch_size: int,
-    seed: int = 0,
-    **options: Any,
-) -> Any:
+def draw_activation_maximisation(of: Comparison) -> Any:
     """A matplotlib figure: the images, a row for each run and a column for each class."""
-    from matplotlib.figure import Figure
-
-    names = ("steps", "lr", "start", "variation")
-    shape, numbers = _shape_and_classes(next(iter(models.values())), split, device, options["classes"])
+    options = {name: of.options[name] for name in ("steps", "lr", "start", "variation")}
+    first = next(iter(of.models.values()))
+    shape, numbers = _shape_and_classes(first, of.split, of.device, of.options["classes"])
     numbers = numbers[:MOST]
-    figure = Figure(figsize=(1.5 * len(numbers) + 0.3, 1.8 * len(models) + 0.3), layout="constrained")
-    grid = figure.subplots(len(models), len(numbers), squeeze=False)
-    for row, (run, model) in zip(grid, models.items(), strict=True):
-        chosen = {name: options[name] for name in names}
-        parts = [maximise(model, part, shape, device, seed, **chosen) for part in numbers.split(batch_size)]
-        for axes, image, number in zip(row, torch.cat(parts).cpu(), numbers.tolist(), strict=True):
-            axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[])
-            axes.set_title(f"class {number}", fontsize="small")
+    figure, rows = report.panels(len(of.models), len(numbers), 1.5 * len(numbers) + 0.3, 1.8 * len(of.models) + 0.3)
+    for row, (run, model) in zip(rows, of.models.items(), strict=True):
+        parts = [maximise(model, part, shape, of.device, of.seed, **options) for part in numbers.split(of.batch_size)]
+        for axes, image, number in zip(row, torch.cat(parts), numbers.tolist(), strict=True):
+            report.draw_image(axes, image, f"class {number}")
         row[0].set_ylabel(run, fontsize="small")
     return figure

@@ -1,16 +1,17 @@
-"""Accuracy under projected gradient ascent."""
+"""Accuracy under projected gradient ascent, and its picture, which is AutoAttack's too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from densreg import attacks
-from densreg.lab import data
+from densreg.lab import data, report
 from densreg.lab.evaluation.accuracy import is_right
-from densreg.lab.evaluation.samples import batches, check_one_of, check_range
+from densreg.lab.evaluation.samples import Comparison, batches, check_one_of, check_range
 from densreg.lab.models import Normalize
 
 SPACES = ("pixel", "normalised")
@@ -60,7 +61,7 @@ def pgd(
     for name, value in (("steps", steps), ("restarts", restarts)):
         check_range(name, value, 1, 2**31)
     if not eps:
-        raise ValueError("eps is empty; wanted at least one budget")
+        raise ValueError("eps is empty; expected at least one budget")
     for budget in eps:
         check_range("eps", budget, 0, 1e3, above=True)
     if step_size is not None:
@@ -78,7 +79,7 @@ def pgd(
                 clean, labels = x[left], y[left]
                 numbers = [(seed, i, restart, number) for number in index[left.cpu()].tolist()]
                 start = _starts(clean, order, budget, numbers) if random_start else torch.zeros_like(clean)
-                size = 2.5 * budget / steps if step_size is None else step_size
+                size = attacks.default_step_size(budget, steps) if step_size is None else step_size
                 attacked = attacks.perturb(model, clean, labels, order, budget, steps, size, unit=unit, start=start)
                 _check(attacked, clean, order, budget, unit)
                 robust[left] = is_right(model, attacked, labels)
@@ -108,3 +109,20 @@ def _check(attacked: Tensor, x: Tensor, norm: float, eps: float, unit: Tensor | 
     far = ((attacked - x) / unit).flatten(1).norm(norm, dim=1).max().item()
     if not far <= eps * (1 + 1e-4) + 1e-6 or attacked.min() < 0 or attacked.max() > 1:
         raise RuntimeError(f"PGD left its ball: distance {far} of {eps}, or pixels outside of [0, 1]")
+
+
+def draw_budgets(of: Comparison, attack: str = "PGD") -> Any:
+    """A matplotlib figure: the accuracy over the budgets of an attack, a line for each run."""
+    figure, ((axes,),) = report.panels(1, 1, 6.5, 4.2)
+    draw_accuracy(axes, of.results, attack)
+    return figure
+
+
+def draw_accuracy(axes: Any, results: Mapping[str, Mapping[str, float]], attack: str = "PGD", **labels: Any) -> None:
+    """Draw a line for each result of :func:`pgd` or autoattack, by name: its accuracies over the budgets."""
+    (budgets, *_), lines = [[name for name in values if name != "clean"] for values in results.values()], {}
+    for name, values in results.items():
+        accuracies = [100 * values[quantity] for quantity in ("clean", *budgets)]
+        lines[name] = ([0.0, *(float(budget.rpartition("_")[2]) for budget in budgets)], accuracies)
+    norm = budgets[0][1:].partition("_")[0]
+    report.draw_lines(axes, lines, xlabel=f"budget, L{norm}", ylabel=f"accuracy under {attack}, %", **labels)

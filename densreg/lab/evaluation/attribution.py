@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from densreg.lab import data
-from densreg.lab.evaluation.samples import Noise, batches, check_one_of, check_range, choose_target, of_class, require
+from densreg.lab import data, report
+from densreg.lab.evaluation.samples import (
+    Comparison,
+    Noise,
+    batches,
+    check_one_of,
+    check_range,
+    choose_target,
+    of_class,
+    require,
+)
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients")
 BASELINES = ("black", "mean", "blur")
@@ -165,36 +173,23 @@ def _check_fractions(fractions: tuple[float, ...]) -> None:
     for fraction in fractions:
         check_range("fractions", fraction, 0, 1, above=True)
     if not fractions:
-        raise ValueError("fractions is empty; wanted parts of the pixels, above 0 to 1")
+        raise ValueError("fractions is empty; expected at least one, above 0 and at most 1")
 
 
-def draw_pixel_perturbation(
-    models: Mapping[str, nn.Module],
-    split: data.Split,
-    results: Mapping[str, Mapping[str, float]],
-    *,
-    device: torch.device | str,
-    batch_size: int,
-    seed: int = 0,
-    **options: Any,
-) -> Any:
-    """A matplotlib figure: change without the top and the bottom pixels, and the difference, over the part."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+def draw_pixel_perturbation(of: Comparison) -> Any:
+    """A matplotlib figure: change without the top and the bottom pixels, and the difference, over the fraction."""
+    figure, (row,) = report.panels(1, 3, 12, 3.6)
     titles = {
         "difference": "top minus bottom",
         "top": "without the most important pixels",
         "bottom": "without the least important pixels",
     }
-    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for run, values in results.items():
-            fractions = options["fractions"]
-            axes.plot(fractions, [values[f"{name}_{k:g}"] for k in fractions], marker="o", label=run)
-        axes.set(title=title, xlabel="part of the pixels")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("fractional change of the output logit")
-    figure.axes[0].legend(fontsize="small")
+    fractions = of.options["fractions"]
+    for axes, (name, title) in zip(row, titles.items(), strict=True):
+        lines = {run: (fractions, [values[f"{name}_{k:g}"] for k in fractions]) for run, values in of.results.items()}
+        report.draw_lines(axes, lines, "o", None, title=title, xlabel="part of the pixels")
+    row[0].set_ylabel("fractional change of the output logit")
+    row[0].legend(fontsize="small")
     return figure
 
 
@@ -264,41 +259,24 @@ def _areas(model: nn.Module, x: Tensor, target: Tensor, order: Tensor, baseline:
     return torch.trapezoid(curve, parts, dim=1)
 
 
-def draw_insertion(
-    models: Mapping[str, nn.Module],
-    split: data.Split,
-    results: Mapping[str, Mapping[str, float]],
-    *,
-    device: torch.device | str,
-    batch_size: int,
-    seed: int = 0,
-    **options: Any,
-) -> Any:
+def draw_insertion(of: Comparison) -> Any:
     """A matplotlib figure: the first images, and their attribution maps by each run, with the insertion AUC."""
-    from matplotlib.figure import Figure
-
-    index = torch.arange(min(PICTURES, len(split)))
-    x, y = split.batch(index, torch.Generator())
-    x, y = x.to(device), y.to(device)
-    figure = Figure(figsize=(1.9 * len(index), 2.1 * (1 + len(models)) + 0.3), layout="constrained")
-    rows = figure.subplots(1 + len(models), len(index), squeeze=False)
-    for axes in rows.flat:
-        axes.set(xticks=[], yticks=[])
-    for axes, image, label in zip(rows[0], x.cpu(), y.tolist(), strict=True):
-        axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
-        axes.set_title(f"label {label}", fontsize="small")
-    for row, (run, model) in zip(rows[1:], models.items(), strict=True):
+    index = torch.arange(min(PICTURES, len(of.split)))
+    x, y = of.split.batch(index, torch.Generator())
+    x, y = x.to(of.device), y.to(of.device)
+    figure, rows = report.panels(1 + len(of.models), len(index), 1.9 * len(index), 2.1 * (1 + len(of.models)) + 0.3)
+    for axes, image, label in zip(rows[0], x, y.tolist(), strict=True):
+        report.draw_image(axes, image, f"label {label}")
+    for row, (run, model) in zip(rows[1:], of.models.items(), strict=True):
         with torch.no_grad():
-            classes = choose_target(model(x), y, options["target"])
-        names = ("method", "samples", "sigma", "steps")
-        maps = attribute(model, x, classes, index.cpu(), seed=seed, **{name: options[name] for name in names})
-        areas = _areas(model, x, classes, ranking(maps), options["baseline"], options["points"])
-        for axes, attribution, of, area in zip(row, maps.cpu().abs().sum(1), classes.tolist(), areas, strict=True):
+            classes = choose_target(model(x), y, of.options["target"])
+        options = {name: of.options[name] for name in ("method", "samples", "sigma", "steps")}
+        maps = attribute(model, x, classes, index, seed=of.seed, **options)
+        areas = _areas(model, x, classes, ranking(maps), of.options["baseline"], of.options["points"])
+        for axes, attribution, number, area in zip(row, maps.abs().sum(1), classes.tolist(), areas, strict=True):
             # Each map has its own scale: a smoother model's are smaller, and it is where they lie that is looked at.
-            axes.imshow(
-                attribution.numpy(), cmap="inferno", vmin=0, vmax=attribution.flatten().quantile(0.99).item() or 1
-            )
-            axes.set_title(f"class {of}, AUC {area:.2f}", fontsize="small")
+            high = attribution.flatten().quantile(0.99).item() or 1
+            report.draw_image(axes, attribution, f"class {number}, AUC {area:.2f}", "inferno", high=high)
         row[0].set_ylabel(run, fontsize="small")
-    figure.suptitle(f"attribution to the {options['target']}: {options['method']}", fontsize="medium")
+    figure.suptitle(f"attribution to the {of.options['target']}: {of.options['method']}", fontsize="medium")
     return figure

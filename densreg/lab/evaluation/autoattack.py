@@ -52,7 +52,7 @@ def autoattack(
     for name in attacks:
         check_one_of("attacks", name, ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"])
     if not eps:
-        raise ValueError("eps is empty; wanted at least one budget")
+        raise ValueError("eps is empty; expected at least one budget")
     for budget in eps:
         check_range("eps", budget, 0, 1e3, above=True)
     package = require("pyautoattack", "autoattack")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from densreg.lab import data
+from densreg.lab import data, report
 from densreg.lab.evaluation.attribution import attribute
-from densreg.lab.evaluation.samples import batches, check_one_of
+from densreg.lab.evaluation.samples import Comparison, batches, check_one_of
+
+PICTURES = 8
+"""Images in a picture of attribution maps."""
 
 OUTPUTS: dict[str, nn.Module] = {
     "logit": nn.Identity(),
@@ -50,8 +55,7 @@ def leakage(
         ModuleNotFoundError: captum is not installed.
     """
     check_one_of("output", output, [*OUTPUTS])
-    attributed = model if output == "logit" else nn.Sequential(model, OUTPUTS[output])
-    rows = []
+    attributed, rows = _attributed(model, output), []
     for index, x, y in batches(split, batch_size, device, "leakage"):
         tiles = data.null_tiles(x)
         rows.append(norms(attribute(attributed, x, y, index, "integrated_gradients", steps=steps), tiles))
@@ -64,6 +68,10 @@ def leakage(
     return {**result, "whole_l1": whole_l1, "whole_l2": whole_l2, "share_l1": share_l1, "share_l2": share_l2}
 
 
+def _attributed(model: nn.Module, output: str) -> nn.Module:
+    return model if output == "logit" else nn.Sequential(model, OUTPUTS[output])
+
+
 def norms(attributions: Tensor, tiles: Tensor) -> Tensor:
     """L1, L2 and the absolute sum over the tiles, L1 and L2 over the images: [n, 5] float64, on the CPU.
 
@@ -74,3 +82,21 @@ def norms(attributions: Tensor, tiles: Tensor) -> Tensor:
     tile = whole * tiles.flatten(1)
     columns = [tile.norm(1, dim=1), tile.norm(2, dim=1), tile.sum(1).abs(), whole.norm(1, dim=1), whole.norm(2, dim=1)]
     return torch.stack(columns, 1).cpu()
+
+
+def draw_leakage(of: Comparison) -> Any:
+    """A matplotlib figure: the first images, and integrated gradients by each run, each on a scale of its own."""
+    index = torch.arange(min(PICTURES, len(of.split)))
+    x, y = of.split.batch(index, torch.Generator())
+    figure, rows = report.panels(1 + len(of.models), len(x), 1.1 * len(x), 2.2 * (1 + len(of.models)))
+    for axes, image in zip(rows[0], x, strict=True):
+        report.draw_image(axes, image)
+    for row, (run, model) in zip(rows[1:], of.models.items(), strict=True):
+        attributed = _attributed(model, of.options["output"])
+        steps, inputs = of.options["steps"], (x.to(of.device), y.to(of.device))
+        maps = attribute(attributed, *inputs, index, "integrated_gradients", steps=steps).sum(1)
+        for axes, values in zip(row, maps, strict=True):
+            largest = values.abs().max().item() or 1.0
+            report.draw_image(axes, values, "", "seismic", -largest, largest)
+        row[0].set_ylabel(run)
+    return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +10,16 @@ from torch.nn import functional as F
 
 from densreg.attacks import log_odds
 from densreg.functional import log_density
-from densreg.lab import data
-from densreg.lab.evaluation.samples import Noise, batches, check_one_of, check_range, input_gradient, of_class
+from densreg.lab import data, report
+from densreg.lab.evaluation.samples import (
+    Comparison,
+    Noise,
+    batches,
+    check_one_of,
+    check_range,
+    input_gradient,
+    of_class,
+)
 
 FUNCTIONS = ("logit", "loss", "density")
 
@@ -87,31 +94,18 @@ def noise_robustness(
     return {f"{name}_{s:g}": means[i, j].item() for j, name in enumerate(names) for i, s in enumerate(sigmas)}
 
 
-def draw_noise_robustness(
-    models: Mapping[str, nn.Module],
-    split: data.Split,
-    results: Mapping[str, Mapping[str, float]],
-    *,
-    device: torch.device | str,
-    batch_size: int,
-    seed: int = 0,
-    **options: Any,
-) -> Any:
+def draw_noise_robustness(of: Comparison) -> Any:
     """A matplotlib figure: the three means over sigma, a line for each run."""
-    from matplotlib.figure import Figure
-
-    sigmas = options["sigmas"]
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    sigmas = of.options["sigmas"]
+    figure, (row,) = report.panels(1, 3, 12, 3.6)
     labels = {
-        "gradient": f"relative change of the gradient ({options['of']})",
+        "gradient": f"relative change of the gradient ({of.options['of']})",
         "density": "relative change of the log density",
         "density_nats": "change of the log density, nats",
     }
-    for axes, (name, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
-        for run, values in results.items():
-            axes.plot(sigmas, [values[f"{name}_{sigma:g}"] for sigma in sigmas], marker="o", label=run)
-        axes.set(xlabel="standard deviation of the noise, pixels in [0, 1]", ylabel=label)
+    xlabel = "standard deviation of the noise, pixels in [0, 1]"
+    for axes, (name, label) in zip(row, labels.items(), strict=True):
+        lines = {run: (sigmas, [values[f"{name}_{sigma:g}"] for sigma in sigmas]) for run, values in of.results.items()}
+        report.draw_lines(axes, lines, "o", xlabel=xlabel, ylabel=label)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
     return figure

@@ -1,9 +1,10 @@
-"""What the metrics share: images with their numbers, noise that follows from them, targets, gradients, extras."""
+"""What the metrics share: images with their numbers, noise that follows from them, targets, gradients, checks."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,26 @@ from tqdm import tqdm
 from densreg.lab import data
 
 TARGETS = ("prediction", "label")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of several models side by side: what its picture is drawn from.
+
+    Attributes:
+        models: by name, in eval mode; they take pixels in [0, 1].
+        results: what the metric gave, by the models' names.
+        split: the images that were measured.
+        options: all options of the metric.
+    """
+
+    models: Mapping[str, nn.Module]
+    results: Mapping[str, Mapping[str, float]]
+    split: data.Split
+    device: torch.device | str
+    batch_size: int
+    seed: int
+    options: Mapping[str, Any]
 
 
 def batches(
@@ -31,7 +52,7 @@ def batches(
         ValueError: the split is empty, or the batch size below 1.
     """
     if len(split) == 0:
-        raise ValueError(f"there are no images{f' for {what}' if what else ''}; wanted at least one")
+        raise ValueError(f"there are no images{f' for {what}' if what else ''}; expected at least one")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     done = 0
@@ -92,8 +113,8 @@ def check_one_of(name: str, value: Any, known: Sequence[Any]) -> None:
 def check_range(name: str, value: float, low: float, high: float, above: bool = False) -> None:
     """Raise ValueError unless low <= value <= high; ``above``: low itself is not allowed."""
     if not low <= value <= high or (above and value == low):
-        wanted = f"above {low:g} and at most {high:g}" if above else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
+        expected = f"above {low:g} and at most {high:g}" if above else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {expected}, got {value}")
 
 
 def require(module: str, extra: str) -> Any:

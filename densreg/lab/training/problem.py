@@ -93,8 +93,7 @@ def evaluate(
     correct = torch.cat(right)
     metrics = {"test_ce": ce / len(split), "test_accuracy": correct.mean().item()}
     if split.groups is not None:
-        of_group = torch.bincount(split.groups, weights=correct) / torch.bincount(split.groups)
-        metrics["test_worst_group"] = of_group.min().item()
+        metrics["test_worst_group"] = groups.group_accuracy(correct, split.groups)["worst_group"]
     return {**metrics, "test_penalty": penalty / len(some)}
 
 

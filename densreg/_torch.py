@@ -1,0 +1,274 @@
+"""What densreg uses of torch under private names, each in one place; a test keeps such names out of every other module.
+
+A private name has a part that begins with one underscore (``torch._dynamo``, ``torch._C``, ``module._buffers``), or is
+what torch calls a node of its graphs. All of these are there on torch 2.11 to 2.15; a comment says otherwise where one
+differs, and why no public name does. docs/contributing.md, "A new torch version", says how to check them on the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Trees of lists, tuples and dicts. torch has them under no public name, and optree is one more dependency.
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+# --------------------------------------------------------------------------------------------------------------------
+# transforms: torch.func, forward mode, and the vmap of torch.autograd. No public name says which are active.
+
+_VMAP_OF_AUTOGRAD = torch._C._dispatch_key_parse("VmapMode")  # torch.func's is another
+
+
+def inside_func_transform() -> bool:
+    """Whether torch.func's transforms are active, of which a Function has to have ``setup_context``."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def inside_autograd_vmap() -> bool:
+    """Whether this runs under ``is_grads_batched`` or ``vectorize=True``."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_AUTOGRAD)
+
+
+def inside_forward_mode() -> bool:
+    """Whether a level of ``torch.autograd.forward_ad`` is entered."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def jvp_depth() -> int:
+    """How many of torch.func's transforms are a jvp."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# autograd
+
+
+def engine_needs(tensor: Tensor) -> bool:
+    """Whether the running backward is to compute the gradient of a tensor that requires grad.
+
+    ``needs_input_grad`` also says so of weights under ``grad(loss, [x])`` (pytorch #56500), for lack of a public name.
+    """
+    try:
+        with plain_tensors():  # a subclass would be given the edge of a view of it
+            edge = torch.autograd.graph.get_gradient_edge(tensor)
+        return torch._C._will_engine_execute_node(edge.node)
+    except RuntimeError:  # a leaf whose gradient autograd.grad was asked for
+        return True
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; documented, under this name only."""
+    return tensor._version
+
+
+def scaled(tensors: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    """All times a scalar, in one kernel; documented, under this name only."""
+    return torch._foreach_mul(tensors, factor) if tensors else ()
+
+
+def has_post_accumulate_grad_hooks(leaf: Tensor) -> bool:
+    """torch registers such hooks and has no public way to ask for them."""
+    return bool(getattr(leaf, "_post_accumulate_grad_hooks", None))
+
+
+@contextlib.contextmanager
+def without_gradient_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """The leaves without the hooks of ``register_hook``, whose handles only those have who registered them."""
+    hooks = [leaf._backward_hooks for leaf in leaves]
+    for leaf in leaves:
+        leaf._backward_hooks = None
+    try:
+        yield
+    finally:
+        for leaf, kept in zip(leaves, hooks, strict=True):
+            leaf._backward_hooks = kept
+
+
+# The nodes of a graph have their class by name only: those of torch's own C++ have no class in Python, and those of
+# Functions one that is private. A renamed one is no longer found; the test in brackets then fails.
+
+
+def cannot_be_differentiated(node: Any) -> bool:
+    """Whether torch put this node where a backward ran outside of autograd."""
+    return node.name() == "torch::autograd::Error"
+
+
+def is_of_compiled_model(node: Any) -> bool:
+    """Whether this is a node of the backward of what torch.compile compiled."""
+    return node.name() == "CompiledFunctionBackwardBackward"
+
+
+def is_reentrant_checkpoint(node: Any) -> bool:
+    return node.name() == "CheckpointFunctionBackward"
+
+
+def sharded_by(node: Any) -> str | None:
+    """The wrapper that loses gradients of gradients, of which this is a node."""
+    name = node.name()
+    if name == "RegisterPostBackwardFunctionBackward":
+        return "a model that is sharded (FSDP2, fully_shard)"
+    if name == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
+        return "DistributedDataParallel(static_graph=True)"
+    if name == "torch::autograd::AccumulateGrad":
+        if getattr(node.variable, "_is_flat_param", False):
+            return "a model that is sharded (FSDP1)"
+        if any(not placement.is_replicate() for placement in getattr(node.variable, "placements", ())):
+            return "a model whose weights are sharded DTensors"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# tensors and functions
+
+# Makes of a subclass of Tensor one whose operations give plain tensors: ``__torch_function__ = ordinary_results``.
+# "Extending PyTorch" names it so.
+ordinary_results = torch._C._disabled_torch_function_impl
+
+# What nn.utils.weight_norm and its parametrization call, for a mode that replaces it.
+weight_norm = torch._weight_norm
+
+
+def plain_tensors() -> AbstractContextManager:
+    """Context in which subclasses of Tensor do not override torch's functions, and modes still do."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether an operator, ``"namespace::name.overload"``, has a kernel of its own for a dispatch key, as "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# modules
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own buffers, to be replaced in place; setattr would call what the module does on assignment."""
+    return module._buffers
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes and buffers, without its parameters and children."""
+    containers = ("_parameters", "_buffers", "_modules")
+    return {name: v for name, v in (module._buffers | vars(module)).items() if name not in containers}
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable]:
+    return list(module._forward_pre_hooks.values())
+
+
+def call_uncompiled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A module's call with its hooks, past what ``module.compile()`` has put there."""
+    return module(*args, **kwargs) if module._compiled_call_impl is None else module._call_impl(*args, **kwargs)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torch.compile. torch.compiler has no public name for any of these; what it has (allow_in_graph,
+# assume_constant_result, reset) is used from there.
+
+
+def traces_autograd() -> bool:
+    """Whether Dynamo traces ``torch.autograd.grad``; since torch 2.11."""
+    return torch._dynamo.config.trace_autograd_ops
+
+
+def dynamo_config(**values: Any) -> AbstractContextManager:
+    return torch._dynamo.config.patch(**values)
+
+
+def merges_products(merge: CustomGraphPass) -> AbstractContextManager:
+    """Context in which inductor runs a pass over its graphs, unless the user has one: there is room for one."""
+    if torch._inductor.config.post_grad_custom_pre_pass is not None:
+        return contextlib.nullcontext()
+    return torch._inductor.config.patch(post_grad_custom_pre_pass=merge)
+
+
+def count(event: str) -> None:
+    """Counts what a pass did where torch counts what its own did: ``torch._dynamo.utils.counters["densreg"]``."""
+    torch._dynamo.utils.counters["densreg"][event] += 1
+
+
+def compile_error() -> type[Exception]:
+    """The class of Dynamo's errors."""
+    return torch._dynamo.exc.TorchDynamoException
+
+
+def recompile_limit_error() -> type[Exception]:
+    """The class of the error that a function was compiled too often."""
+    return torch._dynamo.exc.FailOnRecompileLimitHit
+
+
+def compiled_versions(code: CodeType) -> int:
+    """How many versions of a function Dynamo keeps."""
+    return len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code))
+
+
+def recompile_reasons(code: CodeType) -> list[str]:
+    """Why Dynamo compiled a function again, the latest last; torch.compile says so in its log only."""
+    return [str(reason) for reason in torch._dynamo.utils.guard_failures.get(code, ())]
+
+
+def compiler_backend(backend: str | Callable, mode: str | None) -> Any:
+    """What torch.compile calls with a graph, for a backend of one's own that looks at the graph before.
+
+    torch.compile takes such a backend as it is and would give it no ``mode``.
+    """
+    if backend == "inductor":
+        return torch._TorchCompileInductorWrapper(mode, None, False)
+    return torch._TorchCompileWrapper(backend, mode, None, False)
+
+
+@contextlib.contextmanager
+def stored_reductions_apart() -> Iterator[None]:
+    """inductor's C++ with each stored reduction in a scope of its own.
+
+    Two half-precision results of one vectorized reduction, ``(x.sum(0), x.sum(0).view(4, 4))`` of a [64, 16] bfloat16
+    x, are otherwise one name declared twice, which no C++ compiler takes. A penalized step under autocast has many.
+    """
+    from torch._inductor.codegen.common import IndentedBuffer
+    from torch._inductor.codegen.cpp import CppVecKernel
+
+    store_reduction = CppVecKernel.store_reduction
+
+    def apart(kernel: Any, name: str, index: Any, value: Any) -> None:
+        before, kernel.reduction_suffix = kernel.reduction_suffix, IndentedBuffer()
+        store_reduction(kernel, name, index, value)
+        before.writeline("{")
+        before.splice(kernel.reduction_suffix)
+        before.writeline("}")
+        kernel.reduction_suffix = before
+
+    with replaced(CppVecKernel, "store_reduction", apart):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context in which an attribute of a module or class is another, for all threads."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
