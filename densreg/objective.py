@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils._pytree import tree_map
 
-from densreg import directional, functional, paths, regularizers
+from densreg import _torch, directional, functional, paths, regularizers
+from densreg._torch import tree_map
 from densreg.compiling import CompiledStep
 from densreg.paths import Inputs
 from densreg.regularizers import REGULARIZERS, WITH_ORDER, Density, Hessian, Regularizer
@@ -36,7 +36,6 @@ from densreg.step import (
     score_without_graph,
     whole_step,
     with_inputs,
-    without_hooks,
 )
 
 
@@ -81,7 +80,7 @@ class _AttachGradients(Function):
         # Reading the factor costs nothing on a CPU. Gradients that are not scaled are returned without a copy.
         if factor.device.type != "cpu" or factor != 1:
             present = [g for g in gradients if g is not None]
-            scaled = iter(torch._foreach_mul(present, factor) if present else ())
+            scaled = iter(_torch.scaled(present, factor))
             gradients = [None if g is None else next(scaled) for g in gradients]
         else:
             gradients = _unalias(gradients)
@@ -110,7 +109,7 @@ class _NoGradient(Function):
 class _Scalar(Tensor):
     """A scalar that requires grad but can be read as a number: no warning from float(), no error from numpy()."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+    __torch_function__ = _torch.ordinary_results  # type: ignore[assignment]
 
     def __float__(self) -> float:
         return float(self.item())
@@ -133,7 +132,7 @@ def _unalias(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     seen, result = set(), []
     for g in gradients:
         if g is not None and g.layout == torch.strided:
-            memory = g.untyped_storage()._cdata
+            memory = g.untyped_storage().data_ptr()
             g = g.clone() if memory in seen else g
             seen.add(memory)
         result.append(g)
@@ -257,7 +256,7 @@ class RegularizedObjective(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An option that is assigned is checked as in the constructor, and counts from the next step on."""
-        if name == "coeff" and "coeff" in self._buffers:
+        if name == "coeff" and hasattr(self, name):
             with torch.no_grad():
                 self.coeff.fill_(value if isinstance(value, Tensor) else _coefficient(value))
         elif name == "compile":
@@ -294,8 +293,8 @@ class RegularizedObjective(nn.Module):
 
     def _set(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
-            self.__dict__.pop(name, None)  # a function may follow a module, and a module a function
-            self._modules.pop(name, None)
+            if hasattr(self, name):  # a function may follow a module, and a module a function
+                delattr(self, name)
             super().__setattr__(name, value)
 
     def _compile(self) -> CompiledStep | None:
@@ -340,7 +339,7 @@ class RegularizedObjective(nn.Module):
         Raises:
             TypeError, ValueError: what was given and what is wanted.
             RuntimeError: the step cannot be compiled as one graph, or loses second order there (the model calls an
-                autograd.Function not marked ``torch._dynamo.allow_in_graph``), a layer cannot be differentiated twice,
+                autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be differentiated twice,
                 or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
         for module in (self, self.model):  # fully_shard may have come after the constructor
@@ -463,7 +462,7 @@ class RegularizedObjective(nn.Module):
     def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> StepResult:
         if self._compiled_step is not None:
             return self._compiled_step(spec, *args, **kwargs)
-        with without_hooks(spec.trained):
+        with _torch.without_gradient_hooks(spec.trained):
             return (directional_step if self.path == "directional" else whole_step)(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -499,7 +498,7 @@ class RegularizedObjective(nn.Module):
     def _apply(self, fn, recurse=True):
         value = self.coeff
         super()._apply(fn, recurse)
-        self._buffers["coeff"] = value.to(self.coeff.device)  # .half() and .to(bfloat16) are for the model
+        super().__setattr__("coeff", value.to(self.coeff.device))  # .half() and .to(bfloat16) are for the model
         return self
 
     def extra_repr(self) -> str:
@@ -576,8 +575,7 @@ def _bare(model: nn.Module) -> nn.Module:
     """The model itself; raises where it is wrapped in what cannot be differentiated twice."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        model = model._orig_mod
+    model = _torch.uncompiled(model)
     for module in model.modules():
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise TypeError(
@@ -634,7 +632,7 @@ def _plain(t: Tensor) -> Tensor:
     """The same memory as no subclass, which torch.compile may not take; one that is more than its memory stays."""
     if type(t) is Tensor or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return t
-    with torch._C.DisableTorchFunctionSubclass():
+    with _torch.plain_tensors():
         return t.as_subclass(Tensor)
 
 
@@ -642,7 +640,7 @@ def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
     for name, module in model.named_modules():
         inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
         rate = module.dropout if inside else getattr(module, "p", 0)
-        drops = inside or isinstance(module, nn.modules.dropout._DropoutNd)
+        drops = inside or _torch.is_dropout(module)
         if (drops or type(module).__name__ == "StochasticDepth") and module.training and rate > 0:
             raise ValueError(
                 f"regularizer {regularizer}: {name} ({type(module).__name__}) drops other units in each of the two "

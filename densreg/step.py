@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch.fx.traceback
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from densreg import directional, functional, ops
+from densreg import _torch, directional, functional, ops
 from densreg.penalty import density_loss, mean_over_targets
 from densreg.regularizers import Density, Regularizer
 from densreg.second_order import KEPT_ADVICE, fast_second_order, kept_from_earlier
@@ -136,7 +136,7 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in _torch.buffers_of(module).items()
         if buffer is not None
     }
 
@@ -149,27 +149,16 @@ def save_buffers(spec: StepSpec) -> _SavedBuffers:
     """The buffers' values, for :func:`restore_buffers`."""
     owners = [owner for owner in (spec.model, spec.output) if isinstance(owner, nn.Module)]
     modules = [module for owner in owners for module in owner.modules()]
-    return [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    return [
+        (m, name, b, b.detach().clone()) for m in modules for name, b in _torch.buffers_of(m).items() if b is not None
+    ]
 
 
 def restore_buffers(saved: _SavedBuffers) -> None:
     """Undo what checkpoints did to the buffers as they ran their forward again, in each backward that there was."""
     for module, name, buffer, value in saved:
         buffer.data.copy_(value)  # the graph may hold the buffer: to it nothing has changed
-        module._buffers[name] = buffer
-
-
-@contextlib.contextmanager
-def without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The parameters without their hooks, which are for the gradients that backward() will hand out."""
-    hooks = [w._backward_hooks for w in parameters]
-    for w in parameters:
-        w._backward_hooks = None
-    try:
-        yield
-    finally:
-        for w, kept in zip(parameters, hooks, strict=True):
-            w._backward_hooks = kept
+        _torch.buffers_of(module)[name] = buffer
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -189,8 +178,7 @@ def classify(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor] | None = N
     model = spec.model
     if buffers is None:
         # Past what model.compile() has put there.
-        compiled = model._compiled_call_impl is not None
-        output = model._call_impl(*args, **named) if compiled else model(*args, **named)
+        output = _torch.call_uncompiled(model, *args, **named)
     else:
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         output = torch.func.functional_call(model, copies, args, named, tie_weights=False)
@@ -242,7 +230,7 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool:
         for each in (batch, copies._replace(xs=among)):
             with directional.replayed(states, device):
                 logits.append(classify(spec, each)[0][1][size // 2].float())
-    changed = not all(m._buffers[name] is b and torch.equal(b, value) for m, name, b, value in saved)
+    changed = not all(_torch.buffers_of(m)[name] is b and torch.equal(b, value) for m, name, b, value in saved)
     restore_buffers(saved)
     same = (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].abs().max()
     return bool(changed or not same)

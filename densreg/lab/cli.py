@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info() -> int:
-    """Versions, backends by device, and why one is missing."""
+    """Versions, backends by device, and why one is not available."""
     import platform
     import subprocess
     from importlib import metadata
@@ -159,21 +159,14 @@ def _info() -> int:
     extension = f"loaded, built with {build.get('compiler', 'an unknown compiler')}"
     if "cuda" in build:
         extension += f", CUDA kernels for {build['cuda']['targets']} with nvcc {build['cuda']['nvcc']}"
-    if ops.MISSING is not None:
-        extension = f"missing: {ops.MISSING}"
+    if (reason := ops.unavailable_reason("cpu")) is not None:
+        extension = f"not available: {reason}"
 
     nvcc = shutil.which("nvcc")
     if nvcc:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")
         nvcc = f"{nvcc}, release {said[1].split(',')[0]}" if len(said) > 1 else nvcc
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cpu = (
-        "plain torch"
-        if ops.MISSING is not None
-        else f"C++ ({ops.instruction_set()}), {torch.get_num_threads()} threads"
-    )
-    cuda = {"cuda": "CUDA kernels", "triton": "Triton kernels", "torch": "plain torch"}[ops._preferred("cuda")]
-    reasons = "; ".join(f"{name}: {ops.missing(name)}" for name in ops.ORDER["cuda"] if ops.missing(name))
     for name, value in (
         ("densreg", __version__),
         ("python", platform.python_version()),
@@ -181,8 +174,8 @@ def _info() -> int:
         ("torchvision", version("torchvision")),
         ("triton", version("triton")),
         ("extension", extension),
-        ("CPU tensors", cpu),
-        ("CUDA tensors", f"{cuda} ({reasons})" if reasons else cuda),
+        ("CPU tensors", f"{ops.describe('cpu')}, {torch.get_num_threads()} threads"),
+        ("CUDA tensors", ops.describe("cuda")),
         ("nvcc", nvcc or "not found"),
         ("GPU", ", ".join(gpus) or "none"),
     ):

@@ -194,4 +194,4 @@ def test_info(capsys):
     assert lines["densreg"] == densreg.__version__
     assert lines["extension"].startswith("loaded, built with ")
     assert "C++" in lines["CPU"]
-    assert (ops.missing("cuda") or "CUDA kernels") in lines["CUDA"]
+    assert (ops.unavailable_reason("cuda") or "CUDA kernels") in lines["CUDA"]
