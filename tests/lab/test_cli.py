@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import subprocess
 import sys
 
@@ -9,7 +11,8 @@ import pytest
 
 import densreg
 from densreg import ops
-from densreg.lab import cli
+from densreg.lab import cli, evaluation, training
+from densreg.lab.config import GROUPS, Config
 
 
 def test_run(tmp_path):
@@ -27,6 +30,52 @@ def test_default_run_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--epochs", "1", "--train-size", "64", "--test-size", "20", "--path", "taylor"]) == 0
     assert (tmp_path / "runs" / "digits-mlp-taylor-p2-c0.1-s0" / "metrics.csv").exists()
+
+
+def test_the_demo_says_what_to_run_next(tmp_path, monkeypatch, capsys):
+    """Its commands train the same without the penalty and compare both runs; other trainings and --quiet have none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bin/densreg"])
+    trained = []
+    monkeypatch.setattr(training, "fit", lambda config, **options: trained.append(config))
+    assert cli.main(["train"]) == 0
+    *said, last = capsys.readouterr().out.splitlines()
+    assert last == "run directory: runs/digits-mlp-fused-p2-c0.1-s0"
+    train, evaluate = (line.split()[1:] for line in said if line.startswith("  bin/densreg "))
+    assert cli.main(train) == 0
+    assert trained == [Config(last.split()[-1]), Config("runs/digits-mlp-fused-p2-c0-s0", coeff=0.0)]
+    options = cli._parser().parse_args(evaluate)
+    assert options.folders == [config.out for config in trained]
+    assert options.out in next(line for line in said if "picture" in line)
+    metrics = evaluation.parse_options(options.set, options.metrics)
+    assert metrics == {"pgd": {"eps": (0.25, 0.5, 0.75, 1.0)}}
+    assert capsys.readouterr().out == "run directory: runs/digits-mlp-fused-p2-c0-s0\n"
+    assert cli.main(["train", "--quiet"]) == 0
+    assert capsys.readouterr().out == f"{last}\n"
+
+
+def test_quiet(tmp_path, capsys):
+    command = ["train", "--epochs", "1", "--train-size", "64", "--test-size", "20", "--quiet", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    assert capsys.readouterr() == (f"run directory: {tmp_path}\n", "")
+
+
+def test_options_are_the_configuration():
+    """Every field is an option with its default, in a group of --help."""
+    parser = next(action for action in cli._parser()._actions if action.dest == "command").choices["train"]
+    options = vars(parser.parse_args([]))
+    for name in ("out", "resume", "overwrite", "quiet"):
+        options.pop(name)
+    assert Config("", **options) == Config("")
+    assert options.keys() | {"out"} == {field.name for field in dataclasses.fields(Config)}
+    given = "--no-augment --compile --milestones 0.25 0.5 --p inf --epochs 3 --softplus 2 --balance-groups --amp bf16"
+    changed = vars(parser.parse_args(given.split()))
+    expected = {"augment": False, "compile": True, "milestones": [0.25, 0.5], "p": math.inf, "epochs": 3}
+    expected |= {"softplus": 2.0, "balance_groups": True, "amp": "bf16"}
+    assert {name: changed[name] for name in options if changed[name] != options[name]} == expected
+    text = " ".join(parser.format_help().split())
+    for group in (*GROUPS, "(default: digits)", "stop or record (default: stop)"):
+        assert group in text
 
 
 @pytest.mark.parametrize(
