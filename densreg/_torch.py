@@ -165,6 +165,18 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return {name: v for name, v in (module._buffers | vars(module)).items() if name not in containers}
 
 
+class FixedDtypeModule(nn.Module):
+    """A module whose own buffers keep their dtype under ``half()`` and ``to(dtype)``; torch has no option for it."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> FixedDtypeModule:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
+        return self
+
+
 def forward_pre_hooks(module: nn.Module) -> list[Callable]:
     return list(module._forward_pre_hooks.values())
 

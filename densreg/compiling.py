@@ -7,17 +7,16 @@ import threading
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from densreg import directional
+from densreg import _torch, directional
 from densreg.merge import MergeProducts
 from densreg.second_order import hardsigmoid_under_compile, of_a_graph
-from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, restore_buffers, save_buffers, without_hooks
+from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, restore_buffers, save_buffers
 
 OFTEN = 5
 """As many versions of a compiled step are taken for granted: a last batch of another size, skipped penalties."""
@@ -64,15 +63,15 @@ class CompiledStep:
                 which it has in eager too, is raised in its place.
         """
         failure: Exception
-        with _LOCK, torch._dynamo.config.patch(DYNAMO_OPTIONS), hardsigmoid_under_compile():
+        with _LOCK, _torch.dynamo_config(**DYNAMO_OPTIONS), hardsigmoid_under_compile():
             try:
                 result = self._compiled(spec, batch, *args, **kwargs)
-            except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            except _torch.recompile_limit_error() as error:
                 raise RuntimeError(self._recompilations()) from error
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except _torch.compile_error() as error:
                 failure = error
             else:
-                if not self._warned and len(self._versions()) > OFTEN:
+                if not self._warned and _torch.compiled_versions(self._code) > OFTEN:
                     self._warned = True
                     warnings.warn(self._recompilations(), RuntimeWarning, stacklevel=2)
                 return result
@@ -86,20 +85,18 @@ class CompiledStep:
     def _raise_error_in_eager(self, spec: StepSpec, batch: Batch, *args: Any, **kwargs: Any) -> None:
         """After a failed compilation: the error of the step itself, if it has one, says more than Dynamo's."""
         saved, device = save_buffers(spec), batch.xs[0].device
+        states = directional.random_states(device)
         try:
-            with directional.replayed(directional.random_states(device), device), without_hooks(spec.trained):
+            with directional.replayed(states, device), _torch.without_gradient_hooks(spec.trained):
                 self.step(spec, batch, *args, **kwargs)
         finally:
             restore_buffers(saved)
 
-    def _versions(self) -> list[Any]:
-        return torch._dynamo.eval_frame._debug_get_cache_entry_list(self._code)
-
     def _recompilations(self) -> str:
         """That the step is compiled again and again, and why."""
-        versions = len(self._versions())
-        reasons = torch._dynamo.utils.guard_failures.get(self._code) or ["?: unknown"]
-        latest = str(reasons[-min(max(1, versions - 1), len(reasons))])  # one for each version, the latest first
+        versions = _torch.compiled_versions(self._code)
+        reasons = _torch.recompile_reasons(self._code) or ["?: unknown"]
+        latest = reasons[-min(max(1, versions - 1), len(reasons))]  # one for each version, the latest first
         reason = latest.splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
         return (
             f"the training step was compiled {versions} times, the last time because of: {reason}. Each new shape of a "
@@ -108,41 +105,13 @@ class CompiledStep:
         )
 
 
-@contextlib.contextmanager
-def _scoped_reductions() -> Iterator[None]:
-    """inductor's C++ with each stored reduction in a scope of its own.
-
-    Two half-precision results of one vectorized reduction, ``(x.sum(0), x.sum(0).view(4, 4))`` of a [64, 16] bfloat16
-    x, are otherwise one name declared twice, which no C++ compiler takes. A penalized step under autocast has many.
-    """
-    from torch._inductor.codegen.common import IndentedBuffer
-    from torch._inductor.codegen.cpp import CppVecKernel
-
-    store_reduction = CppVecKernel.store_reduction
-
-    def scoped(kernel: Any, name: str, index: Any, value: Any) -> None:
-        before, kernel.reduction_suffix = kernel.reduction_suffix, IndentedBuffer()
-        store_reduction(kernel, name, index, value)
-        before.writeline("{")
-        before.splice(kernel.reduction_suffix)
-        before.writeline("}")
-        kernel.reduction_suffix = before
-
-    with mock.patch.object(CppVecKernel, "store_reduction", scoped):
-        yield
-
-
 class CheckedBackend:
     """A backend of torch.compile that raises where second order would be lost without a word: see functional.py."""
 
     def __init__(self, mode: str | None, backend: str | Callable, penalized: bool) -> None:
-        self.inner: Any
         self.penalized = penalized
-        self.stores = _scoped_reductions if backend == "inductor" else contextlib.nullcontext
-        if backend == "inductor":
-            self.inner = torch._TorchCompileInductorWrapper(mode, None, False)
-        else:
-            self.inner = torch._TorchCompileWrapper(backend, mode, None, False)
+        self.stores = _torch.stored_reductions_apart if backend == "inductor" else contextlib.nullcontext
+        self.inner = _torch.compiler_backend(backend, mode)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if any(_overrides_functions(t) for t in inputs):
@@ -154,12 +123,9 @@ class CheckedBackend:
         ):
             raise RuntimeError(
                 "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
-                "its class with torch._dynamo.allow_in_graph"
+                "its class with torch.compiler.allow_in_graph"
             )
-        if torch._inductor.config.post_grad_custom_pre_pass is not None:  # the user's own: there is room for one
-            with self.stores():
-                return self.inner(graph, inputs)
-        with self.stores(), torch._inductor.config.patch(post_grad_custom_pre_pass=MergeProducts()):
+        with self.stores(), _torch.merges_products(MergeProducts()):
             return self.inner(graph, inputs)
 
     def __getattr__(self, name: str) -> Any:  # name, configuration, reset
@@ -249,7 +215,7 @@ def _keeping_a_graph(model: nn.Module) -> tuple[str, str, str] | None:
     """(layer, reason, remedy) of the first module that keeps a tensor with a graph."""
     for name, attribute, _ in of_a_graph(model):
         module = model.get_submodule(name)
-        kinds = {kind.__name__ for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__}
+        kinds = {kind.__name__ for hook in _torch.forward_pre_hooks(module) for kind in type(hook).__mro__}
         remedy = next((_HOOKS[kind] for kind in _HOOKS if kind in kinds), "keep it detached, or not at all")
         layer = f"{name or 'the model itself'} ({type(module).__name__})"
         return layer, f"it keeps a tensor of the step's graph as its attribute {attribute!r}", remedy

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils._pytree import tree_map
 
-from densreg import directional, functional, paths, regularizers
+from densreg import _torch, directional, functional, paths, regularizers
+from densreg._torch import tree_map
 from densreg.compiling import CompiledStep
 from densreg.paths import Inputs
-from densreg.regularizers import REGULARIZERS, WITH_ORDER, Density, Hessian, Regularizer
+from densreg.regularizers import REGULARIZERS, Density, Regularizer, trait
 from densreg.second_order import fast_second_order
 from densreg.step import (
     Batch,
@@ -36,7 +36,6 @@ from densreg.step import (
     score_without_graph,
     whole_step,
     with_inputs,
-    without_hooks,
 )
 
 
@@ -81,7 +80,7 @@ class _AttachGradients(Function):
         # Reading the factor costs nothing on a CPU. Gradients that are not scaled are returned without a copy.
         if factor.device.type != "cpu" or factor != 1:
             present = [g for g in gradients if g is not None]
-            scaled = iter(torch._foreach_mul(present, factor) if present else ())
+            scaled = iter(_torch.scaled(present, factor))
             gradients = [None if g is None else next(scaled) for g in gradients]
         else:
             gradients = _unalias(gradients)
@@ -110,7 +109,7 @@ class _NoGradient(Function):
 class _Scalar(Tensor):
     """A scalar that requires grad but can be read as a number: no warning from float(), no error from numpy()."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+    __torch_function__ = _torch.ordinary_results  # type: ignore[assignment]  # what is computed from it is a plain tensor
 
     def __float__(self) -> float:
         return float(self.item())
@@ -133,14 +132,14 @@ def _unalias(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     seen, result = set(), []
     for g in gradients:
         if g is not None and g.layout == torch.strided:
-            memory = g.untyped_storage()._cdata
+            memory = g.untyped_storage().data_ptr()
             g = g.clone() if memory in seen else g
             seen.add(memory)
         result.append(g)
     return result
 
 
-class RegularizedObjective(nn.Module):
+class RegularizedObjective(_torch.FixedDtypeModule):
     """Cross-entropy and density penalty of a model: ``out = objective(x, y); out.loss.backward()``.
 
     Only ``out.loss`` has gradients: the logits, the cross-entropy and the penalty are there to be looked at. The
@@ -197,7 +196,7 @@ class RegularizedObjective(nn.Module):
         penalized: of several inputs the ones that are penalized, by position or name; None are all floating point ones.
 
     Raises:
-        TypeError, ValueError: what was given and what is wanted.
+        TypeError, ValueError: what was given and what was expected.
     """
 
     coeff: Tensor
@@ -250,14 +249,15 @@ class RegularizedObjective(nn.Module):
         self._set(_penalty_options(p, path, regularizer))
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
+        self.register_load_state_dict_pre_hook(RegularizedObjective._check_no_loop)
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
-        self._nonzero = False
+        self._value_checked = False
         self._interacting: dict[tuple, bool] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An option that is assigned is checked as in the constructor, and counts from the next step on."""
-        if name == "coeff" and "coeff" in self._buffers:
+        if name == "coeff" and "coeff" in _torch.buffers_of(self):
             with torch.no_grad():
                 self.coeff.fill_(value if isinstance(value, Tensor) else _coefficient(value))
         elif name == "compile":
@@ -270,9 +270,9 @@ class RegularizedObjective(nn.Module):
             self._change(_penalty_options(p, path, value))
         elif name in ("p", "path"):
             known = REGULARIZERS.get(self.regularizer.name) is type(self.regularizer)
-            ordered = known and self.regularizer.name in WITH_ORDER  # which has no other option: made anew
+            anew = known and {"p"} <= regularizers.option_names(self.regularizer) <= {"p", "path"}  # no other is lost
             options = {"p": self.p, "path": self.path, name: value}
-            options["regularizer"] = self.regularizer.name if ordered else self.regularizer
+            options["regularizer"] = self.regularizer.name if anew else self.regularizer
             self._change(_penalty_options(**options))
         elif name in _OPTIONS:
             self._change({name: _checked(name, value)})
@@ -289,13 +289,13 @@ class RegularizedObjective(nn.Module):
                 self._set(before)
                 raise
             self._checks = DifferenceChecks()
-            self._nonzero = False
+            self._value_checked = False
             self._interacting = {}
 
     def _set(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
-            self.__dict__.pop(name, None)  # a function may follow a module, and a module a function
-            self._modules.pop(name, None)
+            if hasattr(self, name):
+                super().__delattr__(name)  # a function may follow a module, and a module a function
             super().__setattr__(name, value)
 
     def _compile(self) -> CompiledStep | None:
@@ -338,9 +338,9 @@ class RegularizedObjective(nn.Module):
                 that ``scaler.scale(out.loss).backward()`` follows as usual.
 
         Raises:
-            TypeError, ValueError: what was given and what is wanted.
+            TypeError, ValueError: what was given and what was expected.
             RuntimeError: the step cannot be compiled as one graph, or loses second order there (the model calls an
-                autograd.Function not marked ``torch._dynamo.allow_in_graph``), a layer cannot be differentiated twice,
+                autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be differentiated twice,
                 or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
         for module in (self, self.model):  # fully_shard may have come after the constructor
@@ -364,8 +364,8 @@ class RegularizedObjective(nn.Module):
                 penalized = self.calls % self.interval == 0
                 coeff = coeff * self.interval
             self.calls += 1
-        if penalized and getattr(self.regularizer, "differences", False):
-            _check_no_dropout(self.model, self.regularizer.name)
+        if penalized:
+            trait(self.regularizer, "check_model")(self.model)
         factor, scale = self._scales(xs, loss_scale, coeff)
         try:
             *values, gradients = self._run(spec, batch, target, coeff, scale, penalized)
@@ -373,13 +373,9 @@ class RegularizedObjective(nn.Module):
             if "backward through the graph a second time" in str(error):
                 raise_kept_tensor(spec, batch, error)
             raise
-        if penalized and isinstance(self.regularizer, Hessian) and not self._nonzero:
-            if values[3] == 0:
-                raise RuntimeError(
-                    "regularizer hessian: the Hessian of the model is 0, as it is piecewise linear: replace its "
-                    "ReLU by SoftPlus (densreg train --softplus BETA)"
-                )
-            self._nonzero = True  # a look at the value waits for the device: once
+        if penalized and not self._value_checked:
+            trait(self.regularizer, "check_value")(values[3])
+            self._value_checked = True  # a look at the value waits for the device: once
         if self._compiled_step is not None and self.mode in ("reduce-overhead", "max-autotune"):
             # CUDA graphs: the next replay would overwrite them.
             values = [t.clone() for t in values]
@@ -402,7 +398,7 @@ class RegularizedObjective(nn.Module):
         target = tree_map(detached, target)
         saved = save_buffers(spec)
         try:
-            if not isinstance(self.regularizer, Density):
+            if not trait(self.regularizer, "first_order"):
                 return _penalty_of_rival(spec, batch, target)
             logits = classify(spec, batch, buffers_of(spec.model))[0][1]
             with torch.autocast(logits.device.type, enabled=False):
@@ -442,11 +438,12 @@ class RegularizedObjective(nn.Module):
         again = self.path == "directional" or self._samples_interact(spec, batch)
         order = torch.randperm(size, device=device)
         part = leaves(rows(batch, order[size - chosen :]))
-        if again and isinstance(self.regularizer, Density):
+        needs_target = trait(self.regularizer, "needs_target")
+        if again and not needs_target:
             return self._call(spec, part, target, coeff, scale, whole=batch)
         if not isinstance(target, Tensor):
             raise TypeError(f"fraction takes a part of the batch: target must be a tensor, got {type(target).__name__}")
-        of_part = None if isinstance(self.regularizer, Density) else target[order[size - chosen :]]
+        of_part = target[order[size - chosen :]] if needs_target else None
         if again:
             return self._call(spec, part, target, coeff, scale, whole=batch, part=of_part)
         rest = rows(batch, order[: size - chosen])
@@ -463,7 +460,7 @@ class RegularizedObjective(nn.Module):
     def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> StepResult:
         if self._compiled_step is not None:
             return self._compiled_step(spec, *args, **kwargs)
-        with without_hooks(spec.trained):
+        with _torch.without_gradient_hooks(spec.trained):
             return (directional_step if self.path == "directional" else whole_step)(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -480,7 +477,7 @@ class RegularizedObjective(nn.Module):
     def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
         self.calls = int(state["calls"] if isinstance(state, dict) else state)  # once it was a dict
 
-    def _check_no_loop(self) -> None:
+    def _check_no_loop(self, *_: Any) -> None:
         """Where nn.Module would go from the objective into the model, and from the model into the objective."""
         if any(module is self for module in self.model.modules()):
             raise ValueError(
@@ -491,16 +488,6 @@ class RegularizedObjective(nn.Module):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:  # train(), to() and apply() go through it
         self._check_no_loop()
         return super().named_children()
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._check_no_loop()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn, recurse=True):
-        value = self.coeff
-        super()._apply(fn, recurse)
-        self._buffers["coeff"] = value.to(self.coeff.device)  # .half() and .to(bfloat16) are for the model
-        return self
 
     def extra_repr(self) -> str:
         self._check_no_loop()
@@ -547,7 +534,7 @@ def _penalty_options(p: float, path: str, regularizer: Any) -> dict[str, Any]:
     p = functional.check_order(p)
     if path not in (*paths.PATHS, "directional"):
         raise ValueError(f"path must be one of {', '.join(paths.PATHS)}, directional; got {path!r}")
-    if path == "directional" and regularizer != "density" and not isinstance(regularizer, Density):
+    if path == "directional" and regularizer != "density" and not getattr(regularizer, "first_order", False):
         raise ValueError(f'path "directional" is for the density penalty, got the regularizer {regularizer!r}')
     if isinstance(regularizer, str):
         made = Density(p) if path == "directional" else regularizers.make(regularizer, p, path)
@@ -576,8 +563,7 @@ def _bare(model: nn.Module) -> nn.Module:
     """The model itself; raises where it is wrapped in what cannot be differentiated twice."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        model = model._orig_mod
+    model = _torch.uncompiled(model)
     for module in model.modules():
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise TypeError(
@@ -634,21 +620,8 @@ def _plain(t: Tensor) -> Tensor:
     """The same memory as no subclass, which torch.compile may not take; one that is more than its memory stays."""
     if type(t) is Tensor or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return t
-    with torch._C.DisableTorchFunctionSubclass():
+    with _torch.plain_tensors():
         return t.as_subclass(Tensor)
-
-
-def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
-    for name, module in model.named_modules():
-        inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
-        rate = module.dropout if inside else getattr(module, "p", 0)
-        drops = inside or isinstance(module, nn.modules.dropout._DropoutNd)
-        if (drops or type(module).__name__ == "StochasticDepth") and module.training and rate > 0:
-            raise ValueError(
-                f"regularizer {regularizer}: {name} ({type(module).__name__}) drops other units in each of the two "
-                "forwards whose difference is penalized, which would be that of the masks: set its probability to 0, "
-                "or put it in eval mode"
-            )
 
 
 def _identity(target: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ import torch.fx.traceback
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from densreg import directional, functional, ops
-from densreg.penalty import density_loss, mean_over_targets
-from densreg.regularizers import Density, Regularizer
+from densreg import _torch, directional, functional, ops
+from densreg.penalty import density_loss, mean_cross_entropy
+from densreg.regularizers import Regularizer
 from densreg.second_order import KEPT_ADVICE, fast_second_order, kept_from_earlier
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
@@ -38,7 +38,7 @@ class StepSpec(NamedTuple):
     """What a step needs to know of the objective; see :class:`densreg.RegularizedObjective`.
 
     Attributes:
-        trained: the parameters whose gradients are wanted.
+        trained: the parameters whose gradients are computed.
         one_read: whether one read of the logits gives the cross-entropy and the penalty.
         checks: of the directional step.
     """
@@ -128,7 +128,7 @@ def leaves(batch: Batch) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# buffers and hooks
+# buffers
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in _torch.buffers_of(module).items()
         if buffer is not None
     }
 
@@ -148,28 +148,15 @@ _SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
 def save_buffers(spec: StepSpec) -> _SavedBuffers:
     """The buffers' values, for :func:`restore_buffers`."""
     owners = [owner for owner in (spec.model, spec.output) if isinstance(owner, nn.Module)]
-    modules = [module for owner in owners for module in owner.modules()]
-    return [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    named = [(m, *each) for owner in owners for m in owner.modules() for each in _torch.buffers_of(m).items()]
+    return [(module, name, b, b.detach().clone()) for module, name, b in named if b is not None]
 
 
 def restore_buffers(saved: _SavedBuffers) -> None:
     """Undo what checkpoints did to the buffers as they ran their forward again, in each backward that there was."""
     for module, name, buffer, value in saved:
         buffer.data.copy_(value)  # the graph may hold the buffer: to it nothing has changed
-        module._buffers[name] = buffer
-
-
-@contextlib.contextmanager
-def without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The parameters without their hooks, which are for the gradients that backward() will hand out."""
-    hooks = [w._backward_hooks for w in parameters]
-    for w in parameters:
-        w._backward_hooks = None
-    try:
-        yield
-    finally:
-        for w, kept in zip(parameters, hooks, strict=True):
-            w._backward_hooks = kept
+        _torch.buffers_of(module)[name] = buffer
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -186,14 +173,11 @@ def classify(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor] | None = N
     given = {key: v.clone() if isinstance(v, Tensor) else v for key, v in given.items()}
     args = tuple(given[key] for key in range(len(given)) if key in given)
     named = {key: v for key, v in given.items() if isinstance(key, str)}
-    model = spec.model
     if buffers is None:
-        # Past what model.compile() has put there.
-        compiled = model._compiled_call_impl is not None
-        output = model._call_impl(*args, **named) if compiled else model(*args, **named)
+        output = _torch.call_uncompiled(spec.model, *args, **named)
     else:
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        output = torch.func.functional_call(model, copies, args, named, tie_weights=False)
+        output = torch.func.functional_call(spec.model, copies, args, named, tie_weights=False)
     if spec.output is not None:
         output = spec.output(output)
     weight = AUXILIARY.get(type(output).__name__)
@@ -208,17 +192,12 @@ def classify(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor] | None = N
     return [(1.0, output)]
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    ce, _ = functional.density_cross_entropy(logits, target)
-    return mean_over_targets(ce, target)
-
-
 def loss_of(spec: StepSpec, outputs: Outputs, target: Any) -> Tensor:
     """The criterion of all outputs, weighted; a scalar."""
     total: Any = 0
     for weight, logits in outputs:
         wide = logits.to(ops.accumulation_dtype(logits.dtype)) if logits.is_floating_point() else logits
-        loss = (spec.criterion or _cross_entropy)(wide, target)
+        loss = (spec.criterion or mean_cross_entropy)(wide, target)
         if not isinstance(loss, Tensor) or loss.ndim:
             given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"the criterion must return a tensor of shape [], got {given}")
@@ -242,7 +221,7 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool:
         for each in (batch, copies._replace(xs=among)):
             with directional.replayed(states, device):
                 logits.append(classify(spec, each)[0][1][size // 2].float())
-    changed = not all(m._buffers[name] is b and torch.equal(b, value) for m, name, b, value in saved)
+    changed = not all(_torch.buffers_of(m)[name] is b and torch.equal(b, value) for m, name, b, value in saved)
     restore_buffers(saved)
     same = (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].abs().max()
     return bool(changed or not same)
@@ -286,8 +265,8 @@ def whole_step(
     device = xs[0].device.type
     amp, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     regularizer = spec.regularizer
-    again = whole is not None or not isinstance(regularizer, Density)
-    buffers = {name: b.clone() for name, b in buffers_of(spec.model).items()} if penalized and again else {}
+    again = penalized and (whole is not None or not spec.one_read)  # the model may run again, from these buffers
+    buffers = {name: b.clone() for name, b in buffers_of(spec.model).items()} if again else {}
 
     def logits_of(inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(device, half, enabled=amp and not regularizer.precise):

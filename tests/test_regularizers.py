@@ -441,8 +441,8 @@ def test_names(arguments, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cure", {"eps": 1}, "regularizer cure has no option 'eps'; wanted h"),
-        ("input_gradient", {"h": 1}, "regularizer input_gradient has no option 'h'; it has none"),
+        ("cure", {"eps": 1}, "regularizer cure has no option 'eps': expected h"),
+        ("input_gradient", {"h": 1}, "regularizer input_gradient has no option 'h': expected none"),
         ("cure", {"h": 0}, "cure: h must be finite and above 0, got 0"),
         ("ig_sum", {"steps": 1.5}, "ig_sum: steps must be a whole number of at least 1, got 1.5"),
         ("score_matching", {"mu": -1}, "mu must be finite and at least 0, got -1"),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "densreg").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 HOME = ROOT / "densreg" / "_torch.py"
 
-EXEMPT = ("compiling.py", "objective.py", "ops.py", "step.py")
+EXEMPT = ("ops.py",)
 """Files that still use such names."""
 
 PUBLIC = {"_asdict", "_fields", "_make", "_replace"}

@@ -755,7 +755,7 @@ def test_adversarial_training(tmp_path, options, steps, size, start):
         ({"adversarial": "fgsm", "adversarial_eps": 0.1, "adversarial_steps": 3}, "adversarial_steps is for .* pgd"),
         ({"adversarial": "pgd", "adversarial_eps": 0.1, "adversarial_norm": 1}, "must be 2 or inf, got 1"),
         ({"regularizer": "nothing"}, "regularizer must be one of density, input_gradient"),
-        ({"regularizer": "cure", "regularizer_options": {"k": 1}}, "regularizer cure has no option 'k'; wanted h"),
+        ({"regularizer": "cure", "regularizer_options": {"k": 1}}, "regularizer cure has no option 'k': expected h"),
         ({"regularizer": "cure", "p": 1}, "regularizer cure has its own norm, got p=1"),
         ({"regularizer": "cure", "path": "directional"}, "path directional is for the density penalty"),
         ({"val_size": 0}, "val_size must lie in"),
