@@ -26,6 +26,7 @@ from densreg.step import (
     detached,
     detached_batch,
     directional_step,
+    labels_of,
     leaves,
     loss_of,
     raise_kept_tensor,
@@ -640,4 +641,4 @@ def _penalty_of_rival(spec: StepSpec, batch: Batch, target: Any) -> Tensor:
         fast_second_order(),
     ):
         torch.manual_seed(0)
-        return spec.regularizer(logits_of, logits_of(xs), xs, spec.labels(target)).mean().detach()
+        return spec.regularizer(logits_of, logits_of(xs), xs, labels_of(spec, target)).mean().detach()

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import _torch, directional, functional, ops
 from densreg.penalty import density_loss, mean_cross_entropy
-from densreg.regularizers import Regularizer
+from densreg.regularizers import Regularizer, trait
 from densreg.second_order import KEPT_ADVICE, fast_second_order, kept_from_earlier
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
@@ -205,6 +205,11 @@ def loss_of(spec: StepSpec, outputs: Outputs, target: Any) -> Tensor:
     return total
 
 
+def labels_of(spec: StepSpec, target: Any) -> Any:
+    """The classes for the regularizer, None if it takes none."""
+    return spec.labels(target) if trait(spec.regularizer, "needs_target") else None
+
+
 def samples_interact(spec: StepSpec, batch: Batch) -> bool:
     """Whether the logits of a sample, or what is kept in a buffer, depend on which samples are in the batch.
 
@@ -292,7 +297,7 @@ def whole_step(
                 if penalized:  # before the criterion, which may change the logits in place
                     if amp and regularizer.precise and whole is None:
                         penalized_logits = logits_of(xs)
-                    of_xs = spec.labels(target if part is None else part)
+                    of_xs = labels_of(spec, target if part is None else part)
                     penalty = regularizer(logits_of, penalized_logits, xs, of_xs).mean()
                 ce = loss_of(spec, outputs, target)
             loss = ce if penalty is None else ce + coeff.to(penalty.dtype) * penalty
