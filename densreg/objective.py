@@ -110,7 +110,7 @@ class _NoGradient(Function):
 class _Scalar(Tensor):
     """A scalar that requires grad but can be read as a number: no warning from float(), no error from numpy()."""
 
-    __torch_function__ = _torch.ordinary_results  # type: ignore[assignment]  # what is computed from it is a plain tensor
+    __torch_function__ = _torch.ordinary_results  # type: ignore[assignment]
 
     def __float__(self) -> float:
         return float(self.item())
@@ -140,7 +140,7 @@ def _unalias(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     return result
 
 
-class RegularizedObjective(_torch.FixedDtypeModule):
+class RegularizedObjective(nn.Module):
     """Cross-entropy and density penalty of a model: ``out = objective(x, y); out.loss.backward()``.
 
     Only ``out.loss`` has gradients: the logits, the cross-entropy and the penalty are there to be looked at. The
@@ -250,7 +250,6 @@ class RegularizedObjective(_torch.FixedDtypeModule):
         self._set(_penalty_options(p, path, regularizer))
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
-        self.register_load_state_dict_pre_hook(RegularizedObjective._check_no_loop)
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
         self._value_checked = False
@@ -258,7 +257,7 @@ class RegularizedObjective(_torch.FixedDtypeModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An option that is assigned is checked as in the constructor, and counts from the next step on."""
-        if name == "coeff" and "coeff" in _torch.buffers_of(self):
+        if name == "coeff" and hasattr(self, name):
             with torch.no_grad():
                 self.coeff.fill_(value if isinstance(value, Tensor) else _coefficient(value))
         elif name == "compile":
@@ -295,8 +294,8 @@ class RegularizedObjective(_torch.FixedDtypeModule):
 
     def _set(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
-            if hasattr(self, name):
-                super().__delattr__(name)  # a function may follow a module, and a module a function
+            if hasattr(self, name):  # a function may follow a module, and a module a function
+                delattr(self, name)
             super().__setattr__(name, value)
 
     def _compile(self) -> CompiledStep | None:
@@ -478,7 +477,7 @@ class RegularizedObjective(_torch.FixedDtypeModule):
     def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
         self.calls = int(state["calls"] if isinstance(state, dict) else state)  # once it was a dict
 
-    def _check_no_loop(self, *_: Any) -> None:
+    def _check_no_loop(self) -> None:
         """Where nn.Module would go from the objective into the model, and from the model into the objective."""
         if any(module is self for module in self.model.modules()):
             raise ValueError(
@@ -489,6 +488,16 @@ class RegularizedObjective(_torch.FixedDtypeModule):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:  # train(), to() and apply() go through it
         self._check_no_loop()
         return super().named_children()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._check_no_loop()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn, recurse=True):
+        value = self.coeff
+        super()._apply(fn, recurse)
+        super().__setattr__("coeff", value.to(self.coeff.device))  # .half() and .to(bfloat16) are for the model
+        return self
 
     def extra_repr(self) -> str:
         self._check_no_loop()

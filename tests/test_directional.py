@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from reference import by_autograd, gradients, nothing
 from torch import nn
 
@@ -238,6 +237,7 @@ def test_a_weak_detached_part_is_noticed_in_float64():
 def test_no_false_alarm(name, central):
     """The most curved of the usual networks, and inputs so small that the difference is of a few digits."""
     if name == "resnet18":
+        torchvision = pytest.importorskip("torchvision")
         model, x = torchvision.models.resnet18(num_classes=5), torch.randn(8, 3, 32, 32)
     else:
         model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)), 0.01 * torch.randn(6, 8)
