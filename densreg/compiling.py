@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import threading
+import time
 import traceback
 import types
 import warnings
@@ -35,6 +38,19 @@ _LOCK = threading.RLock()
 """Held during compiled calls: on some versions of torch Dynamo's configuration is one for all threads."""
 
 
+_LOGGER = logging.getLogger("densreg")
+
+
+def _inform(line: str) -> None:
+    """Logs a line at level INFO. If logging is not set up to show or to hide it, it goes to a terminal as well."""
+    _LOGGER.info(line)
+    undecided = _LOGGER.level == logging.NOTSET and not _LOGGER.isEnabledFor(logging.INFO)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    first = not distributed or torch.distributed.get_rank() == 0
+    if undecided and first and sys.stderr is not None and sys.stderr.isatty():
+        print(f"densreg: {line}", file=sys.stderr, flush=True)
+
+
 class CompiledStep:
     """A step as one graph, with versions and a recompilation limit of its own.
 
@@ -53,16 +69,20 @@ class CompiledStep:
         function = types.FunctionType(self._code, step.__globals__, argdefs=step.__defaults__)
         checked = CheckedBackend(mode, backend, penalized)
         self._compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=checked)
-        self._warned = False
+        self._warned = self._started = False
 
     def __call__(self, spec: StepSpec, batch: Batch, *args: Any, **kwargs: Any) -> StepResult:
-        """The step's result.
+        """The step's result. The first call logs that it compiles, and then how long it took.
 
         Raises:
             RuntimeError: it cannot be compiled as one graph, or was compiled too often. An error of the step itself,
                 which it has in eager too, is raised in its place.
         """
         failure: Exception
+        first, self._started = not self._started, True
+        if first:
+            _inform("the first training step compiles, which can take minutes; compile=False starts at once")
+        start = time.perf_counter()
         with _LOCK, _torch.dynamo_config(**DYNAMO_OPTIONS), hardsigmoid_under_compile():
             try:
                 result = self._compiled(spec, batch, *args, **kwargs)
@@ -71,6 +91,8 @@ class CompiledStep:
             except _torch.compile_error() as error:
                 failure = error
             else:
+                if first:
+                    _inform(f"the first training step took {time.perf_counter() - start:.1f} s with its compilation")
                 if not self._warned and _torch.compiled_versions(self._code) > OFTEN:
                     self._warned = True
                     warnings.warn(self._recompilations(), RuntimeWarning, stacklevel=2)

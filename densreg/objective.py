@@ -14,7 +14,7 @@ from densreg import _torch, directional, functional, paths, regularizers
 from densreg._torch import tree_map
 from densreg.compiling import CompiledStep
 from densreg.paths import Inputs
-from densreg.regularizers import REGULARIZERS, WITH_ORDER, Density, Hessian, Regularizer
+from densreg.regularizers import REGULARIZERS, Density, Regularizer, trait
 from densreg.second_order import fast_second_order
 from densreg.step import (
     Batch,
@@ -26,6 +26,7 @@ from densreg.step import (
     detached,
     detached_batch,
     directional_step,
+    labels_of,
     leaves,
     loss_of,
     raise_kept_tensor,
@@ -196,7 +197,7 @@ class RegularizedObjective(nn.Module):
         penalized: of several inputs the ones that are penalized, by position or name; None are all floating point ones.
 
     Raises:
-        TypeError, ValueError: what was given and what is wanted.
+        TypeError, ValueError: what was given and what was expected.
     """
 
     coeff: Tensor
@@ -251,7 +252,7 @@ class RegularizedObjective(nn.Module):
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
-        self._nonzero = False
+        self._value_checked = False
         self._interacting: dict[tuple, bool] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -269,9 +270,9 @@ class RegularizedObjective(nn.Module):
             self._change(_penalty_options(p, path, value))
         elif name in ("p", "path"):
             known = REGULARIZERS.get(self.regularizer.name) is type(self.regularizer)
-            ordered = known and self.regularizer.name in WITH_ORDER  # which has no other option: made anew
+            anew = known and {"p"} <= regularizers.option_names(self.regularizer) <= {"p", "path"}  # no other is lost
             options = {"p": self.p, "path": self.path, name: value}
-            options["regularizer"] = self.regularizer.name if ordered else self.regularizer
+            options["regularizer"] = self.regularizer.name if anew else self.regularizer
             self._change(_penalty_options(**options))
         elif name in _OPTIONS:
             self._change({name: _checked(name, value)})
@@ -288,7 +289,7 @@ class RegularizedObjective(nn.Module):
                 self._set(before)
                 raise
             self._checks = DifferenceChecks()
-            self._nonzero = False
+            self._value_checked = False
             self._interacting = {}
 
     def _set(self, options: dict[str, Any]) -> None:
@@ -337,7 +338,7 @@ class RegularizedObjective(nn.Module):
                 that ``scaler.scale(out.loss).backward()`` follows as usual.
 
         Raises:
-            TypeError, ValueError: what was given and what is wanted.
+            TypeError, ValueError: what was given and what was expected.
             RuntimeError: the step cannot be compiled as one graph, or loses second order there (the model calls an
                 autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be differentiated twice,
                 or the Hessian to be penalized is 0 because the model is piecewise linear.
@@ -363,8 +364,8 @@ class RegularizedObjective(nn.Module):
                 penalized = self.calls % self.interval == 0
                 coeff = coeff * self.interval
             self.calls += 1
-        if penalized and getattr(self.regularizer, "differences", False):
-            _check_no_dropout(self.model, self.regularizer.name)
+        if penalized:
+            trait(self.regularizer, "check_model")(self.model)
         factor, scale = self._scales(xs, loss_scale, coeff)
         try:
             *values, gradients = self._run(spec, batch, target, coeff, scale, penalized)
@@ -372,13 +373,9 @@ class RegularizedObjective(nn.Module):
             if "backward through the graph a second time" in str(error):
                 raise_kept_tensor(spec, batch, error)
             raise
-        if penalized and isinstance(self.regularizer, Hessian) and not self._nonzero:
-            if values[3] == 0:
-                raise RuntimeError(
-                    "regularizer hessian: the Hessian of the model is 0, as it is piecewise linear: replace its "
-                    "ReLU by SoftPlus (densreg train --softplus BETA)"
-                )
-            self._nonzero = True  # a look at the value waits for the device: once
+        if penalized and not self._value_checked:
+            trait(self.regularizer, "check_value")(values[3])
+            self._value_checked = True  # a look at the value waits for the device: once
         if self._compiled_step is not None and self.mode in ("reduce-overhead", "max-autotune"):
             # CUDA graphs: the next replay would overwrite them.
             values = [t.clone() for t in values]
@@ -401,7 +398,7 @@ class RegularizedObjective(nn.Module):
         target = tree_map(detached, target)
         saved = save_buffers(spec)
         try:
-            if not isinstance(self.regularizer, Density):
+            if not trait(self.regularizer, "first_order"):
                 return _penalty_of_rival(spec, batch, target)
             logits = classify(spec, batch, buffers_of(spec.model))[0][1]
             with torch.autocast(logits.device.type, enabled=False):
@@ -441,11 +438,12 @@ class RegularizedObjective(nn.Module):
         again = self.path == "directional" or self._samples_interact(spec, batch)
         order = torch.randperm(size, device=device)
         part = leaves(rows(batch, order[size - chosen :]))
-        if again and isinstance(self.regularizer, Density):
+        needs_target = trait(self.regularizer, "needs_target")
+        if again and not needs_target:
             return self._call(spec, part, target, coeff, scale, whole=batch)
         if not isinstance(target, Tensor):
             raise TypeError(f"fraction takes a part of the batch: target must be a tensor, got {type(target).__name__}")
-        of_part = None if isinstance(self.regularizer, Density) else target[order[size - chosen :]]
+        of_part = target[order[size - chosen :]] if needs_target else None
         if again:
             return self._call(spec, part, target, coeff, scale, whole=batch, part=of_part)
         rest = rows(batch, order[: size - chosen])
@@ -546,7 +544,7 @@ def _penalty_options(p: float, path: str, regularizer: Any) -> dict[str, Any]:
     p = functional.check_order(p)
     if path not in (*paths.PATHS, "directional"):
         raise ValueError(f"path must be one of {', '.join(paths.PATHS)}, directional; got {path!r}")
-    if path == "directional" and regularizer != "density" and not isinstance(regularizer, Density):
+    if path == "directional" and regularizer != "density" and not getattr(regularizer, "first_order", False):
         raise ValueError(f'path "directional" is for the density penalty, got the regularizer {regularizer!r}')
     if isinstance(regularizer, str):
         made = Density(p) if path == "directional" else regularizers.make(regularizer, p, path)
@@ -636,19 +634,6 @@ def _plain(t: Tensor) -> Tensor:
         return t.as_subclass(Tensor)
 
 
-def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
-    for name, module in model.named_modules():
-        inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
-        rate = module.dropout if inside else getattr(module, "p", 0)
-        drops = inside or _torch.is_dropout(module)
-        if (drops or type(module).__name__ == "StochasticDepth") and module.training and rate > 0:
-            raise ValueError(
-                f"regularizer {regularizer}: {name} ({type(module).__name__}) drops other units in each of the two "
-                "forwards whose difference is penalized, which would be that of the masks: set its probability to 0, "
-                "or put it in eval mode"
-            )
-
-
 def _identity(target: Any) -> Any:
     return target
 
@@ -665,4 +650,4 @@ def _penalty_of_rival(spec: StepSpec, batch: Batch, target: Any) -> Tensor:
         fast_second_order(),
     ):
         torch.manual_seed(0)
-        return spec.regularizer(logits_of, logits_of(xs), xs, spec.labels(target)).mean().detach()
+        return spec.regularizer(logits_of, logits_of(xs), xs, labels_of(spec, target)).mean().detach()

@@ -40,6 +40,11 @@ def mean_over_targets(cross_entropy: Tensor, target: Tensor, ignore_index: int =
     return cross_entropy.sum() / (target != ignore_index).sum()
 
 
+def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Scalar mean cross-entropy of logits [B, C] over the targets [B] that count, in the accumulation dtype."""
+    return mean_over_targets(functional.density_cross_entropy(logits, target)[0], target)
+
+
 def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused", reduction: str = "mean") -> Tensor:
     """``R = mean_b || grad_{x_b} logsumexp f(x_b) ||_p``, the density penalty (Yang et al., ECCV 2024).
 
@@ -68,7 +73,7 @@ def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused"
         A scalar, or [B] for "none"; float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: what was given and what is wanted.
+        TypeError, ValueError: what was given and what was expected.
         RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice.
     """
     _check_reduction(reduction)
@@ -123,7 +128,7 @@ class DensityPenalty(torch.nn.Module):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError, ValueError: what was given and what is wanted.
+        TypeError, ValueError: what was given and what was expected.
     """
 
     def __init__(self, p: float = 2, path: str = "fused", reduction: str = "mean") -> None:

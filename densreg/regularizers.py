@@ -28,13 +28,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from densreg import attacks, functional, ops, paths
+from densreg import _torch, attacks, functional, ops, paths
 from densreg.penalty import _norm, density_penalty
 from densreg.second_order import third_order
 
@@ -44,7 +44,10 @@ IGNORED = -100
 
 
 class Regularizer(Protocol):
-    """What :class:`densreg.RegularizedObjective` takes as its ``regularizer``."""
+    """What :class:`densreg.RegularizedObjective` takes as its ``regularizer``.
+
+    It may also have any of the attributes and methods of :class:`Traits`; what it lacks is as there.
+    """
 
     name: ClassVar[str]
     precise: ClassVar[bool]
@@ -52,6 +55,32 @@ class Regularizer(Protocol):
 
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Any) -> Tensor: ...
 
+
+class Traits:
+    """What the objective and ``densreg train`` ask of a regularizer, with the answers of one that does not say."""
+
+    needs_target: ClassVar[bool] = True
+    """Whether it takes the classes of the samples."""
+
+    first_order: ClassVar[bool] = False
+    """Whether it is the norm of the input score, whose value and finite difference take first-order kernels alone."""
+
+    unrolled: ClassVar[bool] = False
+    """Whether its compiled graph repeats the model so often that compiling takes long."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError where the model, in its present mode, cannot be regularized so."""
+
+    def check_value(self, penalty: Tensor) -> None:
+        """Raises RuntimeError if the first step's penalty, a scalar, shows that there is nothing to train."""
+
+
+def trait(regularizer: Any, name: str) -> Any:
+    """An attribute or a method of :class:`Traits` as the regularizer, or its class, has it, or else the default."""
+    return getattr(regularizer, name, getattr(_DEFAULTS, name))
+
+
+_DEFAULTS = Traits()
 
 # --------------------------------------------------------------------------------------------------------------------
 # what they are made of
@@ -66,7 +95,7 @@ def _label_logit(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """[B], 0 without a target."""
+    """[B], in the accumulation dtype; 0 without a target."""
     return functional.density_cross_entropy(logits, target, ignore_index=IGNORED)[0]
 
 
@@ -99,16 +128,31 @@ def _check(regularizer: Any, **least: float) -> None:
             raise ValueError(f"{regularizer.name}: {name} must be finite and above {bound:g}, got {value}")
 
 
+def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
+    for name, module in model.named_modules():
+        inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
+        rate = module.dropout if inside else getattr(module, "p", 0)
+        drops = inside or _torch.is_dropout(module)
+        if (drops or type(module).__name__ == "StochasticDepth") and module.training and rate > 0:
+            raise ValueError(
+                f"regularizer {regularizer}: {name} ({type(module).__name__}) drops other units in each of the two "
+                "forwards whose difference is penalized, which would be that of the masks: set its probability to 0, "
+                "or put it in eval mode"
+            )
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # the regularizers
 
 
 @dataclass(frozen=True)
-class Density:
+class Density(Traits):
     """``|| grad_x log sum_i exp f_i(x) ||_p``: :func:`densreg.density_penalty` (Yang et al., ECCV 2024)."""
 
     name: ClassVar[str] = "density"
     precise: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
+    first_order: ClassVar[bool] = True
     p: float = 2
     path: str = "fused"
 
@@ -117,7 +161,7 @@ class Density:
 
 
 @dataclass(frozen=True)
-class InputGradient:
+class InputGradient(Traits):
     """``|| grad_x f_y(x) ||_p``, the gradient of the label's logit.
 
     As gradient-norm regularization in Srinivas and Fleuret, *Rethinking the Role of Gradient-based Attribution Methods
@@ -135,7 +179,7 @@ class InputGradient:
 
 
 @dataclass(frozen=True)
-class LossGradient:
+class LossGradient(Traits):
     """``|| grad_x cross_entropy(f(x), y) ||_p``, double backpropagation.
 
     Drucker and LeCun, *Improving generalization performance using double backpropagation* (IEEE TNN 1992); Ross and
@@ -153,7 +197,7 @@ class LossGradient:
 
 
 @dataclass(frozen=True)
-class ScoreMatching:
+class ScoreMatching(Traits):
     """``h + 1/2 ||grad_x f_y||_2^2 + mu h^2``, with h an estimate of the trace of f_y's Hessian in x.
 
     Srinivas and Fleuret, *Rethinking the Role of Gradient-based Attribution Methods for Model Interpretability* (ICLR
@@ -176,7 +220,6 @@ class ScoreMatching:
 
     name: ClassVar[str] = "score_matching"
     precise: ClassVar[bool] = True
-    differences: ClassVar[bool] = True
     sigma: float = 0.01
     samples: int = 1
     mu: float = 1e-4
@@ -186,6 +229,9 @@ class ScoreMatching:
         _check(self, sigma=0.0, samples=1)
         if not 0 <= self.mu < math.inf:
             raise ValueError(f"score_matching: mu must be finite and at least 0, got {self.mu}")
+
+    def check_model(self, model: nn.Module) -> None:
+        _check_no_dropout(model, self.name)
 
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         f = _label_logit(logits, target)
@@ -199,7 +245,7 @@ class ScoreMatching:
 
 
 @dataclass(frozen=True)
-class IGSum:
+class IGSum(Traits):
     """``ce(x') - ce(x) + beta || IG(x, x') ||_1``, x' the point of a ball around x where it is largest.
 
     IG-SUM-NORM of Chen et al., *Robust Attribution Regularization* (NeurIPS 2019): IG are the integrated gradients of
@@ -221,6 +267,7 @@ class IGSum:
 
     name: ClassVar[str] = "ig_sum"
     precise: ClassVar[bool] = False
+    unrolled: ClassVar[bool] = True
     beta: float = 0.1
     eps: float = 0.3
     segments: int = 5
@@ -269,7 +316,7 @@ class IGSum:
 
 
 @dataclass(frozen=True)
-class Hessian:
+class Hessian(Traits):
     """``|| Hess_x f_y(x) v ||_2^2`` for v ~ N(0, I), whose mean is ``|| Hess_x f_y(x) ||_F^2``.
 
     Dombrowski et al., *Towards robust explanations for deep neural networks* (Pattern Recognition 2022), where the
@@ -292,6 +339,13 @@ class Hessian:
     def __post_init__(self) -> None:
         _check(self, samples=1)
 
+    def check_value(self, penalty: Tensor) -> None:
+        if penalty == 0:
+            raise RuntimeError(
+                "regularizer hessian: the Hessian of the model is 0, as it is piecewise linear: replace its "
+                "ReLU by SoftPlus (densreg train --softplus BETA)"
+            )
+
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         with third_order():
             logits = classify(xs)
@@ -306,7 +360,7 @@ class Hessian:
 
 
 @dataclass(frozen=True)
-class Cure:
+class Cure(Traits):
     """``|| grad_x ce(x + h z) - grad_x ce(x) ||_2^2`` with ``z = sign(grad_x ce(x)) / || sign(grad_x ce(x)) ||_2``.
 
     Moosavi-Dezfooli et al., *Robustness via curvature regularization, and vice versa* (CVPR 2019): a finite difference
@@ -320,11 +374,13 @@ class Cure:
 
     name: ClassVar[str] = "cure"
     precise: ClassVar[bool] = True
-    differences: ClassVar[bool] = True
     h: float = 1.5
 
     def __post_init__(self) -> None:
         _check(self, h=0.0)
+
+    def check_model(self, model: nn.Module) -> None:
+        _check_no_dropout(model, self.name)
 
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         scale = paths.cotangent_scale(logits)
@@ -341,8 +397,10 @@ REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
     cls.name: cls for cls in (Density, InputGradient, LossGradient, ScoreMatching, IGSum, Hessian, Cure)
 }
 
-WITH_ORDER = ("density", "input_gradient", "loss_gradient")
-"""Those that are a norm of order p; the others have their own."""
+
+def option_names(regularizer: Any) -> set[str]:
+    """The options of a regularizer's class: p where it is a norm of that order, path where there are several."""
+    return {field.name for field in fields(regularizer)} if is_dataclass(regularizer) else set()
 
 
 def make(name: str, p: float = 2, path: str = "fused", **options: float) -> Regularizer:
@@ -355,23 +413,21 @@ def make(name: str, p: float = 2, path: str = "fused", **options: float) -> Regu
         options: of its class.
 
     Raises:
-        TypeError, ValueError: what was given and what is wanted.
+        TypeError, ValueError: what was given and what was expected.
     """
     if name not in REGULARIZERS:
         raise ValueError(f"regularizer must be one of {', '.join(REGULARIZERS)}; got {name!r}")
     p = functional.check_order(p)
     cls: Any = REGULARIZERS[name]
-    known = [field.name for field in fields(cls) if field.name not in ("p", "path")]
+    known = option_names(cls)
     for option in options:
-        if option not in known:
-            wanted = f"wanted {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"regularizer {name} has no option {option!r}; {wanted}")
-    if name != "density" and path != "fused":
+        if option not in known - {"p", "path"}:
+            others = [field.name for field in fields(cls) if field.name not in ("p", "path")]
+            raise ValueError(f"regularizer {name} has no option {option!r}: expected {', '.join(others) or 'none'}")
+    if "path" not in known and path != "fused":
         raise ValueError(f"path is how the density penalty is computed; regularizer {name} has none, got {path!r}")
-    if name == "density":
-        return Density(p, path)
-    if name in WITH_ORDER:
-        return cls(p, **options)
-    if p != 2:
-        raise ValueError(f"p is for {', '.join(WITH_ORDER)}; regularizer {name} has its own norm, got p={p:g}")
-    return cls(**options)
+    if "p" not in known and p != 2:
+        ordered = ", ".join(each for each in REGULARIZERS if "p" in option_names(REGULARIZERS[each]))
+        raise ValueError(f"p is for {ordered}; regularizer {name} has its own norm, got p={p:g}")
+    common = {option: value for option, value in (("p", p), ("path", path)) if option in known}
+    return cls(**common, **options)

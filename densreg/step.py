@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from densreg import _torch, directional, functional, ops
-from densreg.penalty import density_loss, mean_over_targets
-from densreg.regularizers import Density, Regularizer
+from densreg.penalty import density_loss, mean_cross_entropy
+from densreg.regularizers import Regularizer, trait
 from densreg.second_order import KEPT_ADVICE, fast_second_order, kept_from_earlier
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
@@ -38,7 +38,7 @@ class StepSpec(NamedTuple):
     """What a step needs to know of the objective; see :class:`densreg.RegularizedObjective`.
 
     Attributes:
-        trained: the parameters whose gradients are wanted.
+        trained: the parameters whose gradients are computed.
         one_read: whether one read of the logits gives the cross-entropy and the penalty.
         checks: of the directional step.
     """
@@ -128,7 +128,7 @@ def leaves(batch: Batch) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# buffers and hooks
+# buffers
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
@@ -148,10 +148,8 @@ _SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
 def save_buffers(spec: StepSpec) -> _SavedBuffers:
     """The buffers' values, for :func:`restore_buffers`."""
     owners = [owner for owner in (spec.model, spec.output) if isinstance(owner, nn.Module)]
-    modules = [module for owner in owners for module in owner.modules()]
-    return [
-        (m, name, b, b.detach().clone()) for m in modules for name, b in _torch.buffers_of(m).items() if b is not None
-    ]
+    named = [(m, *each) for owner in owners for m in owner.modules() for each in _torch.buffers_of(m).items()]
+    return [(module, name, b, b.detach().clone()) for module, name, b in named if b is not None]
 
 
 def restore_buffers(saved: _SavedBuffers) -> None:
@@ -175,13 +173,11 @@ def classify(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor] | None = N
     given = {key: v.clone() if isinstance(v, Tensor) else v for key, v in given.items()}
     args = tuple(given[key] for key in range(len(given)) if key in given)
     named = {key: v for key, v in given.items() if isinstance(key, str)}
-    model = spec.model
     if buffers is None:
-        # Past what model.compile() has put there.
-        output = _torch.call_uncompiled(model, *args, **named)
+        output = _torch.call_uncompiled(spec.model, *args, **named)
     else:
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        output = torch.func.functional_call(model, copies, args, named, tie_weights=False)
+        output = torch.func.functional_call(spec.model, copies, args, named, tie_weights=False)
     if spec.output is not None:
         output = spec.output(output)
     weight = AUXILIARY.get(type(output).__name__)
@@ -196,22 +192,22 @@ def classify(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor] | None = N
     return [(1.0, output)]
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    ce, _ = functional.density_cross_entropy(logits, target)
-    return mean_over_targets(ce, target)
-
-
 def loss_of(spec: StepSpec, outputs: Outputs, target: Any) -> Tensor:
     """The criterion of all outputs, weighted; a scalar."""
     total: Any = 0
     for weight, logits in outputs:
         wide = logits.to(ops.accumulation_dtype(logits.dtype)) if logits.is_floating_point() else logits
-        loss = (spec.criterion or _cross_entropy)(wide, target)
+        loss = (spec.criterion or mean_cross_entropy)(wide, target)
         if not isinstance(loss, Tensor) or loss.ndim:
             given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"the criterion must return a tensor of shape [], got {given}")
         total = total + weight * loss
     return total
+
+
+def labels_of(spec: StepSpec, target: Any) -> Any:
+    """The classes for the regularizer, None if it takes none."""
+    return spec.labels(target) if trait(spec.regularizer, "needs_target") else None
 
 
 def samples_interact(spec: StepSpec, batch: Batch) -> bool:
@@ -274,8 +270,8 @@ def whole_step(
     device = xs[0].device.type
     amp, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     regularizer = spec.regularizer
-    again = whole is not None or not isinstance(regularizer, Density)
-    buffers = {name: b.clone() for name, b in buffers_of(spec.model).items()} if penalized and again else {}
+    again = penalized and (whole is not None or not spec.one_read)  # the model may run again, from these buffers
+    buffers = {name: b.clone() for name, b in buffers_of(spec.model).items()} if again else {}
 
     def logits_of(inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(device, half, enabled=amp and not regularizer.precise):
@@ -301,7 +297,7 @@ def whole_step(
                 if penalized:  # before the criterion, which may change the logits in place
                     if amp and regularizer.precise and whole is None:
                         penalized_logits = logits_of(xs)
-                    of_xs = spec.labels(target if part is None else part)
+                    of_xs = labels_of(spec, target if part is None else part)
                     penalty = regularizer(logits_of, penalized_logits, xs, of_xs).mean()
                 ce = loss_of(spec, outputs, target)
             loss = ce if penalty is None else ce + coeff.to(penalty.dtype) * penalty

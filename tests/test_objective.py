@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
+import re
+import sys
 import threading
 from typing import Any, NamedTuple
 
@@ -1433,3 +1436,40 @@ def test_bfloat16_compiles_on_the_cpu(fresh_dynamo):
         out = RegularizedObjective(model, 1.0, criterion=nothing)(x, Y)
     out.loss.backward()
     assert relative_error(gradients(model), expected) < 0.05
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the first step says that it compiles
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+FIRST = (
+    r"the first training step compiles, .*compile=False",
+    r"the first training step took \d+\.\d s with its compil",
+)
+
+
+@pytest.mark.parametrize("level", ["NOTSET", "INFO", "WARNING"])
+def test_the_first_step_says_that_it_compiles(level, fresh_dynamo, monkeypatch, caplog):
+    """On a terminal, unless logging shows it or hides it; and once."""
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    caplog.set_level(level, logger="densreg")
+    objective, x = RegularizedObjective(_Net(nn.Tanh()), 0.5, backend="eager"), torch.randn(5, 4)
+    for _ in range(2):
+        objective(x, Y)
+    RegularizedObjective(_Net(nn.Tanh()), 0.5, compile=False)(x, Y)
+    logged = [record.getMessage() for record in caplog.records if record.name == "densreg"]
+    shown = terminal.getvalue().splitlines()
+    assert (len(logged), len(shown)) == {"NOTSET": (0, 2), "INFO": (2, 0), "WARNING": (0, 0)}[level]
+    for line, expected in zip(logged or shown, FIRST, strict=False):
+        assert re.search(expected, line)
+
+
+def test_the_first_step_writes_nothing_into_a_file(fresh_dynamo, capsys):
+    RegularizedObjective(_Net(nn.Tanh()), 0.5, backend="eager")(torch.randn(5, 4), Y)
+    assert capsys.readouterr() == ("", "")

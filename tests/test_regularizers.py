@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -441,8 +442,8 @@ def test_names(arguments, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cure", {"eps": 1}, "regularizer cure has no option 'eps'; wanted h"),
-        ("input_gradient", {"h": 1}, "regularizer input_gradient has no option 'h'; it has none"),
+        ("cure", {"eps": 1}, "regularizer cure has no option 'eps': expected h"),
+        ("input_gradient", {"h": 1}, "regularizer input_gradient has no option 'h': expected none"),
         ("cure", {"h": 0}, "cure: h must be finite and above 0, got 0"),
         ("ig_sum", {"steps": 1.5}, "ig_sum: steps must be a whole number of at least 1, got 1.5"),
         ("score_matching", {"mu": -1}, "mu must be finite and at least 0, got -1"),
@@ -504,3 +505,70 @@ def test_hessian_through_norms(norm, compiler, fresh_dynamo):
     out.loss.backward()
     torch.testing.assert_close(out.penalty, value.detach())
     assert relative_error(gradients(model), list(wanted)) < 1e-9
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what a regularizer may say of itself
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bare:
+    """What the protocol asks for, and nothing more."""
+
+    name: ClassVar[str] = "bare"
+    precise: ClassVar[bool] = False
+
+    def __call__(self, classify, logits, xs, target):
+        assert target is None or len(target) == len(logits)
+        return densreg.input_score(logits, xs)[0].flatten(1).square().sum(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Says(_Bare, regularizers.Traits):
+    needs_target: ClassVar[bool] = False
+    seen: list = dataclasses.field(default_factory=list)
+
+    def check_model(self, model):
+        self.seen.append(type(model).__name__)
+
+    def check_value(self, penalty):
+        self.seen.append(penalty.item())
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_a_rival_of_ones_own_needs_three_names(compiler, fresh_dynamo):
+    model, x = smooth()
+    twin = copy.deepcopy(model)
+    options = {"compile": compiler is not None, "backend": compiler or "inductor", "criterion": nothing}
+    RegularizedObjective(model, 1.0, regularizer=_Bare(), **options)(x, Y).loss.backward()
+    leaf = x.clone().requires_grad_()
+    (score,) = torch.autograd.grad(torch.logsumexp(twin(leaf), 1).sum(), leaf, create_graph=True)
+    score.flatten(1).square().sum(1).mean().backward()
+    assert relative_error(gradients(model), gradients(twin)) < 1e-10
+    for name in ("needs_target", "first_order", "unrolled"):
+        assert regularizers.trait(_Bare(), name) is getattr(regularizers.Traits, name)
+
+
+def test_what_a_rival_says_is_asked():
+    model, x = smooth()
+    rival = _Says()
+    objective = RegularizedObjective(model.train(), 1.0, regularizer=rival, compile=False, interval=2)
+    for _ in range(3):
+        objective(x, Y)
+    assert [type(each) for each in rival.seen] == [str, float, str], "the model in each penalized step, the value once"
+    taken = RegularizedObjective(model.eval(), 1.0, regularizer=rival, compile=False, fraction=0.5)
+    assert taken(x, Y).penalty.isfinite()
+    with pytest.raises(TypeError, match="target must be a tensor, got tuple"):
+        RegularizedObjective(
+            model, 1.0, regularizer=_Bare(), compile=False, fraction=0.5, criterion=lambda f, y: f.sum()
+        )(x, (Y, Y))
+
+
+def test_traits_of_the_rivals():
+    def those(name, expected):
+        return [each for each, cls in REGULARIZERS.items() if regularizers.trait(cls, name) is expected]
+
+    assert those("needs_target", False) == those("first_order", True) == ["density"]
+    assert those("unrolled", True) == ["ig_sum"]
+    ordered = [name for name, cls in REGULARIZERS.items() if "p" in regularizers.option_names(cls)]
+    assert ordered == ["density", "input_gradient", "loss_gradient"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import random
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.second_order import problem, torch_penalty
-from densreg import attacks
+from densreg import _torch, attacks
 from densreg.lab import data, models, runs, training
 from densreg.lab.training import Config, TrainingError, fit, loop, monitor, train_step
 from densreg.lab.training.problem import _optimizer
@@ -63,6 +64,20 @@ def test_plain_step():
     assert out.penalty.isnan()
     assert torch.equal(out.loss, out.ce)
     assert not x.requires_grad
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_first_step_says_that_it_compiles(quiet, tmp_path, monkeypatch, capsys, fresh_dynamo):
+    """And whoever shows what densreg logs is left as they were."""
+    monkeypatch.setattr(_torch, "compiler_backend", lambda backend, mode: lambda graph, inputs: graph.forward)
+    config = Config(str(tmp_path), compile=True, epochs=1, train_size=64, test_size=20, max_steps=2)
+    logger = logging.getLogger("densreg")
+    before = (logger.level, list(logger.handlers))
+    fit(config, progress=True, quiet=quiet)
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("the first training step")]
+    assert len(lines) == (0 if quiet else 2)
+    assert (logger.level, logger.handlers) == before
 
 
 def test_run_directory(tmp_path):
@@ -757,7 +772,7 @@ def test_adversarial_training(tmp_path, options, steps, size, start):
         ({"adversarial": "fgsm", "adversarial_eps": 0.1, "adversarial_steps": 3}, "adversarial_steps is for .* pgd"),
         ({"adversarial": "pgd", "adversarial_eps": 0.1, "adversarial_norm": 1}, "must be 2 or inf, got 1"),
         ({"regularizer": "nothing"}, "regularizer must be one of density, input_gradient"),
-        ({"regularizer": "cure", "regularizer_options": {"k": 1}}, "regularizer cure has no option 'k'; wanted h"),
+        ({"regularizer": "cure", "regularizer_options": {"k": 1}}, "regularizer cure has no option 'k': expected h"),
         ({"regularizer": "cure", "p": 1}, "regularizer cure has its own norm, got p=1"),
         ({"regularizer": "cure", "path": "directional"}, "path directional is for the density penalty"),
         ({"val_size": 0}, "val_size must lie in"),

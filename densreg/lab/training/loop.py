@@ -83,6 +83,7 @@ def _fit_here(
         if resume:
             state.resume()
         monitor.open_events(state.step)
+        held.enter_context(monitor.logged())
         return _train(problem, state, monitor)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,23 @@ class Monitor:
     def warn(self, line: str) -> None:
         if self.first:
             print(line, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[None]:
+        """Context in which what the library logs, that the first step compiles, is said, above the progress bar."""
+        logger, handler = logging.getLogger("densreg"), logging.Handler()
+        level = logger.level
+        if self.first and not self.quiet:
+            handler.emit = lambda record: tqdm.write(record.getMessage())  # type: ignore[method-assign]
+        else:
+            handler = logging.NullHandler()
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            logger.removeHandler(handler)
 
     def bar(self, epoch: int, done: int) -> tqdm:
         """The progress bar of an epoch of which so many steps are done."""

@@ -186,7 +186,8 @@ class Problem:
         steps = config.epochs * self.steps_per_epoch
         compiler = self.device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))
         long = min(steps, config.max_steps or steps) >= COMPILE_STEPS
-        unrolled = config.path in ("per_class", "directional") or (config.regularizer == "ig_sum" and config.coeff > 0)
+        rival = config.coeff > 0 and regularizers.trait(regularizers.REGULARIZERS[config.regularizer], "unrolled")
+        unrolled = config.path in ("per_class", "directional") or rival
         return long and bool(compiler) and not unrolled
 
     @property
