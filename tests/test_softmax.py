@@ -270,6 +270,21 @@ def test_strides_and_empty(logits):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("classes", [9, 40])
+def test_rows_further_apart_than_32_bits_count(classes):
+    """In memory that is hardly touched."""
+    step = 2**31 + 5
+    logits = torch.empty(step + classes, dtype=torch.float16).as_strided((2, classes), (step, 1))
+    logits.copy_(torch.randn(2, classes))
+    near = logits.contiguous()
+    outputs = ops.softmax(logits)
+    for a, b in zip(outputs, ops.softmax(near), strict=True):
+        assert torch.equal(a, b)
+    backward = [ops.softmax_backward(f, outputs[3], None, torch.ones(2), None, f) for f in (logits, near)]
+    assert torch.equal(*backward)
+
+
+@pytest.mark.core
 def test_only_what_is_asked_for():
     outputs = ops.softmax(torch.randn(3, 4), need_softmax=False)
     assert [list(t.shape) for t in outputs] == [[3], [0], [0], [2, 3]]
