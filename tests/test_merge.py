@@ -143,7 +143,7 @@ class _Users(CustomGraphPass):
 @pytest.mark.slow
 @pytest.mark.compile
 def test_a_pass_of_the_users_stays(fresh_dynamo):
-    users, objective = _Users(), densreg.RegularizedObjective(_mlp(), 1.0)
+    users, objective = _Users(), densreg.RegularizedObjective(nn.Linear(60, 7).double(), 1.0)
     with torch._inductor.config.patch(post_grad_custom_pre_pass=users, force_disable_caches=True):
         objective(torch.rand(3, 60, dtype=torch.float64), torch.zeros(3).long())
     assert (users.calls, _merges()) == (1, 0)
