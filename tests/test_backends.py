@@ -241,14 +241,21 @@ def test_threads_do_not_change_a_bit(classes):
             assert torch.equal(a, b)
 
 
+_PYTEST = """
+import pytest
+sys.exit(pytest.main(["-q", "-x", "-W", "ignore::RuntimeWarning", *sys.argv[2:]]))
+"""
+
+
 @pytest.mark.parametrize("isa", [isa for isa in ("scalar", "avx2") if isa != ops.instruction_set()])
 def test_lesser_instruction_sets(isa):
     """The core tests again, in a process that is held to it; the one that runs here is tested there."""
-    done = _run(["-m", "pytest", "-q", "-x", "-m", "core", "-k", "cpu", *KERNEL_TESTS], DENSREG_CPU_CAPABILITY=isa)
+    shown = "import sys; from densreg import ops; print(ops.instruction_set())"
+    arguments = ["-c", shown + _PYTEST, "", "-m", "core", "-k", "cpu", *KERNEL_TESTS]
+    done = _run(arguments, DENSREG_CPU_CAPABILITY=isa)
     assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.split()[0] in (isa, "scalar")  # scalar on a processor without AVX2
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 200
-    shown = _run("from densreg import ops; print(ops.instruction_set())", DENSREG_CPU_CAPABILITY=isa)
-    assert shown.stdout.strip() in (isa, "scalar")  # scalar on a processor without AVX2
 
 
 _SMALL_TILES = """
@@ -265,132 +272,56 @@ if block:  # longer rows over programs of so many entries
         module.alignment = lambda *multiples, of=module.alignment: of(block, *multiples)
 """
 
-_PYTEST = """
-import pytest
-sys.exit(pytest.main(["-q", "-x", "-W", "ignore::RuntimeWarning", *sys.argv[2:]]))
-"""
-
-
-def _interpreted(block, *arguments):
-    done = _run(["-c", _SMALL_TILES + _PYTEST, str(block), *arguments], TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return int(re.search(r"(\d+) passed", done.stdout)[1])
-
-
 # The interpreter takes some 10 ms a launch of a program: rows of many parts are left to the long run.
 _LONG = "long_rows or fill_a_tile or million or 50000 or 100000 or shape3 or strides"
+# Without the longest rows, which would be thousands of programs there.
+_SPLIT = "not (1000 or 50000 or shape3 or long_rows)"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("select", "least"),
-    [(f"triton and not ({_LONG})", 90), pytest.param(f"triton and ({_LONG})", 90, marks=pytest.mark.long)],
-    ids=["short rows", "long rows"],
-)
-def test_triton_kernels_interpreted(select, least):
-    """The core tests again, on CPU tensors in Triton's interpreter."""
-    pytest.importorskip("triton")
-    assert _interpreted(0, "-m", "core", "-k", select, *KERNEL_TESTS) > least
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("block", "select"),
+    ("block", "select", "least"),
     [
-        (2, "extreme_rows"),  # of 4 entries: whole parts of -inf, of zeros, with the NaN
-        pytest.param(16, "values or memory_formats or strides", marks=pytest.mark.long),
+        # What is compiled does not depend on the order of the norm.
+        (0, f"not ({_LONG}) and not (aot_eager and not 1.5)", 100),
+        # Over split rows, as a million classes are on a GPU. Of 4 entries: whole parts of -inf, of zeros, with the NaN.
+        (2, "extreme_rows and (dtype1 or dtype2)", 12),
+        pytest.param(0, _LONG, 90, marks=pytest.mark.long),
+        pytest.param(0, "aot_eager", len(ORDERS), marks=pytest.mark.long),
+        pytest.param(2, f"extreme_rows and (dtype0 or dtype3) and {_SPLIT}", 12, marks=pytest.mark.long),
+        pytest.param(
+            *(16, f"(values or memory_formats or strides or second_order or written) and {_SPLIT}", 30),
+            marks=pytest.mark.long,
+        ),
     ],
+    ids=["short rows", "split rows", "long rows", "compiled", "other dtypes on split rows", "split rows of 16"],
 )
-def test_triton_kernels_interpreted_on_split_rows(block, select):
-    """With small tiles: rows go over several programs, as a million classes do on a GPU."""
+def test_triton_kernels_interpreted(block, select, least):
+    """On CPU tensors in Triton's interpreter: the core tests, the penalty alone against float64 at every order of the
+    norm, and tests/emulation/interpreted.py. One process: its start takes seconds.
+    """
     pytest.importorskip("triton")
-    # Without the longest rows, which would be thousands of programs here.
-    select = f"triton and ({select}) and not (1000 or 50000 or shape3)"
-    assert _interpreted(block, "-m", "core", "-k", select, *KERNEL_TESTS) > 20
+    arguments = ["-m", "core or compile", "-k", f"(triton or interpreted) and ({select})", *KERNEL_TESTS]
+    arguments += ["tests/test_backends.py", "tests/emulation/interpreted.py"]
+    done = _run(["-c", _SMALL_TILES + _PYTEST, str(block), *arguments], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least
 
 
-@pytest.mark.slow
-@pytest.mark.compile
-@pytest.mark.parametrize("block", [0, pytest.param(16, marks=pytest.mark.long)])
-def test_second_order_by_triton_interpreted(block):
-    """The penalty alone against float64, at every order of the norm: eager, and compiled as one graph."""
-    pytest.importorskip("triton")
-    select = "test_second_order_on_each_backend and triton"
-    assert _interpreted(block, "-k", select, "tests/test_backends.py") == 2 * len(ORDERS)
-
-
-_POISONED = """
-import math
+_WITHOUT = """
+import os, pathlib, sys, warnings
 import torch
-from densreg import kernels
 
-allocate, allocate_like = torch.Tensor.new_empty, torch.empty_like
-poisoned = 0
-
-
-def full_of_nan(allocator):
-    def empty(*args, **options):
-        global poisoned
-        poisoned += 1
-        fresh = allocator(*args, **options)
-        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
-    return empty
-
-
-def twice(operator, *arguments):
-    torch.Tensor.new_empty, torch.empty_like = allocate, allocate_like
-    first = operator(*arguments)
-    torch.Tensor.new_empty, torch.empty_like = full_of_nan(allocate), full_of_nan(allocate_like)
-    again = operator(*arguments)
-    single = isinstance(first, torch.Tensor)
-    for a, b in zip((first,) if single else first, (again,) if single else again, strict=True):
-        assert not b.isnan().any(), operator
-        assert torch.equal(a, b), operator
-    return first
-
-
-# Over split rows there are many programs, which the interpreter takes one after the other: up to three parts there.
-widths = (7, 16, 31, 47) if block else (1, 7, 16, 31, 33, 47, 64, 100)
-for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-    for classes in widths:
-        f = torch.rand(3, classes).to(dtype)
-        y, a = torch.zeros(3, dtype=torch.int64), torch.ones(3)
-        outputs = twice(kernels.softmax, f, y, 0.1, -100, True, 1.0)
-        for source, statistics in ((outputs[2], None), (f, outputs[3])):
-            twice(kernels.softmax_backward, source, statistics, y, a, a, f, 0.1, -100, 1.0)
-            twice(kernels.softmax_backward, source, statistics, y, a, a, None, 0.1, -100, 1.0)
-        for p in (1.0, 1.5, 2.0, math.inf):
-            norm, peak, total = twice(kernels.pnorm, f, p)
-            twice(kernels.pnorm_backward, norm, f, peak, total, p)
-            transposed = f.t().contiguous().t()
-            twice(kernels.pnorm, transposed, p)
-            twice(kernels.pnorm_backward, norm, transposed, peak, total, p)
-print(poisoned)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("block", [0, pytest.param(16, marks=pytest.mark.long)])
-def test_triton_kernels_write_every_element(block):
-    """Each operator again, in memory full of NaN: to the last bit the same, and no NaN."""
-    pytest.importorskip("triton")
-    done = _run(["-c", _SMALL_TILES + _POISONED, str(block)], TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 1000
-
-
-_HIDDEN = """
-import pathlib, sys, warnings
-import torch
 real = pathlib.Path.exists
 pathlib.Path.exists = lambda self: False if self.name == "_C.so" else real(self)
-import densreg
-from densreg import ops
-"""
+child = os.fork()
+os.environ["DENSREG_REQUIRE_EXTENSION"] = "1" if child == 0 else "0"
+import densreg  # in the child an error
+print(os.waitpid(child, 0)[1] >> 8)
 
-_WITHOUT = (
-    _HIDDEN
-    + """
+from benchmarks.second_order import measure
+from densreg import ops
+
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
@@ -402,46 +333,39 @@ try:
         pass
 except RuntimeError as error:
     print(error)
+for p in (1.0, 1.5, 2.0, 4.0, float("inf")):
+    for compiler in sys.argv[2:]:
+        if compiler == "None" or p == 1.5 or "all" in sys.argv[1]:
+            print(measure("fused", p, torch.float64, None if compiler == "None" else compiler))
+in_training = ("softmax", "softmax_backward", "pnorm", "pnorm_backward")
+assert set(ops.calls()) == {f"{op}/torch" for op in in_training}, ops.calls()
 """
-)
-
-
-def test_without_the_extension():
-    done = _run(_WITHOUT, DENSREG_REQUIRE_EXTENSION="0")
-    lines = done.stdout.splitlines()
-    assert lines[0] == "1 densreg runs in plain torch, several times slower (cpu: _C.so was not built)"
-    assert lines[1] == "{'softmax/torch': 3} None"
-    assert lines[2] == "the backend 'cpu' is not available: _C.so was not built"
-    fatal = _run(_WITHOUT, DENSREG_REQUIRE_EXTENSION="1")
-    assert fatal.returncode == 1
-    assert "ImportError: DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is not available" in fatal.stderr
-
-
-_SECOND_ORDER = (
-    _HIDDEN
-    + """
-import math
-from benchmarks.second_order import measure
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    for p in (1, 1.5, 2, 4, math.inf):
-        for compiler in (None, "aot_eager"):
-            print(measure("fused", p, torch.float64, compiler))
-    print(measure("fused", 2, torch.float64, "inductor"))
-    in_training = ("softmax", "softmax_backward", "pnorm", "pnorm_backward")
-    assert set(ops.calls()) == {f"{op}/torch" for op in in_training}, ops.calls()
-"""
-)
 
 
 @pytest.mark.slow
 @pytest.mark.compile
-def test_second_order_of_the_fallback():
-    """The penalty alone against float64, as devices without kernels have it: eager, compiled, by inductor."""
-    done = _run(_SECOND_ORDER, DENSREG_REQUIRE_EXTENSION="0")
+@pytest.mark.parametrize(
+    ("orders", "compilers"),
+    [
+        ("one compiled", ("None", "aot_eager")),
+        pytest.param("all compiled", ("aot_eager",), marks=pytest.mark.long),
+        pytest.param("one compiled", ("inductor",), marks=pytest.mark.long),
+    ],
+)
+def test_without_the_extension(orders, compilers):
+    """As devices without kernels have it: what is said, and the penalty alone against float64, eager and compiled."""
+    done = _run(["-c", _WITHOUT, orders, *compilers])
     assert done.returncode == 0, done.stderr[-3000:]
-    errors = [float(line) for line in done.stdout.splitlines()]
-    assert len(errors) == 11
+    required, *said = done.stdout.splitlines()
+    assert required == "1"
+    assert "ImportError: DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is not available" in done.stderr
+    assert said[:3] == [
+        "1 densreg runs in plain torch, several times slower (cpu: _C.so was not built)",
+        "{'softmax/torch': 3} None",
+        "the backend 'cpu' is not available: _C.so was not built",
+    ]
+    errors = [float(line) for line in said[3:]]
+    assert len(errors) == (5 if "None" in compilers or "all" in orders else 0) + (orders == "one compiled")
     assert max(errors) < 1e-10
 
 

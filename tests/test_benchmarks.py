@@ -289,7 +289,8 @@ def test_a_wrong_result_is_one_line_and_status_1(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_suites_run_and_failures_are_named():
+def test_suites_run_and_failures_are_named(monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # in the suites' process: the columns are not what is tested
     # Of the second only what is on a device can fail there.
     options = ["--profile=tiny", "--seconds=0.01", "-k", "logits and 4x10 or batch", "--device=nowhere"]
     rows, failed = report.measure(options, report.SUITES[:2])
@@ -367,7 +368,10 @@ def test_compare_writes_what_it_reads(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_ratios_that_are_compared(monkeypatch):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_the_ratios_that_are_compared(compiler, monkeypatch, fresh_dynamo):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **{**options, "backend": compiler}))
     monkeypatch.setattr(compare, "SHAPES", ((4, 10),))
     ratios = compare.measure(0.0)
     assert ratios.keys() == {

@@ -23,6 +23,8 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vgg import make_layers
 
 import densreg
 from benchmarks.second_order import relative_error
@@ -36,14 +38,26 @@ def mobilenet_v3() -> nn.Module:
     return models.MobileNetV3([block(16, 3, 16, 16, True, "RE", 2, 1), block(16, 3, 24, 24, True, "HS", 1, 1)], 32, **N)
 
 
+def resnet() -> nn.Module:
+    model = models.ResNet(BasicBlock, [1, 1, 1, 1], **N)
+    model.layer3 = model.layer4 = nn.Identity()  # as the second, which shrinks too
+    model.fc = nn.Linear(128, 7)
+    return model
+
+
+def vgg_bn() -> nn.Module:
+    features = make_layers([8, "M", 16, "M", 32, 32, "M", 32, "M", 32, "M"], batch_norm=True)
+    return nn.Sequential(features, nn.Flatten(), nn.Linear(32, 7))
+
+
 def efficientnet() -> nn.Module:
     blocks = [FusedMBConvConfig(2, 3, 1, 8, 8, 1), MBConvConfig(2, 3, 2, 8, 16, 1)]
     return models.EfficientNet(blocks, 0.2, last_channel=32, **N)
 
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet": (lambda: models.resnet18(**N), 32),
-    "vgg_bn": (lambda: nn.Sequential(models.vgg11_bn().features, nn.Flatten(), nn.Linear(512, 7)), 32),
+    "resnet": (resnet, 32),
+    "vgg_bn": (vgg_bn, 32),
     "convnext": (lambda: models.ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], **N), 32),
     "swin": (lambda: models.SwinTransformer([4, 4], 16, [1, 2], [2, 2], [4, 4], **N), 32),
     "vit": (lambda: models.VisionTransformer(32, 8, 2, 2, 16, 32, **N), 32),

@@ -43,7 +43,10 @@ def test_second_order_of_the_penalty_alone(backend, p):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize(
+    "mode",  # on the CPU test_objective.py and test_second_order.py have them by inductor
+    [pytest.param(mode, marks=pytest.mark.long if DEVICE == "cpu" else ()) for mode in (None, "reduce-overhead")],
+)
 def test_the_compiled_objective(mode, fresh_dynamo):
     """The penalty alone, by inductor: its gradient, three steps in a row, as CUDA graphs replay them."""
     model, x, y = _small_convnet(torch.float64)

@@ -110,8 +110,14 @@ def _merges() -> int:
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("criterion", [None, nothing], ids=["with cross-entropy", "the penalty alone"])
+@pytest.mark.parametrize(
+    ("criterion", "dtype"),
+    [
+        (nothing, torch.float32),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((None, torch.float32), (nothing, torch.float64))),
+    ],
+    ids=["the penalty alone", "with cross-entropy", "in float64"],
+)
 def test_the_objective(criterion, dtype, fresh_dynamo):
     """The layers' gradients are merged, and are what autograd gives in float64."""
     wide, x, y = _mlp(), torch.rand(3, 60, dtype=torch.float64), torch.randint(7, (3,))
@@ -137,7 +143,7 @@ class _Users(CustomGraphPass):
 @pytest.mark.slow
 @pytest.mark.compile
 def test_a_pass_of_the_users_stays(fresh_dynamo):
-    users, objective = _Users(), densreg.RegularizedObjective(_mlp(), 1.0)
+    users, objective = _Users(), densreg.RegularizedObjective(nn.Linear(60, 7).double(), 1.0)
     with torch._inductor.config.patch(post_grad_custom_pre_pass=users, force_disable_caches=True):
         objective(torch.rand(3, 60, dtype=torch.float64), torch.zeros(3).long())
     assert (users.calls, _merges()) == (1, 0)

@@ -137,7 +137,7 @@ def test_accumulation(compiler, fresh_dynamo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("max-autotune", marks=pytest.mark.long)])
 def test_modes_of_torch_compile(mode, fresh_dynamo):
     model, twin, x = twins()
     model.eval()
@@ -1412,7 +1412,7 @@ def test_a_subclass_of_tensor_is_named():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_two_results_of_one_reduction_compile(dtype, fresh_dynamo):
     """inductor's own C++ declares one name twice there, and is not compiled."""

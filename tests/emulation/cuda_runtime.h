@@ -3,8 +3,8 @@
 //
 // The threads of a block are fibers: each runs until it reaches a shuffle or a barrier, and goes on when the others of
 // its warp, or of its block, are there too. What CUDA leaves undefined ends the process: a shuffle or a barrier that
-// some threads never reach. DENSREG_EMULATION_ORDER=reverse runs the threads in the opposite order, which shows what
-// depends on an order that CUDA does not promise.
+// some threads never reach. densreg_reverse(1) runs the threads in the opposite order, which shows what depends on an
+// order that CUDA does not promise.
 #pragma once
 
 #include <math.h>
@@ -82,7 +82,7 @@ struct Machine {
   dim3 block;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
-  const bool reverse = std::getenv("DENSREG_EMULATION_ORDER") != nullptr;
+  bool reverse = false;
 };
 
 inline Machine& machine() {

@@ -2,6 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "../../csrc/calls.h"
+#include "cuda_runtime.h"
 
 // Found before torch's own: the library is linked with -Bsymbolic.
 extern "C" {
@@ -18,4 +19,6 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_T
 __attribute__((visibility("default"))) const char* densreg_counter(int index, int64_t* calls) {
   return densreg::CallCounter::read(index, calls);
 }
+
+__attribute__((visibility("default"))) void densreg_reverse(int reverse) { emulation::machine().reverse = reverse; }
 }

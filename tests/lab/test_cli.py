@@ -17,6 +17,7 @@ from densreg.lab.config import GROUPS, Config
 
 def test_run(tmp_path):
     command = [sys.executable, "-m", "densreg", "train", "--epochs", "2", "--coeff", "0.2", "--p", "inf"]
+    command += ["--train-size", "256", "--test-size", "50"]
     done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("epoch 1/2: loss ")
