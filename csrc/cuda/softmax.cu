@@ -1,6 +1,6 @@
 // softmax and softmax_backward on CUDA. The mathematics is in densreg/ops/softmax.py.
 //
-// A row that fits in one tile is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: one
+// A row that fits in one tile is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: a
 // kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk again.
 #include "softmax.h"
 
