@@ -601,6 +601,7 @@ def _for_graph(value: Any, device: torch.device) -> Any:
 
 
 def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
+    """What the model is called with; raises TypeError or ValueError where the penalized inputs have no score."""
     given: dict[int | str, Any]
     if isinstance(x, Mapping):
         given = dict(x)
@@ -618,11 +619,11 @@ def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
     for key in penalized:
         if key not in tensors:
             raise ValueError(f"penalized names {key!r}, which is none of x's tensors: {[*tensors]}")
-        if not tensors[key].is_floating_point():
-            raise TypeError(f"x must be floating point to have a score, got {tensors[key].dtype}")
     xs = tuple(tensors[key] for key in penalized)
-    if any(t.ndim < 2 or len(t) != len(xs[0]) for t in xs):
-        raise ValueError(f"x must have shape [B, ...], got {[list(t.shape) for t in xs]}")
+    if xs[0].ndim == 0:
+        raise ValueError("x must have shape [B, ...], got []")
+    for key, t in zip(penalized, xs, strict=True):
+        paths.check_input("x" if isinstance(x, Tensor) else f"x[{key!r}]", t, len(xs[0]), "the first input")
     return Batch(xs, tuple(penalized), {key: v for key, v in given.items() if key not in penalized})
 
 

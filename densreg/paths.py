@@ -76,6 +76,14 @@ def _is_dtensor(t: Tensor) -> bool:
     return type(t).__name__ == "DTensor"  # torch.distributed is not in every build
 
 
+def check_input(name: str, x: Tensor, size: int, whose: str) -> None:
+    """Raises TypeError or ValueError unless x is floating point and [size, ...], the batch of ``whose``."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point to have a score, got {x.dtype}")
+    if x.ndim < 2 or len(x) != size:
+        raise ValueError(f"{name} must have shape [{size}, ...], the batch of {whose} first, got {list(x.shape)}")
+
+
 def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
     """The inputs as a tuple; raises where the score of logits in x cannot be taken and differentiated again."""
     functional.check_logits(logits)
@@ -87,12 +95,7 @@ def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
         if _is_dtensor(xi) or _is_dtensor(logits):
             given = name if _is_dtensor(xi) else "logits"
             raise TypeError(f"{given} must be a plain tensor, got a DTensor: pass logits.full_tensor() and a plain x")
-        if not xi.is_floating_point():
-            raise TypeError(f"{name} must be floating point to have a score, got {xi.dtype}")
-        if xi.ndim < 2 or xi.shape[0] != logits.shape[0]:
-            raise ValueError(
-                f"{name} must have shape [{logits.shape[0]}, ...], the batch of the logits first, got {list(xi.shape)}"
-            )
+        check_input(name, xi, len(logits), "the logits")
         if torch.is_grad_enabled() and not xi.requires_grad:
             raise ValueError(f"{name} does not require grad: call x.requires_grad_() before logits = model(x)")
     if not torch.is_grad_enabled():

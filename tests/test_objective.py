@@ -1150,10 +1150,15 @@ def test_penalized_names_the_inputs():
         torch.testing.assert_close(objective(x, Y).penalty.detach(), _expected_of_masked(model, x, names)[0])
     with pytest.raises(ValueError, match=r"penalized names 'pixels', which is none of x's tensors: \['pixel_values'"):
         objective_of(model, penalized="pixels")(x, Y)
-    with pytest.raises(TypeError, match=r"x must be floating point to have a score, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"x\['kind'\] must be floating point to have a score, got torch\.int64"):
         objective_of(model, penalized="kind")(x, Y)
     with pytest.raises(TypeError, match=r"floating point to have a score, got torch\.int64, bool"):
         objective_of(model)({"kind": x["kind"], "flag": True}, Y)
+    x["scale"] = x["scale"][:3]
+    with pytest.raises(ValueError, match=r"x\['scale'\] must have shape \[5, \.\.\.\], .*got \[3, 6\]"):
+        objective_of(model, output=lambda o: o["logits"])(x, Y)
+    with pytest.raises(ValueError, match=r"x must have shape \[5, \.\.\.\], .*got \[5\]"):
+        objective_of(model)(torch.rand(5), Y)
     with pytest.raises(TypeError, match=r"penalized must be positions or names of inputs, or None for all; got 1\.5"):
         objective_of(model, penalized=1.5)
 
