@@ -296,8 +296,8 @@ def main() -> None:
     parser.add_argument("--touch", type=int, default=8, metavar="GIB", help="memory to touch before anything is timed")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
-    if ops.MISSING is not None:
-        raise SystemExit(f"nothing to measure: {ops.MISSING}")
+    if (reason := ops.unavailable_reason("cpu")) is not None:
+        raise SystemExit(f"nothing to measure: {reason}")
     about = environment()
     # A virtual machine's memory is backed by its host when it is first touched: not to be timed.
     torch.ones(options.touch << 28)

@@ -26,8 +26,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install 'densreg[bench]'")
-    if ops.MISSING is not None:
-        raise pytest.UsageError(f"nothing to measure: {ops.MISSING}")
+    if (reason := ops.unavailable_reason("cpu")) is not None:
+        raise pytest.UsageError(f"nothing to measure: {reason}")
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
 

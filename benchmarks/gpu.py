@@ -203,7 +203,7 @@ def _backends() -> tuple[list[str], dict[str, str]]:
     """The GPU backends that are there, and why the others are not."""
     from densreg import ops
 
-    reasons = {name: ops.missing(name) for name in ("cuda", "triton")}
+    reasons = {name: ops.unavailable_reason(name) for name in ("cuda", "triton")}
     there = [name for name, reason in reasons.items() if reason is None]
     return there, {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -253,7 +253,8 @@ def _inputs(rows: int, classes: int, dtype: torch.dtype, generator: torch.Genera
     from densreg import ops
 
     f, u = (torch.randn(rows, classes, device=generator.device, generator=generator).to(dtype) for _ in range(2))
-    norm, peak, total = ops._pnorm_torch(u, 2.0)
+    with ops.backend("torch"):
+        norm, peak, total = ops.pnorm(u, 2.0)
     return Inputs(f, torch.softmax(f, 1), u, torch.ones_like(norm), norm, peak, total)
 
 
@@ -708,7 +709,8 @@ def _built(options: argparse.Namespace) -> bool:
     """Whether what an earlier call has built is on this machine."""
     from densreg import ops
 
-    return options.dry_run or (importlib.util.find_spec("densreg.kernels") is not None and not ops.missing("cuda"))
+    there = importlib.util.find_spec("densreg.kernels") is not None and ops.unavailable_reason("cuda") is None
+    return options.dry_run or there
 
 
 def _write(path: Path, result: Row) -> None:

@@ -1,19 +1,35 @@
-// How often each operator was served by which kernels: for tests and benchmarks, through densreg_calls in register.cpp.
+// How often each operator was served by which kernels: for tests and benchmarks, through densreg_counter.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 
 namespace densreg {
 
-// In the order of OPERATORS and _KERNELS in densreg/ops.py; the first three kernels are the values of cpu::Isa.
-enum class Op { softmax, softmax_backward, pnorm, pnorm_backward, count };
-enum class Kernel { cpu_scalar, cpu_avx2, cpu_avx512, cuda, count };
+// One for each operator and kernel, at namespace scope: made when the library is loaded, by one thread.
+class CallCounter {
+ public:
+  CallCounter(const std::string& op, const std::string& kernel) : name_(op + "/" + kernel), next_(first_) {
+    first_ = this;
+  }
 
-inline std::atomic<int64_t> calls[static_cast<int>(Op::count)][static_cast<int>(Kernel::count)];
+  void add() { calls_.fetch_add(1, std::memory_order_relaxed); }
 
-inline void count_call(Op op, Kernel kernel) {
-  calls[static_cast<int>(op)][static_cast<int>(kernel)].fetch_add(1, std::memory_order_relaxed);
-}
+  // Name and calls of the counter of that index; null past the last.
+  static const char* read(int index, int64_t* calls) {
+    const CallCounter* counter = first_;
+    while (counter && index-- > 0) counter = counter->next_;
+    if (!counter) return nullptr;
+    *calls = counter->calls_.load();
+    return counter->name_.c_str();
+  }
+
+ private:
+  std::string name_;
+  std::atomic<int64_t> calls_{0};
+  const CallCounter* next_;
+  static inline const CallCounter* first_ = nullptr;
+};
 
 }  // namespace densreg

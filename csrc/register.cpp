@@ -1,4 +1,4 @@
-// Which kernel serves which operator on which device. The schemas are in densreg/ops.py.
+// Which operators the CPU kernels implement. The schemas are in densreg/ops/.
 #include <cstdlib>
 #include <cstring>
 
@@ -23,9 +23,9 @@ static Isa detect() {
     }
   }
 #endif
-  const char* wanted = std::getenv("DENSREG_CPU_CAPABILITY");
-  if (!wanted) return best;
-  const Isa named = !std::strcmp(wanted, "scalar") ? Isa::scalar : !std::strcmp(wanted, "avx2") ? Isa::avx2 : best;
+  const char* asked = std::getenv("DENSREG_CPU_CAPABILITY");
+  if (!asked) return best;
+  const Isa named = !std::strcmp(asked, "scalar") ? Isa::scalar : !std::strcmp(asked, "avx2") ? Isa::avx2 : best;
   return named < best ? named : best;
 }
 
@@ -34,13 +34,16 @@ Isa isa() {
   return chosen;
 }
 
+const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "scalar"; }
+
 }  // namespace densreg::cpu
 
-// For densreg/ops.py, through ctypes: the instruction set in use (0 scalar, 1 AVX2, 2 AVX-512), and how often the
-// operator of that index (enum Op) was served by which kernels (enum Kernel).
-extern "C" __attribute__((visibility("default"))) int densreg_isa() { return static_cast<int>(densreg::cpu::isa()); }
-extern "C" __attribute__((visibility("default"))) int64_t densreg_calls(int op, int kernel) {
-  return densreg::calls[op][kernel].load();
+// For densreg/ops/extension.py, through ctypes: the instruction set in use, and the counters of calls.
+extern "C" __attribute__((visibility("default"))) const char* densreg_instruction_set() {
+  return densreg::cpu::isa_name();
+}
+extern "C" __attribute__((visibility("default"))) const char* densreg_counter(int index, int64_t* calls) {
+  return densreg::CallCounter::read(index, calls);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densreg, CPU, m) {

@@ -1,6 +1,7 @@
 """densreg: smoothing a classifier's input marginal density, right to second order."""
 
 from densreg.functional import density_cross_entropy, log_density, log_softmax_difference, pnorm
+from densreg.linear import linear_density_cross_entropy, linear_density_loss, linear_log_density
 from densreg.objective import ObjectiveOutput, RegularizedObjective
 from densreg.ops import backend
 from densreg.paths import input_score
@@ -20,6 +21,9 @@ __all__ = [
     "density_penalty",
     "fast_second_order",
     "input_score",
+    "linear_density_cross_entropy",
+    "linear_density_loss",
+    "linear_log_density",
     "log_density",
     "log_softmax_difference",
     "pnorm",

@@ -97,7 +97,8 @@ def without_gradient_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 # The nodes of a graph have their class by name only: those of torch's own C++ have no class in Python, and those of
-# Functions one that is private. A renamed one is no longer found; the test in brackets then fails.
+# Functions one that is private. Where one is renamed, the
+# tests of the errors and remedies that need it fail.
 
 
 def cannot_be_differentiated(node: Any) -> bool:
@@ -197,11 +198,11 @@ def dynamo_config(**values: Any) -> AbstractContextManager:
     return torch._dynamo.config.patch(**values)
 
 
-def merges_products(merge: CustomGraphPass) -> AbstractContextManager:
+def inductor_pass(own: CustomGraphPass) -> AbstractContextManager:
     """Context in which inductor runs a pass over its graphs, unless the user has one: there is room for one."""
     if torch._inductor.config.post_grad_custom_pre_pass is not None:
         return contextlib.nullcontext()
-    return torch._inductor.config.patch(post_grad_custom_pre_pass=merge)
+    return torch._inductor.config.patch(post_grad_custom_pre_pass=own)
 
 
 def count(event: str) -> None:
@@ -240,7 +241,7 @@ def compiler_backend(backend: str | Callable, mode: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def stored_reductions_apart() -> Iterator[None]:
+def scoped_reductions() -> Iterator[None]:
     """inductor's C++ with each stored reduction in a scope of its own.
 
     Two half-precision results of one vectorized reduction, ``(x.sum(0), x.sum(0).view(4, 4))`` of a [64, 16] bfloat16
@@ -251,7 +252,7 @@ def stored_reductions_apart() -> Iterator[None]:
 
     store_reduction = CppVecKernel.store_reduction
 
-    def apart(kernel: Any, name: str, index: Any, value: Any) -> None:
+    def scoped(kernel: Any, name: str, index: Any, value: Any) -> None:
         before, kernel.reduction_suffix = kernel.reduction_suffix, IndentedBuffer()
         store_reduction(kernel, name, index, value)
         before.writeline("{")
@@ -259,7 +260,7 @@ def stored_reductions_apart() -> Iterator[None]:
         before.writeline("}")
         kernel.reduction_suffix = before
 
-    with replaced(CppVecKernel, "store_reduction", apart):
+    with replaced(CppVecKernel, "store_reduction", scoped):
         yield
 
 

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import numbers
-import threading
-import traceback
-import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-import torch.fx.traceback
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
-from densreg import directional, functional, ops, paths, regularizers
-from densreg.merge import MergeProducts
+from densreg import _torch, directional, functional, paths, regularizers
+from densreg._torch import tree_map
+from densreg.compiling import CompiledStep
 from densreg.paths import Inputs
-from densreg.penalty import density_loss, mean_over_targets
 from densreg.regularizers import REGULARIZERS, WITH_ORDER, Density, Hessian, Regularizer
-from densreg.second_order import (
-    KEPT_ADVICE,
-    fast_second_order,
-    hardsigmoid_under_compile,
-    kept_from_earlier,
-    of_a_graph,
+from densreg.second_order import fast_second_order
+from densreg.step import (
+    Batch,
+    DifferenceChecks,
+    StepResult,
+    StepSpec,
+    buffers_of,
+    classify,
+    detached,
+    detached_batch,
+    directional_step,
+    leaves,
+    loss_of,
+    raise_kept_tensor,
+    restore_buffers,
+    rows,
+    samples_interact,
+    save_buffers,
+    score_without_graph,
+    whole_step,
+    with_inputs,
 )
-
-AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
-"""Weight of the auxiliary classifiers' loss, by torchvision's output type: what its models are trained with."""
 
 
 class ObjectiveOutput(NamedTuple):
@@ -56,8 +59,8 @@ class ObjectiveOutput(NamedTuple):
     penalty: Tensor
 
 
-class _HandOut(Function):
-    """A loss whose gradients are there already: its backward hands them out, times what comes in."""
+class _AttachGradients(Function):
+    """Attaches precomputed gradients to a loss; its backward returns them, times the incoming gradient."""
 
     @staticmethod
     def forward(ctx, loss, factor, gradients, *parameters):
@@ -74,23 +77,23 @@ class _HandOut(Function):
             )
         gradients = ctx.saved_tensors
         factor = incoming * ctx.factor
-        # Looking is free on the CPU; loss.backward() takes them as they are, and autograd copies what it cannot own.
+        # Reading the factor costs nothing on a CPU. Gradients that are not scaled are returned without a copy.
         if factor.device.type != "cpu" or factor != 1:
             present = [g for g in gradients if g is not None]
-            scaled = iter(torch._foreach_mul(present, factor) if present else ())
+            scaled = iter(_torch.scaled(present, factor))
             gradients = [None if g is None else next(scaled) for g in gradients]
         else:
-            gradients = _apart(gradients)
+            gradients = _unalias(gradients)
         return None, None, None, *gradients
 
 
-class _Shown(Function):
-    """What is there to be looked at, in front of the parameters whose gradients a loss term made of it would miss."""
+class _NoGradient(Function):
+    """Values for logging, whose backward raises: a loss term made of them would give the parameters no gradient."""
 
     @staticmethod
-    def forward(ctx, shown, *parameters):
+    def forward(ctx, values, *parameters):
         ctx.set_materialize_grads(False)
-        return tuple(t.detach() for t in shown)
+        return tuple(t.detach() for t in values)
 
     @staticmethod
     def backward(ctx, *incoming):
@@ -104,9 +107,9 @@ class _Shown(Function):
 
 
 class _Scalar(Tensor):
-    """A number that requires grad and is no less a number for that: float() gives no warning, numpy() no error."""
+    """A scalar that requires grad but can be read as a number: no warning from float(), no error from numpy()."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+    __torch_function__ = _torch.ordinary_results  # type: ignore[assignment]
 
     def __float__(self) -> float:
         return float(self.item())
@@ -124,214 +127,16 @@ class _Scalar(Tensor):
         return self.detach().__reduce_ex__(protocol)
 
 
-def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, none in another's memory: w.grad is added to and clipped in place."""
-    seen, apart = set(), []
+def _unalias(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, no two of which share memory: w.grad is added to and clipped in place."""
+    seen, result = set(), []
     for g in gradients:
         if g is not None and g.layout == torch.strided:
-            memory = g.untyped_storage()._cdata
+            memory = g.untyped_storage().data_ptr()
             g = g.clone() if memory in seen else g
             seen.add(memory)
-        apart.append(g)
-    return apart
-
-
-class _Batch(NamedTuple):
-    """What the model is called with.
-
-    Attributes:
-        xs: the inputs that are penalized, [B, ...].
-        keys: where each of them stands, a position or a name.
-        others: the rest by position or name. Of the tensors those of length B have a row for each sample.
-    """
-
-    xs: tuple[Tensor, ...]
-    keys: tuple[int | str, ...]
-    others: dict[int | str, Any]
-
-
-def _at(batch: _Batch, xs: tuple[Tensor, ...]) -> _Batch:
-    """The batch with these penalized inputs, which may be several batches one after the other."""
-    size = len(batch.xs[0])
-    others = batch.others
-    if len(xs[0]) != size:
-        times = len(xs[0]) // size
-        others = {k: v.repeat(times, *[1] * (v.ndim - 1)) if _has_rows(v, size) else v for k, v in others.items()}
-    return _Batch(xs, batch.keys, others)
-
-
-def _rows(batch: _Batch, index: Tensor) -> _Batch:
-    size = len(batch.xs[0])
-    others = {k: v[index] if _has_rows(v, size) else v for k, v in batch.others.items()}
-    return _Batch(tuple(x[index] for x in batch.xs), batch.keys, others)
-
-
-def _has_rows(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
-
-
-_Outputs = list[tuple[float, Tensor]]
-"""Logits with their weight in the loss: the classifier's own first, of weight 1, then those of auxiliary ones."""
-
-_Results = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor | None]]
-"""(loss, logits, ce, penalty), without graph, and the gradients of the trained parameters."""
-
-
-def _whole_step(
-    objective: RegularizedObjective,
-    batch: _Batch,
-    target: Any,
-    coeff: Tensor,
-    scale: Tensor,
-    penalized: bool = True,
-    rest: _Batch | None = None,
-    whole: _Batch | None = None,
-    part: Any = None,
-) -> _Results:
-    """The step that becomes one graph.
-
-    Args:
-        batch: whose xs are penalized; leaves that require grad.
-        scale: of the loss, before anything is differentiated.
-        rest: with ``fraction``, what is not penalized, which comes before the batch; or
-        whole: the whole batch, where a part of it goes through the model once more.
-        part: the target of the penalized batch, where it is not the whole target.
-    """
-    xs = batch.xs
-    device = xs[0].device.type
-    amp, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    regularizer = objective.regularizer
-    again = whole is not None or not isinstance(regularizer, Density)
-    buffers = {name: b.clone() for name, b in _buffers(objective.model).items()} if penalized and again else {}
-
-    def classify(inputs: tuple[Tensor, ...]) -> Tensor:
-        with torch.autocast(device, half, enabled=amp and not regularizer.precise):
-            return objective._classify(_at(batch, inputs), buffers)[0][1]
-
-    with fast_second_order():
-        outputs = objective._classify(batch if whole is None else whole)
-        kept = [] if torch.compiler.is_compiling() else _keep(objective)
-        if whole is not None:
-            penalized_logits = classify(xs)
-        else:
-            penalized_logits = outputs[0][1]
-            if rest is not None:
-                before = objective._classify(rest)
-                outputs = [(w, torch.cat([a, b])) for (w, a), (_, b) in zip(before, outputs, strict=True)]
-        logits = outputs[0][1]
-        with torch.autocast(device, enabled=False):  # where torch wants every backward to be
-            if penalized and logits is penalized_logits and objective.at_once:
-                _, ce, penalty = density_loss(logits, target, xs, coeff, objective.p)
-                ce = ce + objective._loss_of(outputs[1:], target)
-            else:
-                penalty = None
-                if penalized:  # before the criterion, which may change the logits in place
-                    if amp and regularizer.precise and whole is None:
-                        penalized_logits = classify(xs)
-                    of_xs = objective.labels(target if part is None else part)
-                    penalty = regularizer(classify, penalized_logits, xs, of_xs).mean()
-                ce = objective._loss_of(outputs, target)
-            loss = ce if penalty is None else ce + coeff.to(penalty.dtype) * penalty
-            # The backward for which checkpointed activations are computed again, of the two that are in the graph.
-            with torch.fx.traceback.annotate({"phase": "backward"}):
-                gradients = torch.autograd.grad(loss * scale.to(loss.dtype), objective._trained(), allow_unused=True)
-    _put_back(kept)
-    if penalty is None:
-        penalty = torch.full_like(ce, float("nan"))
-    return loss.detach(), logits.detach(), ce.detach(), penalty.detach(), gradients
-
-
-def _directional_step(
-    objective: RegularizedObjective,
-    batch: _Batch,
-    target: Any,
-    coeff: Tensor,
-    scale: Tensor,
-    penalized: bool = True,
-    whole: _Batch | None = None,
-) -> _Results:
-    """The same by first-order kernels, in eager: see :mod:`densreg.directional`."""
-    xs = batch.xs
-    device = xs[0].device
-    trained = objective._trained()
-    leaves = [*trained, *xs, *(whole.xs if whole else ())]
-    states = directional.random_states(device)
-    buffers = {name: buffer.clone() for name, buffer in _buffers(objective.model).items()}  # as all forwards start from
-    pieces = directional.Pieces()
-    autocast = torch.is_autocast_enabled(device.type)
-    apart = penalized and (autocast or whole is not None)  # the density is not that of the classifying forward
-
-    with pieces.recorded() if penalized and not apart else contextlib.nullcontext():
-        outputs = objective._classify(batch if whole is None else whole)
-    kept = _keep(objective)
-    with torch.autocast(device.type, enabled=False):  # half precision would drown a difference
-        ce = loss = total = objective._loss_of(outputs, target)
-        penalty = torch.full_like(ce, float("nan"))
-        if penalized:
-
-            def log_density(inputs: tuple[Tensor, ...], mode: TorchFunctionMode) -> Tensor:
-                with directional.replayed(states, device), mode:
-                    return functional.log_density(objective._classify(_at(batch, inputs), buffers)[0][1])
-
-            at_x = log_density(xs, pieces.recorded()) if apart else functional.log_density(outputs[0][1])
-            norm, direction = directional.dual_direction(_score(at_x, xs, leaves, retain_graph=True), objective.p)
-            penalty = norm.mean()
-
-            def difference(steps: int = 1, central: bool = objective.central) -> Tensor:
-                return directional.difference(
-                    lambda inputs: log_density(inputs, pieces.reused()), xs, direction, central, at_x, steps
-                )
-
-            along = difference()
-            objective._differences += 1
-            if objective._differences & (objective._differences - 1) == 0:  # the first, second, fourth, eighth ...
-                wanted = norm.sum()
-                eps = torch.finfo(xs[0].dtype).eps
-                rounding = 2 * (at_x.abs() + 1).norm()
-
-                def step(central: bool) -> Tensor:
-                    return directional.step_size(xs, direction, central)
-
-                coarse = torch.finfo(at_x.dtype).eps  # a half model's log density is a float32
-                _check_followed(along, wanted, 0.1 * wanted + coarse * rounding / step(objective.central))
-                if not objective._told:
-                    pair = (directional.first_order_gradients(t, trained, leaves, True) for t in (along, difference(2)))
-                    objective._check_smooth(*pair)
-                if not objective._told:  # of kinks
-                    with torch.no_grad():
-                        once, twice = difference(1, central=True), difference(2, central=True)
-                    error = 0.2 * eps ** (1 / 3) * wanted + (twice - once).abs() / 2
-                    _check_followed((4 * once - twice) / 3, wanted, error + eps * rounding / step(central=True))
-            weight = coeff.to(penalty.dtype)
-            total = ce + weight * along / len(norm)
-            loss = ce.detach() + weight * penalty
-        gradients = directional.first_order_gradients(total * scale.to(total.dtype), trained, leaves)
-    _put_back(kept)
-    return loss.detach(), outputs[0][1].detach(), ce.detach(), penalty, gradients
-
-
-def _check_followed(found: Tensor, wanted: Tensor, within: Tensor) -> None:
-    """A difference must be the norm's sum, which is known. Reading them synchronises, so it is done seldom."""
-    difference, norm, tolerance = torch.stack([found, wanted, within]).tolist()
-    if abs(difference - norm) > tolerance:
-        raise RuntimeError(
-            f'path "directional": the difference of the log density is {difference:.6g}, and {norm:.6g} by the score, '
-            f"with a tolerance of {tolerance:.2g}. The perturbed forwards differ from the first by more than their "
-            "input: a detached part that depends on x (detach(), no_grad(), a running mean used in the same forward), "
-            "random numbers that are not of torch's, Python's or NumPy's own generators, or too curved a network (try "
-            'central=True). Where the model can be differentiated twice, path="fused" has none of these limits'
-        )
-
-
-def _score(
-    log_density: Tensor, xs: tuple[Tensor, ...], leaves: Sequence[Tensor], retain_graph: bool = False
-) -> list[Tensor]:
-    """The input score without a graph of its own, by first-order kernels."""
-    score = directional.first_order_gradients(log_density.sum(), xs, leaves, retain_graph)
-    present = [g for g in score if g is not None]
-    if len(present) < len(score):
-        raise ValueError("the logits do not depend on x")
-    return present
+        result.append(g)
+    return result
 
 
 class RegularizedObjective(nn.Module):
@@ -444,14 +249,14 @@ class RegularizedObjective(nn.Module):
         self._set(_penalty_options(p, path, regularizer))
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
-        self._compiled_step = _compile(self)
-        self._told = self._nonzero = self._told_of_compiling = False
-        self._differences = 0
-        self._coupled: dict[tuple, bool] = {}
+        self._compiled_step = self._compile()
+        self._checks = DifferenceChecks()
+        self._nonzero = False
+        self._interacting: dict[tuple, bool] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An option that is assigned is checked as in the constructor, and counts from the next step on."""
-        if name == "coeff" and "coeff" in self._buffers:
+        if name == "coeff" and hasattr(self, name):
             with torch.no_grad():
                 self.coeff.fill_(value if isinstance(value, Tensor) else _coefficient(value))
         elif name == "compile":
@@ -478,23 +283,39 @@ class RegularizedObjective(nn.Module):
         self._set(options)
         if "_compiled_step" in self.__dict__:
             try:
-                self._compiled_step = _compile(self)  # anew, so that nothing in it is of before
+                self._compiled_step = self._compile()  # anew, so that nothing in it is of before
             except Exception:
                 self._set(before)
                 raise
-            self._told = self._nonzero = self._told_of_compiling = False
-            self._coupled = {}
+            self._checks = DifferenceChecks()
+            self._nonzero = False
+            self._interacting = {}
 
     def _set(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
-            self.__dict__.pop(name, None)  # a function may follow a module, and a module a function
-            self._modules.pop(name, None)
+            if hasattr(self, name):  # a function may follow a module, and a module a function
+                delattr(self, name)
             super().__setattr__(name, value)
 
-    @property
-    def at_once(self) -> bool:
-        """Whether one read of the logits gives cross-entropy and penalty."""
-        return self.regularizer == Density(self.p) and self.criterion is None
+    def _compile(self) -> CompiledStep | None:
+        """The step as one graph, or None where it runs in eager."""
+        if not self.compiled or self.path == "directional":
+            return None
+        return CompiledStep(whole_step, self.mode, self.backend, penalized=self.interval is not None)
+
+    def _spec(self) -> StepSpec:
+        return StepSpec(
+            model=self.model,
+            output=self.output,
+            criterion=self.criterion,
+            labels=self.labels,
+            regularizer=self.regularizer,
+            p=self.p,
+            one_read=self.regularizer == Density(self.p) and self.criterion is None,
+            central=self.central,
+            trained=[w for w in self.parameters() if w.requires_grad],
+            checks=self._checks,
+        )
 
     # Inside of a torch.compile'd function it is left to itself; with fullgraph=True that is an error with this reason.
     @torch.compiler.disable(reason="RegularizedObjective compiles its own step: call it outside of torch.compile")
@@ -518,24 +339,23 @@ class RegularizedObjective(nn.Module):
         Raises:
             TypeError, ValueError: what was given and what is wanted.
             RuntimeError: the step cannot be compiled as one graph, or loses second order there (the model calls an
-                autograd.Function not marked ``torch._dynamo.allow_in_graph``), a layer cannot be differentiated twice,
+                autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be differentiated twice,
                 or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
         for module in (self, self.model):  # fully_shard may have come after the constructor
             _check_unsharded(module)
-        batch = _check_x(x, self.penalized)
-        xs = batch.xs
+        batch = _batch_of(x, self.penalized)
+        spec = self._spec()
         if not torch.is_grad_enabled():
-            outputs = self._classify(batch)
-            with torch.autocast(xs[0].device.type, enabled=False):
-                ce = self._loss_of(outputs, target)
+            outputs = classify(spec, batch)
+            with torch.autocast(batch.xs[0].device.type, enabled=False):
+                ce = loss_of(spec, outputs, target)
             return ObjectiveOutput(ce, outputs[0][1], ce, torch.full_like(ce, float("nan")))
-        batch = _detached_batch(batch)
+        batch = detached_batch(batch)
         xs = batch.xs
         if self._compiled_step is not None:
             target = tree_map(lambda v: _for_graph(v, xs[0].device), target)
-        trained = self._trained()
-        if not trained:
+        if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
         penalized, coeff = self.interval is not None, self.coeff
         if self.model.training:
@@ -547,13 +367,13 @@ class RegularizedObjective(nn.Module):
             _check_no_dropout(self.model, self.regularizer.name)
         factor, scale = self._scales(xs, loss_scale, coeff)
         try:
-            *shown, gradients = self._run(batch, target, coeff, scale, penalized)
+            *values, gradients = self._run(spec, batch, target, coeff, scale, penalized)
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
-                self._raise_what_is_kept(batch, error)
+                raise_kept_tensor(spec, batch, error)
             raise
         if penalized and isinstance(self.regularizer, Hessian) and not self._nonzero:
-            if shown[3] == 0:
+            if values[3] == 0:
                 raise RuntimeError(
                     "regularizer hessian: the Hessian of the model is 0, as it is piecewise linear: replace its "
                     "ReLU by SoftPlus (densreg train --softplus BETA)"
@@ -561,10 +381,10 @@ class RegularizedObjective(nn.Module):
             self._nonzero = True  # a look at the value waits for the device: once
         if self._compiled_step is not None and self.mode in ("reduce-overhead", "max-autotune"):
             # CUDA graphs: the next replay would overwrite them.
-            shown = [t.clone() for t in shown]
+            values = [t.clone() for t in values]
             gradients = [g if g is None else g.clone() for g in gradients]
-        loss = _HandOut.apply(shown[0], factor, gradients, *trained)
-        logits, ce, penalty = _Shown.apply(shown[1:], *trained)
+        loss = _AttachGradients.apply(values[0], factor, gradients, *spec.trained)
+        logits, ce, penalty = _NoGradient.apply(values[1:], *spec.trained)
         return ObjectiveOutput(loss, logits, ce.as_subclass(_Scalar), penalty.as_subclass(_Scalar))
 
     @torch.inference_mode(False)  # under which there are no gradients either
@@ -576,32 +396,19 @@ class RegularizedObjective(nn.Module):
             x: as in :meth:`forward`.
             target: as there; the density penalty needs none. What is random in others is drawn from a fixed seed.
         """
-        batch = _leaves(_detached_batch(_check_x(x, self.penalized)))
-        target = tree_map(_detached, target)
-        kept = _keep(self)
+        spec = self._spec()
+        batch = leaves(detached_batch(_batch_of(x, self.penalized)))
+        target = tree_map(detached, target)
+        saved = save_buffers(spec)
         try:
             if not isinstance(self.regularizer, Density):
-                return self._rival(batch, target)
-            logits = self._classify(batch, _buffers(self.model))[0][1]
+                return _penalty_of_rival(spec, batch, target)
+            logits = classify(spec, batch, buffers_of(spec.model))[0][1]
             with torch.autocast(logits.device.type, enabled=False):
-                score = _score(functional.log_density(logits), batch.xs, [*self._trained(), *batch.xs])
+                score = score_without_graph(functional.log_density(logits), batch.xs, [*spec.trained, *batch.xs])
                 return directional.dual_direction(score, self.p)[0].mean()
         finally:
-            _put_back(kept)
-
-    def _rival(self, batch: _Batch, target: Any) -> Tensor:
-        def classify(inputs: tuple[Tensor, ...]) -> Tensor:
-            return self._classify(_at(batch, inputs), buffers)[0][1]
-
-        buffers, xs = _buffers(self.model), batch.xs
-        device = xs[0].device
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autocast(device.type, enabled=False),
-            fast_second_order(),
-        ):
-            torch.manual_seed(0)
-            return self.regularizer(classify, classify(xs), xs, self.labels(target)).mean().detach()
+            restore_buffers(saved)
 
     def _scales(self, xs: tuple[Tensor, ...], loss_scale: float | Tensor | None, coeff: Tensor) -> tuple[Any, Tensor]:
         """What the gradients are multiplied by after the graph, and the loss before it is differentiated."""
@@ -621,159 +428,49 @@ class RegularizedObjective(nn.Module):
         scale = scale / coeff.clamp_min(1)
         return 1 / scale, scale
 
-    def _run(self, batch: _Batch, target: Any, coeff: Tensor, scale: Tensor, penalized: bool) -> _Results:
+    def _run(
+        self, spec: StepSpec, batch: Batch, target: Any, coeff: Tensor, scale: Tensor, penalized: bool
+    ) -> StepResult:
+        """The step, of the whole batch or with ``fraction`` of a part of it."""
         if not penalized:
-            return self._call(self._step(), batch, target, coeff, scale, penalized=False)
+            return self._call(spec, batch, target, coeff, scale, penalized=False)
         size, device = len(batch.xs[0]), batch.xs[0].device
         chosen = max(1, round(self.fraction * size))
         if chosen >= size:  # an empty batch too
-            return self._call(self._step(), _leaves(batch), target, coeff, scale)
-        apart = self.path == "directional" or self._couples(batch)
+            return self._call(spec, leaves(batch), target, coeff, scale)
+        again = self.path == "directional" or self._samples_interact(spec, batch)
         order = torch.randperm(size, device=device)
-        part = _leaves(_rows(batch, order[size - chosen :]))
-        if apart and isinstance(self.regularizer, Density):
-            return self._call(self._step(), part, target, coeff, scale, whole=batch)
+        part = leaves(rows(batch, order[size - chosen :]))
+        if again and isinstance(self.regularizer, Density):
+            return self._call(spec, part, target, coeff, scale, whole=batch)
         if not isinstance(target, Tensor):
             raise TypeError(f"fraction takes a part of the batch: target must be a tensor, got {type(target).__name__}")
         of_part = None if isinstance(self.regularizer, Density) else target[order[size - chosen :]]
-        if apart:
-            return self._call(self._step(), part, target, coeff, scale, whole=batch, part=of_part)
-        rest = _rows(batch, order[: size - chosen])
-        loss, logits, *others = self._call(self._step(), part, target[order], coeff, scale, rest=rest, part=of_part)
-        return loss, torch.empty_like(logits).index_copy_(0, order, logits), *others  # type: ignore[return-value]
+        if again:
+            return self._call(spec, part, target, coeff, scale, whole=batch, part=of_part)
+        rest = rows(batch, order[: size - chosen])
+        result = self._call(spec, part, target[order], coeff, scale, rest=rest, part=of_part)
+        return result._replace(logits=torch.empty_like(result.logits).index_copy_(0, order, result.logits))
 
-    def _couples(self, batch: _Batch) -> bool:
-        """Whether the logits of a sample, or what is kept in a buffer, depend on which samples are in the batch.
-
-        Tried once for each mode of the modules: one sample among its neighbours, and among others.
-        """
+    def _samples_interact(self, spec: StepSpec, batch: Batch) -> bool:
+        """:func:`densreg.step.samples_interact`, tried once for each mode of the modules."""
         mode = tuple(module.training for module in self.model.modules())
-        if mode not in self._coupled:
-            size, device = len(batch.xs[0]), batch.xs[0].device
-            index = torch.full((size,), size // 2, device=device)
-            self_ = torch.arange(size, device=device) == size // 2
-            copies = _rows(batch, index)
-            among = tuple(torch.where(ops.per_row(self_, x), x, 2 * x + 0.73) for x in copies.xs)
-            states, kept = directional.random_states(device), _keep(self)
-            logits = []
-            with torch.no_grad():
-                for each in (batch, copies._replace(xs=among)):
-                    with directional.replayed(states, device):
-                        logits.append(self._classify(each)[0][1][size // 2].float())
-            changed = not all(m._buffers[name] is b and torch.equal(b, value) for m, name, b, value in kept)
-            _put_back(kept)
-            same = (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].abs().max()
-            self._coupled[mode] = changed or not same
-        return self._coupled[mode]
+        if mode not in self._interacting:
+            self._interacting[mode] = samples_interact(spec, batch)
+        return self._interacting[mode]
 
-    def _call(self, step: Callable[..., _Results], *args, **kwargs) -> _Results:
-        if self._compiled_step is None:
-            with _without_hooks(self._trained()):
-                return step(self, *args, **kwargs)
-        failure: Exception
-        with _COMPILED, torch._dynamo.config.patch(_DYNAMO), hardsigmoid_under_compile():
-            try:
-                results = self._compiled_step(self, *args, **kwargs)
-            except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-                raise RuntimeError(_often_compiled(self._compiled_step)) from error
-            except torch._dynamo.exc.TorchDynamoException as error:
-                failure = error
-            else:
-                if not self._told_of_compiling and len(_compiled_versions(self._compiled_step)) > OFTEN:
-                    self._told_of_compiling = True
-                    warnings.warn(_often_compiled(self._compiled_step), RuntimeWarning, stacklevel=2)
-                return results
-        self._raise_what_eager_raises(step, *args, **kwargs)
-        self._raise_what_is_kept(args[0], failure)
-        explained = _explanation(failure, self.model, args[0].xs)
-        raise RuntimeError(
-            f"the training step could not be compiled as one graph: {explained}; or "
-            "compile=False, which runs it in eager, where there is no error (torch's own words are above in full)"
-        ) from failure
-
-    def _raise_what_eager_raises(self, step: Callable[..., _Results], *args, **kwargs) -> None:
-        """After a failed compilation: the error of the step itself, if it has one, says more than Dynamo's."""
-        kept, device = _keep(self), args[0].xs[0].device
-        try:
-            with directional.replayed(directional.random_states(device), device), _without_hooks(self._trained()):
-                step(self, *args, **kwargs)
-        finally:
-            _put_back(kept)
-
-    def _raise_what_is_kept(self, batch: _Batch, error: Exception) -> None:
-        """Of a step whose graph is in part that of an earlier one: which tensor the model kept."""
-        for name, attribute in kept_from_earlier(self.model, lambda: self._classify(batch, _buffers(self.model))):
-            kind = type(self.model.get_submodule(name)).__name__
-            raise RuntimeError(
-                f"{name or 'the model'} ({kind}) keeps a tensor of an earlier step's graph, {attribute}, which cannot "
-                f"be differentiated again. {KEPT_ADVICE}"
-            ) from error
-
-    def _classify(self, batch: _Batch, buffers: dict[str, Tensor] | None = None) -> _Outputs:
-        """The model's logits; with copies of these buffers in place of its own, which stay as they are."""
-        # Copies, as a model may change its inputs in place, and a leaf does not allow it.
-        given = {**dict(zip(batch.keys, batch.xs, strict=True)), **batch.others}
-        given = {key: v.clone() if isinstance(v, Tensor) else v for key, v in given.items()}
-        args = tuple(given[key] for key in range(len(given)) if key in given)
-        named = {key: v for key, v in given.items() if isinstance(key, str)}
-        if buffers is None:
-            # Past what model.compile() has put there.
-            compiled = self.model._compiled_call_impl is not None
-            output = self.model._call_impl(*args, **named) if compiled else self.model(*args, **named)
-        else:
-            copies = {name: buffer.clone() for name, buffer in buffers.items()}
-            output = torch.func.functional_call(self.model, copies, args, named, tie_weights=False)
-        if self.output is not None:
-            output = self.output(output)
-        weight = AUXILIARY.get(type(output).__name__)
-        if weight is not None:
-            logits, *auxiliary = output
-            return [(1.0, logits), *((weight, f) for f in auxiliary if f is not None)]
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"the model returns {type(output).__name__}, wanted a tensor of logits [B, C]: pass output=..., "
-                "a function that takes them out of it"
-            )
-        return [(1.0, output)]
-
-    def _loss_of(self, outputs: _Outputs, target: Any) -> Tensor:
-        total: Any = 0
-        for weight, logits in outputs:
-            wide = logits.to(ops.accumulation_dtype(logits.dtype)) if logits.is_floating_point() else logits
-            loss = (self.criterion or _cross_entropy)(wide, target)
-            if not isinstance(loss, Tensor) or loss.ndim:
-                given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"the criterion must return a tensor of shape [], got {given}")
-            total = total + weight * loss
-        return total
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [w for w in self.parameters() if w.requires_grad]
-
-    def _check_smooth(self, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
-        """The gradient must not depend on the step, as it does where an unknown kink lies inside of it."""
-        pairs = [(a, b) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
-        apart = sum((a - b).square().sum().item() for a, b in pairs) ** 0.5
-        length = sum(a.square().sum().item() for a, _ in pairs) ** 0.5
-        if apart > 0.2 * length:
-            self._told = True
-            warnings.warn(
-                f'path "directional": with twice the step the gradient differs by {apart / max(length, 1e-30):.2g} of '
-                "itself, so it is not to be relied on: there are kinks that are not of torch's own activations "
-                "(torch.where, sort), too curved a network (try central), or too coarse a dtype",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def _step(self) -> Callable[..., _Results]:
-        return _directional_step if self.path == "directional" else _whole_step
+    def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> StepResult:
+        if self._compiled_step is not None:
+            return self._compiled_step(spec, *args, **kwargs)
+        with _torch.without_gradient_hooks(spec.trained):
+            return (directional_step if self.path == "directional" else whole_step)(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._compiled_step = _compile(self)
+        self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:
         self._check_no_loop()
@@ -801,7 +498,7 @@ class RegularizedObjective(nn.Module):
     def _apply(self, fn, recurse=True):
         value = self.coeff
         super()._apply(fn, recurse)
-        self._buffers["coeff"] = value.to(self.coeff.device)  # .half() and .to(bfloat16) are for the model
+        super().__setattr__("coeff", value.to(self.coeff.device))  # .half() and .to(bfloat16) are for the model
         return self
 
     def extra_repr(self) -> str:
@@ -809,182 +506,6 @@ class RegularizedObjective(nn.Module):
         options = {name: getattr(self, name) for name in ("regularizer", "interval", "fraction")}
         options["compiled"] = self._compiled_step is not None
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-_REMEDIES = (
-    ("consumed returned tensor's grad_fn", "a tensor of the step's graph is kept", "keep it detached, or not at all"),
-    (
-        "FloatTrueDiv(1.0, ToFloat(",
-        "momentum=None averages by a count, which is read from a tensor",
-        "give it a momentum",
-    ),
-    ("data-dependent", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
-    (
-        "RNG ops in recompute",
-        "a checkpoint has dropout inside, which this torch does not compile",
-        "leave one of them out",
-    ),
-    ("marked as skipped", "it calls a function that torch.compile does not trace", "call what that one calls"),
-    (
-        "trace builtin operator",
-        "it calls a builtin of Python that torch.compile does not trace, as print",
-        "leave it out",
-    ),
-    ("torch._dynamo.graph_break()", "it asks for a graph break", "leave that out"),
-)
-"""What torch says, what that means, and what to do."""
-
-_HOOKS = {
-    "WeightNorm": "use torch.nn.utils.parametrizations.weight_norm",
-    "SpectralNorm": "use torch.nn.utils.parametrizations.spectral_norm",
-    "BasePruningMethod": "make the pruning permanent, torch.nn.utils.prune.remove",
-}
-"""Hooks of torch that keep a weight they computed, and what to do."""
-
-
-def _explanation(failure: BaseException, model: nn.Module, xs: tuple[Tensor, ...]) -> str:
-    """Why a step could not be compiled, in one line: layer, reason, remedy."""
-    if torch.is_anomaly_enabled():
-        return "torch.autograd.detect_anomaly looks at every gradient's values: leave it out"
-    for x in xs:
-        if type(x) is not Tensor:
-            return f"x is of {type(x).__name__}, a subclass of Tensor: give x.as_subclass(torch.Tensor)"
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if type(t) not in (Tensor, nn.Parameter, nn.Buffer):
-            return f"{name} is a {type(t).__name__}, a subclass of Tensor, expected a plain one"
-    chain: list[BaseException] = []
-    error: BaseException | None = failure
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    said = "\n".join(str(error) for error in chain).lower()
-    lines = (str(failure).strip() or type(failure).__name__).splitlines()
-    reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
-    words, meaning, remedy = next((row for row in _REMEDIES if row[0].lower() in said), ("", "", ""))
-    layer = next((layer for error in chain if (layer := _layer_of(error, model))), "")
-    if words.startswith("consumed"):
-        layer, meaning, remedy = _keeping_a_graph(model) or (layer, meaning, remedy)
-    meaning = f"{meaning} ({reason})" if meaning else reason
-    return "".join((f"{layer}: " if layer else "", meaning, f"; {remedy}" if remedy else ""))
-
-
-def _layer_of(error: BaseException, model: nn.Module) -> str:
-    """The innermost module in whose forward the error came up."""
-    for frame in reversed(getattr(error, "real_stack", None) or traceback.StackSummary()):
-        for name, module in model.named_modules():
-            code = getattr(type(module).forward, "__code__", None)
-            lines = {(code.co_filename, line) for *_, line in code.co_lines()} if code is not None else ()
-            if (frame.filename, frame.lineno) in lines:
-                return f"{name or 'the model itself'} ({type(module).__name__})"
-    return ""
-
-
-def _keeping_a_graph(model: nn.Module) -> tuple[str, str, str] | None:
-    """(layer, reason, remedy) of the first module that keeps a tensor with a graph."""
-    for name, attribute, _ in of_a_graph(model):
-        module = model.get_submodule(name)
-        kinds = {kind.__name__ for hook in module._forward_pre_hooks.values() for kind in type(hook).__mro__}
-        remedy = next((_HOOKS[kind] for kind in _HOOKS if kind in kinds), "keep it detached, or not at all")
-        layer = f"{name or 'the model itself'} ({type(module).__name__})"
-        return layer, f"it keeps a tensor of the step's graph as its attribute {attribute!r}", remedy
-    return None
-
-
-# What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its
-# splitting into buckets would cut; that new shapes, not an oversight, are what a step is compiled again for; and that
-# a hook which comes after the first step counts.
-_DYNAMO = {
-    "trace_autograd_ops": True,
-    "optimize_ddp": False,
-    "recompile_limit": 64,
-    "skip_nnmodule_hook_guards": False,
-}
-
-
-_COMPILED = threading.RLock()
-"""Held during compiled calls: on some versions of torch that configuration is one for all threads."""
-
-
-@contextlib.contextmanager
-def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The parameters without their hooks, which are for the gradients that backward() will hand out."""
-    hooks = [w._backward_hooks for w in parameters]
-    for w in parameters:
-        w._backward_hooks = None
-    try:
-        yield
-    finally:
-        for w, kept in zip(parameters, hooks, strict=True):
-            w._backward_hooks = kept
-
-
-@contextlib.contextmanager
-def _stores_apart() -> Iterator[None]:
-    """inductor's C++ with each stored reduction in a scope of its own.
-
-    Two half-precision results of one vectorized reduction, ``(x.sum(0), x.sum(0).view(4, 4))`` of a [64, 16] bfloat16
-    x, are otherwise one name declared twice, which no C++ compiler takes. A penalized step under autocast has many.
-    """
-    from torch._inductor.codegen.common import IndentedBuffer
-    from torch._inductor.codegen.cpp import CppVecKernel
-
-    store_reduction = CppVecKernel.store_reduction
-
-    def apart(kernel: Any, name: str, index: Any, value: Any) -> None:
-        before, kernel.reduction_suffix = kernel.reduction_suffix, IndentedBuffer()
-        store_reduction(kernel, name, index, value)
-        before.writeline("{")
-        before.splice(kernel.reduction_suffix)
-        before.writeline("}")
-        kernel.reduction_suffix = before
-
-    with mock.patch.object(CppVecKernel, "store_reduction", apart):
-        yield
-
-
-class _Refusing:
-    """A backend of torch.compile that raises where second order would be lost without a word: see functional.py."""
-
-    def __init__(self, mode: str | None, backend: str | Callable, penalized: bool) -> None:
-        self.inner: Any
-        self.penalized = penalized
-        self.stores = _stores_apart if backend == "inductor" else contextlib.nullcontext
-        if backend == "inductor":
-            self.inner = torch._TorchCompileInductorWrapper(mode, None, False)
-        else:
-            self.inner = torch._TorchCompileWrapper(backend, mode, None, False)
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
-        # A plain step has no second order to lose.
-        if self.penalized and any(
-            "autograd_function_apply" in str(node.target) for each in graphs for node in each.nodes
-        ):
-            raise RuntimeError(
-                "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
-                "its class with torch._dynamo.allow_in_graph"
-            )
-        if torch._inductor.config.post_grad_custom_pre_pass is not None:  # the user's own: there is room for one
-            with self.stores():
-                return self.inner(graph, inputs)
-        with self.stores(), torch._inductor.config.patch(post_grad_custom_pre_pass=MergeProducts()):
-            return self.inner(graph, inputs)
-
-    def __getattr__(self, name: str) -> Any:  # name, configuration, reset
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-
-def _compile(objective: RegularizedObjective) -> Callable[..., _Results] | None:
-    """The step as one graph, or None where it runs in eager."""
-    if not objective.compiled or objective.path == "directional":
-        return None
-    # Dynamo keeps what it compiled by code object, with one limit for all: each objective gets its own.
-    code = _whole_step.__code__.replace()
-    step = types.FunctionType(code, _whole_step.__globals__, argdefs=_whole_step.__defaults__)
-    backend = _Refusing(objective.mode, objective.backend, penalized=objective.interval is not None)
-    return torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
 
 
 _OPTIONS = (
@@ -1011,7 +532,7 @@ def _checked(name: str, value: Any) -> Any:
     elif name in ("criterion", "output", "labels"):
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
-        return _as_it_is if value is None and name == "labels" else value
+        return _identity if value is None and name == "labels" else value
     elif name == "penalized" and value is not None:
         names = (value,) if isinstance(value, (int, str)) else tuple(value) if isinstance(value, Sequence) else ()
         if not names or not all(isinstance(each, (int, str)) for each in names):
@@ -1054,8 +575,7 @@ def _bare(model: nn.Module) -> nn.Module:
     """The model itself; raises where it is wrapped in what cannot be differentiated twice."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        model = model._orig_mod
+    model = _torch.uncompiled(model)
     for module in model.modules():
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise TypeError(
@@ -1074,51 +594,6 @@ def _check_unsharded(module: nn.Module) -> None:
         )
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Each module's buffers once, by a name for it: functional_call would lose one that it is given by two names."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }
-
-
-def _keep(objective: RegularizedObjective) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """The buffers as they are, for :func:`_put_back`."""
-    owners = [owner for owner in (objective.model, objective.output) if isinstance(owner, nn.Module)]
-    modules = [module for owner in owners for module in owner.modules()]
-    return [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None]
-
-
-def _put_back(kept: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    """Undo what checkpoints did to the buffers as they ran their forward again, in each backward that there was."""
-    for module, name, buffer, value in kept:
-        buffer.data.copy_(value)  # the graph may hold the buffer: to it nothing has changed
-        module._buffers[name] = buffer
-
-
-OFTEN = 5
-"""As many versions of the compiled step are taken for granted: a last batch of another size, skipped penalties."""
-
-
-def _compiled_versions(compiled: Any) -> list[Any]:
-    return torch._dynamo.eval_frame._debug_get_cache_entry_list(compiled._torchdynamo_orig_callable.__code__)
-
-
-def _often_compiled(compiled: Any) -> str:
-    """That a step is compiled again and again, and why."""
-    code, versions = compiled._torchdynamo_orig_callable.__code__, len(_compiled_versions(compiled))
-    reasons = torch._dynamo.utils.guard_failures.get(code) or ["?: unknown"]
-    latest = str(reasons[-min(max(1, versions - 1), len(reasons))])  # one for each version there was, the latest first
-    reason = latest.splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
-    return (
-        f"the training step was compiled {versions} times, the last time because of: {reason}. Each new shape of a "
-        "batch and each new Python number in the target, the criterion or the model is compiled anew: use batches of "
-        "one size (drop_last=True) and tensors for numbers that change, or compile=False"
-    )
-
-
 def _for_graph(value: Any, device: torch.device) -> Any:
     """A part of the target as the compiled step takes it: no subclass of Tensor, and no number that is compiled in."""
     if isinstance(value, Tensor):
@@ -1127,7 +602,7 @@ def _for_graph(value: Any, device: torch.device) -> Any:
     return torch.full((), float(value), dtype=torch.float64, device=device) if real else value
 
 
-def _check_x(x: Any, penalized: tuple[int | str, ...] | None) -> _Batch:
+def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
     given: dict[int | str, Any]
     if isinstance(x, Mapping):
         given = dict(x)
@@ -1150,20 +625,14 @@ def _check_x(x: Any, penalized: tuple[int | str, ...] | None) -> _Batch:
     xs = tuple(tensors[key] for key in penalized)
     if any(t.ndim < 2 or len(t) != len(xs[0]) for t in xs):
         raise ValueError(f"x must have shape [B, ...], got {[list(t.shape) for t in xs]}")
-    return _Batch(xs, tuple(penalized), {key: v for key, v in given.items() if key not in penalized})
-
-
-def _detached(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if value.is_inference() else value.detach()
+    return Batch(xs, tuple(penalized), {key: v for key, v in given.items() if key not in penalized})
 
 
 def _plain(t: Tensor) -> Tensor:
     """The same memory as no subclass, which torch.compile may not take; one that is more than its memory stays."""
     if type(t) is Tensor or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return t
-    with torch._C.DisableTorchFunctionSubclass():
+    with _torch.plain_tensors():
         return t.as_subclass(Tensor)
 
 
@@ -1171,7 +640,7 @@ def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
     for name, module in model.named_modules():
         inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
         rate = module.dropout if inside else getattr(module, "p", 0)
-        drops = inside or isinstance(module, nn.modules.dropout._DropoutNd)
+        drops = inside or _torch.is_dropout(module)
         if (drops or type(module).__name__ == "StochasticDepth") and module.training and rate > 0:
             raise ValueError(
                 f"regularizer {regularizer}: {name} ({type(module).__name__}) drops other units in each of the two "
@@ -1180,19 +649,20 @@ def _check_no_dropout(model: nn.Module, regularizer: str) -> None:
             )
 
 
-def _detached_batch(batch: _Batch) -> _Batch:
-    others = {key: _detached(v) for key, v in batch.others.items()}
-    return batch._replace(xs=tuple(_detached(x) for x in batch.xs), others=others)
-
-
-def _leaves(batch: _Batch) -> _Batch:
-    return batch._replace(xs=tuple(x.detach().requires_grad_() for x in batch.xs))
-
-
-def _as_it_is(target: Any) -> Any:
+def _identity(target: Any) -> Any:
     return target
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    ce, _ = functional.density_cross_entropy(logits, target)
-    return mean_over_targets(ce, target)
+def _penalty_of_rival(spec: StepSpec, batch: Batch, target: Any) -> Tensor:
+    def logits_of(inputs: tuple[Tensor, ...]) -> Tensor:
+        return classify(spec, with_inputs(batch, inputs), buffers)[0][1]
+
+    buffers, xs = buffers_of(spec.model), batch.xs
+    device = xs[0].device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+        fast_second_order(),
+    ):
+        torch.manual_seed(0)
+        return spec.regularizer(logits_of, logits_of(xs), xs, spec.labels(target)).mean().detach()

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -208,15 +207,41 @@ _REPLACEMENTS: dict[Callable, Callable] = {
 }
 
 
-def _undispatched(function: Any) -> Callable:
-    """A Python function of torch without its own dispatch to modes."""
-    scope = function.__globals__ | {"has_torch_function": lambda _: False, "has_torch_function_unary": lambda _: False}
-    copied = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
+_INCOMING = {torch.autograd.grad: "grad_outputs", torch.autograd.backward: "grad_tensors"}
 
 
-_BACKWARDS = {f: _undispatched(f) for f in (torch.autograd.grad, Tensor.backward)}
+class _Mode(TorchFunctionMode):
+    """A mode that is on in a backward too, where checkpoints run their forward again, which has to be the same.
+
+    A mode is off while it handles a call. torch's functions ask at their beginning whether one is on, and would come
+    back to it; the incoming gradients they read after that, and that is when the mode is entered. Were they read
+    earlier, the calls would not end (RecursionError).
+    """
+
+    def _backward(self, function: Callable, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.pop(_INCOMING[function])
+        if given is None:
+            given = [None] * (len(outputs) if isinstance(outputs, Sequence) else 1)
+        with contextlib.ExitStack() as stack:
+
+            def incoming() -> Iterator[Tensor | None]:
+                stack.enter_context(self)
+                yield from [given] if isinstance(given, Tensor) else given
+
+            return function(outputs, *args, **{_INCOMING[function]: incoming()}, **kwargs)
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _INCOMING and not torch.compiler.is_compiling():
+            return self._backward(func, *args, **kwargs)
+        if func is Tensor.backward and not torch.compiler.is_compiling():  # calls autograd.backward
+            with self:
+                return torch.autograd.backward(args[0], kwargs.pop("gradient"), **kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The call of any other function."""
+        raise NotImplementedError
 
 
 def _inside(function: Callable) -> Callable:
@@ -229,7 +254,7 @@ def _inside(function: Callable) -> Callable:
     return run
 
 
-class fast_second_order(TorchFunctionMode):
+class fast_second_order(_Mode):
     """Context in which a model is run so that its gradients can be differentiated again, fast.
 
         with densreg.fast_second_order():
@@ -248,11 +273,7 @@ class fast_second_order(TorchFunctionMode):
     mode and vmap the convolutions are torch's own, with all of its derivatives and at its speed.
     """
 
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _BACKWARDS and not torch.compiler.is_compiling():
-            with self:  # a mode is off while it handles a call, and what is computed again has to be the same
-                return _BACKWARDS[func](*args, **kwargs)
+    def _call(self, func, args, kwargs):
         if func is torch.utils.checkpoint.checkpoint:  # only Dynamo asks a mode about it, and the mode is off meanwhile
             return func(_inside(args[0]), *args[1:], **kwargs)
         replacement = _REPLACEMENTS.get(func)
@@ -347,7 +368,7 @@ _FORMULAS: dict[Callable, Callable] = {
 }
 
 
-class third_order(TorchFunctionMode):
+class third_order(_Mode):
     """Context in which a model is run so that its gradients can be differentiated twice again, as a Hessian's norm is.
 
         with densreg.fast_second_order(), densreg.second_order.third_order():
@@ -357,8 +378,8 @@ class third_order(TorchFunctionMode):
     without an error, and of the others it has none.
     """
 
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        return _FORMULAS.get(func, func)(*args, **(kwargs or {}))
+    def _call(self, func, args, kwargs):
+        return _FORMULAS.get(func, func)(*args, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------------------

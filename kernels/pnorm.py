@@ -1,4 +1,4 @@
-"""pnorm and pnorm_backward in Triton. The mathematics is in densreg/ops.py.
+"""pnorm and pnorm_backward in Triton. The mathematics is in densreg/ops/pnorm.py.
 
 A row is one dense block of memory, in whatever order of dimensions. Lengths and strides come divided by ALIGN.
 """

@@ -1,4 +1,4 @@
-"""softmax and softmax_backward in Triton. The mathematics is in densreg/ops.py.
+"""softmax and softmax_backward in Triton. The mathematics is in densreg/ops/softmax.py.
 
 In the names of the kernels' arguments: f the logits, p the softmax, u its upstream gradient; a_ptr, l_ptr those of the
 cross-entropy and of the log density. Lengths and strides come divided by ALIGN.

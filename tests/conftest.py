@@ -1,7 +1,6 @@
 """Checks on the environment that would otherwise show as puzzling failures; and the backends."""
 
 import collections
-import ctypes
 import importlib.util
 import os
 import shutil
@@ -31,13 +30,10 @@ if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
 # The CUDA kernels compiled for the CPU (tests/emulation), in the processes that tests/test_cuda.py starts.
 EMULATION = os.environ.get("DENSREG_TEST_EMULATION")
 if EMULATION:
-    torch.ops.load_library(EMULATION)
-    _emulation = ctypes.CDLL(EMULATION)
-    _emulation.densreg_calls.restype = ctypes.c_int64
-    ops._extensions.append(_emulation)
+    ops.extension.load(EMULATION)
 
-if ops.MISSING is not None:
-    raise pytest.UsageError(f"the tests need the C++ extension, which is missing: {ops.MISSING}")
+if (_reason := ops.unavailable_reason("cpu")) is not None:
+    raise pytest.UsageError(f"the tests need the C++ extension, which is not available: {_reason}")
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +57,16 @@ if DEVICE != "cpu":
     torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float64
 
 
+def available_backends(operators=ops.OPERATORS):
+    """Those that implement any of the operators for the tests' device."""
+    there = [name for name in ops.BACKENDS if ops.unavailable_reason(name) is None]
+    return [name for name in there if any(ops.BACKENDS[name].implementation(one, DEVICE) for one in operators)]
+
+
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        backends = [name for name in ops.BACKENDS if ops.missing(name) is None and ops._serves(name, DEVICE)]
+        tested = metafunc.definition.get_closest_marker("operators")
+        backends = available_backends(tested.args if tested else ops.OPERATORS)
         if metafunc.definition.get_closest_marker("dispatcher"):
             backends.remove("torch")
         if metafunc.definition.get_closest_marker("host_checks"):
@@ -73,19 +76,21 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request):
-    """Forces each backend in turn, and fails if anything was served by another, or nothing by this one."""
+    """Forces each backend in turn. Fails if another served what this one implements, or nothing was served by this."""
     before = ops.calls()
-    with densreg.backend(request.param):
+    with densreg.backend(request.param, fall_through=True):
         yield request.param
-    served = collections.Counter(ops.calls())
-    served.subtract(before)
-    by = {key.split("/")[1] for key, n in served.items() if n}
-    assert by <= {f"cpu-{ops.instruction_set()}" if request.param == "cpu" else request.param}
+    counts = collections.Counter(ops.calls())
+    counts.subtract(before)
+    served = [key.split("/") for key, n in counts.items() if n]
+    forced = ops.BACKENDS[request.param]
+    by = {kernels for operator, kernels in served if forced.implementation(operator, DEVICE)}
+    assert by <= {forced.counted_as}
     assert by or request.node.get_closest_marker("no_call"), "no operator was called"
 
 
 @pytest.fixture
 def operator(backend):
     """The operator of a name as the dispatcher has it, served by the backend."""
-    overload = "default" if backend == "cpu" else backend
-    return lambda name: getattr(getattr(torch.ops.densreg, name), overload)
+    default = torch.ops.densreg
+    return lambda name: ops.BACKENDS[backend].implementation(name, DEVICE) or getattr(default, name).default

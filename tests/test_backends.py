@@ -1,4 +1,4 @@
-"""Which kernel runs: forcing, counting, instruction sets, threads, memory that is not written, and what is missing."""
+"""Which kernel runs: forcing, counting, instruction sets, threads, memory that is not written, and what is absent."""
 
 from __future__ import annotations
 
@@ -48,12 +48,79 @@ def test_forcing_a_backend():
         densreg.log_density(logits)
     assert ops.calls()["softmax/torch"] == before + 2
     with (
-        pytest.raises(ValueError, match="backend must be one of cpu, cuda, triton, torch; got 'tpu'"),
+        pytest.raises(ValueError, match=r"backend must be one of cpu, cuda, triton, .*torch, got 'tpu'"),
         densreg.backend("tpu"),
     ):
         pass
-    with densreg.backend("cpu"), pytest.raises(RuntimeError, match="does not serve a tensor on meta"):
+    with densreg.backend("cpu"), pytest.raises(RuntimeError, match="does not implement softmax for tensors on meta"):
         densreg.log_density(logits.to("meta"))
+
+
+class _SoftmaxAlone(ops.registry.Backend):
+    """A backend of one operator, which it counts."""
+
+    def __init__(self, reason=None):
+        super().__init__("alone", "softmax alone", ("cpu",))
+        self.reason, self.served = reason, 0
+
+    def unavailable_reason(self):
+        return self.reason
+
+    def implementation(self, operator, device):
+        return self._softmax if (operator, device) == ("softmax", "cpu") else None
+
+    def _softmax(self, *args):
+        self.served += 1
+        return torch.ops.densreg.softmax.default(*args)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Puts a backend before all others."""
+
+    def register(backend):
+        monkeypatch.setattr(ops.registry, "BACKENDS", {backend.name: backend, **ops.BACKENDS})
+        ops.registry.preferred.cache_clear()
+        ops.registry._route.cache_clear()
+
+    yield register
+    ops.registry.preferred.cache_clear()
+    ops.registry._route.cache_clear()
+
+
+def test_a_backend_of_one_operator(registered):
+    """It serves that one; what it lacks goes to the next in order, or, where it is forced, is an error."""
+    alone = _SoftmaxAlone()
+    registered(alone)
+
+    def served_elsewhere():
+        before = ops.calls()
+        densreg.density_penalty(x @ torch.randn(4, 5), x).backward()
+        return {key for key, n in ops.calls().items() if n > before.get(key, 0) and not key.startswith("softmax/")}
+
+    x = torch.randn(3, 4, requires_grad=True)
+    by_cpu = {f"{name}/cpu-{ops.instruction_set()}" for name in ("softmax_backward", "pnorm", "pnorm_backward")}
+    assert served_elsewhere() == by_cpu
+    assert alone.served == 1
+    with densreg.backend("alone", fall_through=True):
+        assert served_elsewhere() == by_cpu
+    assert alone.served == 2
+    with densreg.backend("alone"):
+        ops.softmax(x.detach())
+        with pytest.raises(RuntimeError, match="'alone' is forced, and does not implement pnorm for tensors on cpu"):
+            ops.pnorm(x.detach(), 2.0)
+    kernels = f"C++ kernels ({ops.instruction_set()})"
+    assert {"softmax: softmax alone", f"pnorm: {kernels}"} < set(ops.describe("cpu").split(", "))
+
+
+def test_a_backend_that_is_not_available(registered):
+    alone = _SoftmaxAlone(reason="it is Sunday")
+    registered(alone)
+    ops.softmax(torch.randn(3, 4))
+    assert not alone.served
+    assert ops.describe("cpu") == f"C++ kernels ({ops.instruction_set()}) (alone: it is Sunday)"
+    with pytest.raises(RuntimeError, match="'alone' is not available: it is Sunday"), densreg.backend("alone"):
+        pass
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -291,11 +358,11 @@ def test_without_the_extension(orders, compilers):
     assert done.returncode == 0, done.stderr[-3000:]
     required, *said = done.stdout.splitlines()
     assert required == "1"
-    assert "ImportError: DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is missing" in done.stderr
+    assert "ImportError: DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is not available" in done.stderr
     assert said[:3] == [
         "1 densreg runs in plain torch, several times slower (cpu: _C.so was not built)",
         "{'softmax/torch': 3} None",
-        "the backend 'cpu' is missing: _C.so was not built",
+        "the backend 'cpu' is not available: _C.so was not built",
     ]
     errors = [float(line) for line in said[3:]]
     assert len(errors) == (5 if "None" in compilers or "all" in orders else 0) + (orders == "one compiled")

@@ -64,9 +64,9 @@ def test_no_kernel_spills():
 @built_with_cuda
 def test_every_operator_is_registered():
     for name in ops.OPERATORS:
-        assert ops._has_kernel(f"{name}.cuda", "CUDA")
+        assert ops.BACKENDS["cuda"].implementation(name, "cuda") is not None
     if not torch.cuda.is_available():
-        assert ops.missing("cuda") == "there is no GPU"
+        assert ops.unavailable_reason("cuda") == "there is no GPU"
 
 
 # Each with its own tile configurations, so that rows of a few classes take every way through the kernels.

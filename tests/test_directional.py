@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from reference import by_autograd, gradients, nothing
 from torch import nn
 
 import densreg
 from benchmarks.second_order import problem, reference, relative_error
-from densreg import RegularizedObjective, directional
+from densreg import RegularizedObjective, directional, step
 
 Y = torch.tensor([0, 1, 2, 3, 4])
 F32, F64 = torch.float32, torch.float64
@@ -238,6 +237,7 @@ def test_a_weak_detached_part_is_noticed_in_float64():
 def test_no_false_alarm(name, central):
     """The most curved of the usual networks, and inputs so small that the difference is of a few digits."""
     if name == "resnet18":
+        torchvision = pytest.importorskip("torchvision")
         model, x = torchvision.models.resnet18(num_classes=5), torch.randn(8, 3, 32, 32)
     else:
         model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)), 0.01 * torch.randn(6, 8)
@@ -362,7 +362,7 @@ def test_kinks_of_other_functions_are_noticed():
 def test_kinks_of_other_functions_are_noticed_later(monkeypatch):
     """A small batch may have none within the first step."""
     seen = []
-    monkeypatch.setattr(RegularizedObjective, "_check_smooth", lambda *args: seen.append(args[0]._differences))
+    monkeypatch.setattr(step, "_check_smooth", lambda checks, *_: seen.append(checks.steps))
     objective = RegularizedObjective(
         nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)), 1.0, path="directional"
     )

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, available_backends
 from reference import by_autograd, double, error, gradients, nothing
 from torch import nn
 
@@ -20,7 +20,7 @@ from benchmarks.second_order import problem, reference, relative_error
 from densreg import ops
 
 cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs DENSREG_TEST_DEVICE=cuda")
-GPU_BACKENDS = [name for name in ("cuda", "triton") if ops.missing(name) is None and ops._serves(name, DEVICE)]
+GPU_BACKENDS = [name for name, one in ops.BACKENDS.items() if "cuda" in one.devices and name in available_backends()]
 
 
 def _small_convnet(dtype=torch.float32):
@@ -190,9 +190,9 @@ def test_the_preferred_backend_serves_compiled_and_eager_steps():
     before = ops.calls()
     x = torch.randn(4, 5, requires_grad=True)
     densreg.density_penalty(x @ torch.randn(5, 7), x).backward()
-    served = {key.split("/")[1] for key, n in ops.calls().items() if n > before.get(key, 0)}
-    assert served == {ops._preferred("cuda")}
-    assert served <= set(GPU_BACKENDS)
+    served = {tuple(key.split("/")) for key, n in ops.calls().items() if n > before.get(key, 0)}
+    assert served == {(name, ops.preferred(name, "cuda").name) for name in ops.OPERATORS}
+    assert {name for _, name in served} <= set(GPU_BACKENDS)
 
 
 @cuda_only

@@ -19,10 +19,11 @@ from torch.nn.utils import prune
 
 import densreg
 from benchmarks.second_order import CLASSES, problem, reference, relative_error
-from densreg import RegularizedObjective
-from densreg import objective as objective_module
-from densreg.objective import AUXILIARY, ObjectiveOutput, _explanation, _Refusing
+from densreg import RegularizedObjective, compiling
+from densreg.compiling import CheckedBackend, explanation
+from densreg.objective import ObjectiveOutput
 from densreg.paths import PATHS
+from densreg.step import AUXILIARY
 
 pytestmark = pytest.mark.compile
 
@@ -418,7 +419,7 @@ def test_auxiliary_and_other_outputs():
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(out.penalty, densreg.density_penalty(model.heads[0](leaf), leaf).detach())
     dictionary = _Heads(1, lambda logits: {"out": logits})
-    with pytest.raises(TypeError, match=r"returns dict, wanted a tensor.*output="):
+    with pytest.raises(TypeError, match=r"return a tensor.*got dict.*output="):
         objective_of(dictionary)(x, Y)
     torch.testing.assert_close(
         objective_of(dictionary, output=lambda o: o["out"])(x, Y).logits, dictionary.heads[0](x).detach()
@@ -748,7 +749,7 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
         objective(linear)(3, Y)
     with pytest.raises(ValueError, match="logits do not depend on x"):
         objective(lambda x, w: linear(x.detach(), w))(x, Y)
-    with pytest.raises(TypeError, match="the model returns str, wanted a tensor of logits"):
+    with pytest.raises(TypeError, match=r"expected the model to return a tensor of logits .*, got str"):
         objective(lambda x, w: "logits")(x, Y)
     with pytest.raises(ValueError, match=r"logits must have shape \[batch, classes\]"):
         objective(lambda x, w: linear(x, w).sum(1))(x, Y)
@@ -1319,7 +1320,7 @@ def test_numbers_in_a_target_do_not_compile_anew(fresh_dynamo):
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_compiling_again_and_again_is_told_once(fresh_dynamo, monkeypatch):
     """A number that is no float may choose what the criterion does, and stays what it is."""
-    monkeypatch.setitem(objective_module._DYNAMO, "recompile_limit", 8)
+    monkeypatch.setitem(compiling.DYNAMO_OPTIONS, "recompile_limit", 8)
     model = _Net(nn.Tanh())
     objective = RegularizedObjective(model, 0.5, backend="eager", criterion=_mixup)
     x, told = torch.randn(5, 4), r"compiled 6 times, the last time because of: .*target.* == 4.*tensors for numbers"
@@ -1403,7 +1404,7 @@ def test_a_subclass_of_tensor_is_named():
         pass
 
     x = torch.randn(5, 4).as_subclass(Image)
-    assert _explanation(RuntimeError("no"), nn.Tanh(), (x,)) == (
+    assert explanation(RuntimeError("no"), nn.Tanh(), (x,)) == (
         "x is of Image, a subclass of Tensor: give x.as_subclass(torch.Tensor)"
     )
 
@@ -1417,7 +1418,7 @@ def test_two_results_of_one_reduction_compile(dtype, fresh_dynamo):
         return x.sum(0), x.sum(0).view(4, 8)
 
     x = torch.randint(-4, 4, (64, 32)).to(dtype)
-    compiled = torch.compile(twice, backend=_Refusing(None, "inductor", penalized=True))
+    compiled = torch.compile(twice, backend=CheckedBackend(None, "inductor", penalized=True))
     with torch._inductor.config.patch(force_disable_caches=True):
         for a, b in zip(compiled(x), twice(x), strict=True):
             torch.testing.assert_close(a, b)

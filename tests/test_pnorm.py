@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import densreg
 from densreg import functional, ops
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.operators("pnorm", "pnorm_backward")]
 
 inf, nan = math.inf, math.nan
 

@@ -412,8 +412,8 @@ def test_several_inputs():
 
 def test_the_densitys_path_is_the_one_read_of_the_logits():
     model, x = smooth()
-    assert RegularizedObjective(model, 1.0, compile=False).at_once
-    assert not RegularizedObjective(model, 1.0, compile=False, regularizer="loss_gradient").at_once
+    assert RegularizedObjective(model, 1.0, compile=False)._spec().one_read
+    assert not RegularizedObjective(model, 1.0, compile=False, regularizer="loss_gradient")._spec().one_read
     named = RegularizedObjective(model, 1.0, p=3, compile=False, regularizer=regularizers.Density(3))(x, Y)
     torch.testing.assert_close(
         named.penalty, densreg.RegularizedObjective(model, 1.0, p=3, compile=False)(x, Y).penalty

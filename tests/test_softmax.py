@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from densreg import functional, ops
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.operators("softmax", "softmax_backward")]
 
 inf, nan = math.inf, math.nan
 

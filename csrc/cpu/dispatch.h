@@ -23,8 +23,6 @@ namespace densreg::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void count_call(Op op) { densreg::count_call(op, static_cast<Kernel>(isa())); }
-
 // A body is a struct with `template <class S, int BYTES> static DENSREG_INLINE void run(const Args&, begin, end)`.
 template <class Body, class S, class Args>
 void run_scalar(const Args& args, int64_t begin, int64_t end) {

@@ -1,10 +1,13 @@
-// pnorm and pnorm_backward on CPU. The mathematics is in densreg/ops.py.
+// pnorm and pnorm_backward on CPU. The mathematics is in densreg/ops/pnorm.py.
 #include "pnorm.h"
 
 #include "dispatch.h"
 
 namespace densreg::cpu {
 namespace {
+
+CallCounter pnorm_calls("pnorm", std::string("cpu-") + isa_name());
+CallCounter pnorm_backward_calls("pnorm_backward", std::string("cpu-") + isa_name());
 
 constexpr int64_t kBlock = 1024;
 
@@ -212,7 +215,7 @@ struct Backward {
 
 std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
   STD_TORCH_CHECK(g.dim() >= 2 && g.is_cpu(), "densreg::pnorm: g must be a CPU tensor of shape [rows, ...]");
-  count_call(Op::pnorm);
+  pnorm_calls.add();
   if (!dense_rows(g)) g = torch::stable::contiguous(g);
   const int64_t rows = g.size(0), n = rows ? g.numel() / rows : 0;
   const auto row = row_dtype(g.scalar_type());
@@ -240,7 +243,7 @@ Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == g.size(0) && t.is_cpu(),
                     "densreg::pnorm_backward: grad, peak and total must be CPU tensors of shape [", g.size(0), "]");
   }
-  count_call(Op::pnorm_backward);
+  pnorm_backward_calls.add();
   Tensor out = torch::stable::empty_like(g);  // g's memory format
   const bool direct = dense_rows(g);
   if (!direct) g = torch::stable::contiguous(g);

@@ -28,6 +28,7 @@ enum class Isa { scalar, avx2, avx512 };
 
 // The widest instruction set of this processor, or the one that DENSREG_CPU_CAPABILITY names (and the processor has).
 Isa isa();
+const char* isa_name();
 
 // A vector of accumulators (float or double), and integers of the same width.
 template <class T, int BYTES>

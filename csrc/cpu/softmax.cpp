@@ -1,4 +1,4 @@
-// softmax and softmax_backward on CPU. The mathematics is in densreg/ops.py.
+// softmax and softmax_backward on CPU. The mathematics is in densreg/ops/softmax.py.
 #include "softmax.h"
 
 #include <optional>
@@ -8,6 +8,9 @@
 
 namespace densreg::cpu {
 namespace {
+
+CallCounter softmax_calls("softmax", std::string("cpu-") + isa_name());
+CallCounter softmax_backward_calls("softmax_backward", std::string("cpu-") + isa_name());
 
 // Up to so many classes a vector holds one class of many rows; beyond, many classes of one row.
 constexpr int64_t kAcrossRows = 32;
@@ -454,7 +457,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<
                                                    int64_t ignore_index, bool need_softmax, double scale) {
   check_matrix("softmax", "logits", logits, -1, -1);
   target = checked_target("softmax", target, logits.size(0), logits.size(1), ignore_index);
-  count_call(Op::softmax);
+  softmax_calls.add();
   logits = rows_contiguous(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const auto row = row_dtype(logits.scalar_type());
@@ -505,7 +508,7 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
   }
   // Checked again: since the forward it may have changed.
   const auto y = checked_target("softmax_backward", target, rows, classes, ignore_index);
-  count_call(Op::softmax_backward);
+  softmax_backward_calls.add();
   source = rows_contiguous(source);
   Tensor grad = empty<2>({rows, classes}, dtype);
   const auto stats = contiguous_as(statistics, row_dtype(dtype));

@@ -1,4 +1,4 @@
-// pnorm and pnorm_backward on CUDA. The mathematics is in densreg/ops.py.
+// pnorm and pnorm_backward on CUDA. The mathematics is in densreg/ops/pnorm.py.
 //
 // A row that fits in one tile is read once (pnorm_rows). A longer one is split into chunks: one kernel leaves the peak
 // and the total of every chunk, the next puts those of its row together.
@@ -8,6 +8,9 @@
 
 namespace densreg::cuda {
 namespace {
+
+CallCounter pnorm_calls("pnorm", "cuda");
+CallCounter pnorm_backward_calls("pnorm_backward", "cuda");
 
 // Magnitudes are compared as integers: in that order infinity comes after every number, and a NaN after infinity.
 DENSREG_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x) & 0x7fffffffu; }
@@ -270,7 +273,7 @@ void check(const char* op, const Tensor& g) {
 
 std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
   check("pnorm", g);
-  count_call(Op::pnorm, Kernel::cuda);
+  pnorm_calls.add();
   const OnDevice device(g);
   if (!dense_rows(g)) g = torch::stable::contiguous(g);
   const int64_t rows = g.size(0), n = rows ? g.numel() / rows : 0;
@@ -313,7 +316,7 @@ Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p
   check_rows(op, "grad", grad, g);
   check_rows(op, "peak", peak, g);
   check_rows(op, "total", total, g);
-  count_call(Op::pnorm_backward, Kernel::cuda);
+  pnorm_backward_calls.add();
   const OnDevice device(g);
   Tensor out = torch::stable::empty_like(g);  // g's memory format
   const bool direct = dense_rows(g);

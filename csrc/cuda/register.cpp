@@ -1,4 +1,4 @@
-// The CUDA kernels, under the overloads of densreg/ops.py that name their backend.
+// The CUDA kernels, under the overloads of the operators that name their backend.
 #include <torch/csrc/stable/library.h>
 
 #include "pnorm.h"

@@ -1,4 +1,4 @@
-// softmax and softmax_backward on CUDA. The mathematics is in densreg/ops.py.
+// softmax and softmax_backward on CUDA. The mathematics is in densreg/ops/softmax.py.
 //
 // A row that fits in one tile is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: one
 // kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk again.
@@ -8,6 +8,9 @@
 
 namespace densreg::cuda {
 namespace {
+
+CallCounter softmax_calls("softmax", "cuda");
+CallCounter softmax_backward_calls("softmax_backward", "cuda");
 
 // exp(f - m) for f <= m, also for m infinite as base() has it. In float32 and float64 the difference is taken exactly,
 // as x + low: at f - m = -80 its rounding alone would cost 4e-6 in float32. Half precision rounds P far more than that.
@@ -422,7 +425,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<
   const char* op = "softmax";
   check_matrix(op, "logits", logits, logits, -1, -1);
   check_target(op, target, logits);
-  count_call(Op::softmax, Kernel::cuda);
+  softmax_calls.add();
   const OnDevice device(logits);
   logits = rows_contiguous(logits);
   target = contiguous(target);
@@ -482,7 +485,7 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
                     "densreg::softmax_backward: grad_softmax must have the dtype of the source");
   }
   check_target(op, target, source);
-  count_call(Op::softmax_backward, Kernel::cuda);
+  softmax_backward_calls.add();
   const OnDevice device(source);
   source = rows_contiguous(source);
   Tensor grad = empty<2>(source, {rows, n}, dtype);

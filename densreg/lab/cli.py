@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from densreg.lab.data import DATA_SETS
-from densreg.lab.models import OWN_MODELS
+from densreg.lab import config
+from densreg.lab.options import assignments, parse
 from densreg.lab.runs import TrainingError
 from densreg.paths import PATHS
-from densreg.regularizers import REGULARIZERS
 from densreg.version import __version__
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage: what was given and what is wanted."""
+        """One line, without the usage: what was given and what was expected."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _add_task(parser: argparse.ArgumentParser) -> None:
-    """What is trained, and how: the options that every training command has."""
-    add = parser.add_argument
-    add("--data-dir", metavar="DIR", help="folder of the data set, as torchvision lays it out")
-    add("--download", action="store_true", help="let torchvision download what is absent")
-    add("--p", type=float, default=2.0, metavar="P", help="order of the norm, 1 to inf")
-    add("--coeff", type=float, default=0.1, metavar="X", help="weight of the penalty; 0 trains without it")
-    add("--batch-size", type=int, metavar="N", help="images in a step; by default the data set's recipe, as the next")
-    add("--lr", type=float, metavar="X", help="learning rate")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, shuffling, augmentation and random classes")
-    add("--train-size", type=int, metavar="N", help="use the first N training images only")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")
-    add("--channels-last", action="store_true", help="memory format of images and weights")
-    add("--threads", type=int, metavar="N", help="threads of torch on the CPU")
-    add("--workers", type=int, default=0, metavar="N", help="processes that prepare the batches; 0: none")
+class _Help(argparse.HelpFormatter):
+    """Adds the default to the help of an option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default, text = action.default, action.help
+        if text is None or default in (None, [], argparse.SUPPRESS) or isinstance(default, bool):
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else f"{default}"
+        return f"{text} (default: {shown})"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,70 +42,27 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a classifier with the density penalty",
         description="Train a classifier with cross-entropy + coeff * density penalty; writes a run directory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
-    _add_task(train)
-    add = train.add_argument
-    add("--data", default="digits", metavar="NAME", help=f"one of {', '.join(DATA_SETS)}")
-    add("--classes", type=int, metavar="N", help="of the data set synthetic; by default 10")
-    add("--image-size", type=int, metavar="N", help="side of the images of synthetic, folder, waterbirds, celeba-hair")
-    add("--no-augment", dest="augment", action="store_false", help="do not crop and flip training images")
-    add("--model", default="mlp", metavar="NAME", help=f"{', '.join(OWN_MODELS)} or any torchvision classifier")
-    add("--regularizer", default="density", metavar="NAME", help=f"what is penalized: {', '.join(REGULARIZERS)}")
-    add(
-        "--regularizer-options",
-        nargs="+",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="of the regularizer: densreg/regularizers.py",
-    )
-    add("--softplus", type=float, metavar="BETA", help="SoftPlus in place of every ReLU; by default ReLU")
-    add("--adversarial", default="none", metavar="NAME", help="train on perturbed images: none, fgsm or pgd")
-    add("--adversarial-eps", type=float, metavar="X", help="how far, in pixels in [0, 1]")
-    add("--adversarial-norm", type=float, default=math.inf, metavar="P", help="in which norm, 2 or inf")
-    add("--adversarial-steps", type=int, metavar="N", help="of pgd; by default 10")
-    add("--adversarial-step-size", type=float, metavar="X", help="of pgd; by default 2.5 eps / steps")
-    add("--group-dro", type=float, metavar="ETA", help="the worst group's cross-entropy; by default the mean")
-    add("--balance-groups", action="store_true", help="draw training images of each group equally often")
-    add("--path", default="fused", metavar="NAME", help=f"how the score is computed: {', '.join(PATHS)} or directional")
-    add("--interval", type=int, default=1, metavar="N", help="the penalty on every N-th step only, N times as heavy")
-    add("--fraction", type=float, default=1.0, metavar="X", help="the penalty of so large a part of the batch only")
-    compiled = "compile the step as one graph; by default runs of 1000 steps and more"
-    add("--compile", action=argparse.BooleanOptionalAction, default=None, help=compiled)
-    add("--amp", default="none", metavar="NAME", help="autocast: none, bf16 or fp16")
-    add("--coeff-warmup", type=float, default=0.0, metavar="X", help="epochs in which the weight rises from 0")
-    add("--epochs", type=int, metavar="N", help="by default the data set's recipe, as the next four")
-    add("--optimizer", metavar="NAME", help="sgd, adam or adamw")
-    add("--weight-decay", type=float, metavar="X", help="weight decay")
-    add("--schedule", metavar="NAME", help="of the learning rate: constant, step or cosine")
-    add("--milestones", type=float, nargs="+", metavar="X", help="of step: parts of the epochs; /10 at each")
-    add("--momentum", type=float, default=0.9, metavar="X", help="of sgd")
-    add("--test-size", type=int, metavar="N", help="use the first N test images only")
-    add("--val-size", type=int, metavar="N", help="hold the last N training images out, in place of the test images")
-    add("--max-steps", type=int, metavar="N", help="stop after N steps")
-    add("--log-every", type=int, default=50, metavar="N", help="steps between two rows of steps.csv")
-    add("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints; by default one an epoch")
-    add("--on-nonfinite", default="stop", metavar="WHAT", help="a loss or gradient that is not finite: stop or record")
-    add("--tensorboard", action="store_true", help="write events for TensorBoard too")
+    add = config.add_options(train)["run"].add_argument
     add("--out", metavar="DIR", help="run directory; by default runs/DATA-MODEL-PATH-pP-cCOEFF-sSEED")
-    add(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="auto",
-        help="go on with the run in the run directory; auto: from the beginning where there is none",
-    )
+    resume = "continue the run in the run directory; auto: start from the beginning where there is none"
+    add("--resume", nargs="?", const=True, default=False, metavar="auto", help=resume)
     add("--overwrite", action="store_true", help="replace a run that is already in the run directory")
+    add("--quiet", action="store_true", help="print the run directory alone, and warnings")
 
     stability = commands.add_parser(
         "stability",
         help="the norm of the penalty's gradient over training, by every path",
         description="Train a classifier by each path from the same seed, and measure the Frobenius norm of the "
         "penalty's gradient in the parameters, with the logits as trained and scaled up: a table and pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
-    _add_task(stability)
+    config.add_options(
+        stability,
+        *("data_dir", "download", "p", "coeff", "batch_size", "lr", "seed", "train_size"),
+        *("device", "channels_last", "threads", "workers"),
+    )
     add = stability.add_argument
     add("--data", nargs="+", default=["blockmnist", "cifar100"], metavar="NAME", help="data sets, one picture for each")
     add("--model", metavar="NAME", help="by default mlp for blockmnist, mnist and digits, otherwise resnet18")
@@ -134,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="measure trained classifiers: robustness, attributions, out-of-distribution detection",
         description="Measure runs of densreg train on their test images; writes evaluation.json, evaluation.csv and "
         "pictures, and prints a table. Several runs are compared side by side if they were trained on the same images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = evaluate.add_argument
     add("folders", nargs="*", metavar="RUN", help="folder that densreg train has written")
@@ -159,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the paper's tables and figures: train what is missing, measure, compare",
         description="Train what is missing of an experiment of the paper, measure it, and write a table with the "
         "paper's figures beside ours. May be stopped at any time and called again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = reproduce.add_argument
     add("experiment", metavar="NAME", help="table1, table3 to table7, fig2a, fig4 or fig7; list says what they are")
@@ -188,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info() -> int:
-    """Versions, backends by device, and why one is missing."""
+    """Versions, backends by device, and why one is not available."""
     import platform
     import shutil
     import subprocess
@@ -208,21 +158,14 @@ def _info() -> int:
     extension = f"loaded, built with {build.get('compiler', 'an unknown compiler')}"
     if "cuda" in build:
         extension += f", CUDA kernels for {build['cuda']['targets']} with nvcc {build['cuda']['nvcc']}"
-    if ops.MISSING is not None:
-        extension = f"missing: {ops.MISSING}"
+    if (reason := ops.unavailable_reason("cpu")) is not None:
+        extension = f"not available: {reason}"
 
     nvcc = shutil.which("nvcc")
     if nvcc:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")
         nvcc = f"{nvcc}, release {said[1].split(',')[0]}" if len(said) > 1 else nvcc
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cpu = (
-        "plain torch"
-        if ops.MISSING is not None
-        else f"C++ ({ops.instruction_set()}), {torch.get_num_threads()} threads"
-    )
-    cuda = {"cuda": "CUDA kernels", "triton": "Triton kernels", "torch": "plain torch"}[ops._preferred("cuda")]
-    reasons = "; ".join(f"{name}: {ops.missing(name)}" for name in ops.ORDER["cuda"] if ops.missing(name))
     for name, value in (
         ("densreg", __version__),
         ("python", platform.python_version()),
@@ -230,8 +173,8 @@ def _info() -> int:
         ("torchvision", version("torchvision")),
         ("triton", version("triton")),
         ("extension", extension),
-        ("CPU tensors", cpu),
-        ("CUDA tensors", f"{cuda} ({reasons})" if reasons else cuda),
+        ("CPU tensors", f"{ops.describe('cpu')}, {torch.get_num_threads()} threads"),
+        ("CUDA tensors", ops.describe("cuda")),
         ("nvcc", nvcc or "not found"),
         ("GPU", ", ".join(gpus) or "none"),
     ):
@@ -239,36 +182,23 @@ def _info() -> int:
     return 0
 
 
-def _numbers(options: Sequence[str]) -> dict[str, float]:
-    """OPTION=VALUE, of numbers and of true and false."""
-    numbers: dict[str, float] = {}
-    for option in options:
-        name, _, value = option.partition("=")
-        try:
-            number = {"true": True, "false": False}.get(value.lower())
-            numbers[name] = float(value) if number is None else number
-        except ValueError as error:
-            raise ValueError(f"--regularizer-options takes OPTION=NUMBER, got {option!r}") from error
-    return numbers
-
-
 def _train(options: dict) -> int:
     from densreg.lab import training
 
-    overwrite, resume = options.pop("overwrite"), options.pop("resume")
-    options["regularizer_options"] = _numbers(options["regularizer_options"])
-    if options["out"] is None:
-        o = options
-        names = [o["data"], o["model"], o["path"] if o["regularizer"] == "density" else o["regularizer"]]
-        names += [f"p{o['p']:g}", f"c{o['coeff']:g}"]
-        names += [f"softplus{o['softplus']:g}"] if o["softplus"] is not None else []
-        names += [f"{o['adversarial']}{o['adversarial_eps'] or 0:g}"] if o["adversarial"] != "none" else []
-        names += [f"dro{o['group_dro']:g}"] if o["group_dro"] is not None else []
-        names += ["balanced"] if o["balance_groups"] else []
-        options["out"] = "runs/" + "-".join([*names, f"s{o['seed']}"])
-    config = training.Config(**options)
-    training.fit(config, overwrite=overwrite, resume=resume)
-    print(f"run directory: {config.out}")
+    given = options.pop("regularizer_options") or []
+    options["regularizer_options"] = {}
+    for text, name, value in assignments(given, "--regularizer-options", "OPTION=NUMBER"):
+        try:
+            options["regularizer_options"][name] = parse(value, float | bool)
+        except ValueError:
+            raise ValueError(f"--regularizer-options {text}: expected OPTION=NUMBER") from None
+    overwrite, resume, quiet = options.pop("overwrite"), options.pop("resume"), options.pop("quiet")
+    out = options.pop("out")
+    request = config.Config(out or "", **options)
+    if out is None:
+        request = replace(request, out=f"runs/{request.name()}")
+    training.fit(request, overwrite=overwrite, resume=resume, quiet=quiet)
+    print(f"run directory: {request.out}")
     return 0
 
 
@@ -337,5 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         return fail(str(error), 1)
     except KeyboardInterrupt:
-        resume = {"train": "; add --resume to go on from the last checkpoint", "reproduce": "; call it again to go on"}
+        resume = {
+            "train": "; add --resume to continue from the last checkpoint",
+            "reproduce": "; call it again to go on",
+        }
         return fail(f"interrupted{resume.get(command, '')}", 130)

@@ -202,7 +202,7 @@ def check_name(name: str) -> str:
     known = torchvision_names()
     if name not in known:
         near = runs.did_you_mean(name, {*OWN_MODELS, *known})
-        raise ModelError(f"unknown model {name!r}; wanted {', '.join(OWN_MODELS)} or a torchvision classifier{near}")
+        raise ModelError(f"unknown model {name!r}; expected {', '.join(OWN_MODELS)} or a torchvision classifier{near}")
     return name
 
 

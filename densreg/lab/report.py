@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+DASH = "-"
+"""What stands for a number that is not known."""
+
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown, without a newline at its end.
@@ -26,6 +29,11 @@ def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     lines = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
     lines.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | str | None) -> str:
+    """A cell of a table: the number in six digits, or a dash for one that is not there, None or ""."""
+    return DASH if value in ("", None) else format(value, "g")
 
 
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

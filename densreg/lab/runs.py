@@ -95,12 +95,12 @@ def open_run(out: str, reuse: bool = False, files: Sequence[str] = FILES, hint: 
         RunError: it is a file, cannot be written to, is in use, or holds what it may not.
     """
     if not out:
-        raise RunError("--out is empty; wanted a folder")
+        raise RunError("--out is empty; expected a folder")
     run = Path(out)
     with contextlib.ExitStack() as held:
         try:
             if run.exists() and not run.is_dir():
-                raise RunError(f"--out {run} is a file; wanted a folder")
+                raise RunError(f"--out {run} is a file; expected a folder")
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run))
             there = [name for name in files if (run / name).exists()]

@@ -81,7 +81,7 @@ def run(
         scales: factors of the logits; 1 is as trained.
         steps, every: of each training, and between two measurements.
         model: by default "mlp" for digits and the MNISTs, otherwise "resnet18".
-        options: of :class:`densreg.lab.training.Config`.
+        options: of :class:`densreg.lab.config.Config`.
 
     Returns:
         One line for each data set, scale and path, while it goes on.

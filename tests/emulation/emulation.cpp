@@ -1,4 +1,4 @@
-// What the emulated kernels need of a CUDA torch, and what densreg/ops.py asks of a library that counts calls.
+// What the emulated kernels need of a CUDA torch, and what densreg/ops/extension.py asks of a library that counts calls.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "../../csrc/calls.h"
@@ -16,8 +16,8 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
 }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
 
-__attribute__((visibility("default"))) int64_t densreg_calls(int op, int kernel) {
-  return densreg::calls[op][kernel].load();
+__attribute__((visibility("default"))) const char* densreg_counter(int index, int64_t* calls) {
+  return densreg::CallCounter::read(index, calls);
 }
 
 __attribute__((visibility("default"))) void densreg_reverse(int reverse) { emulation::machine().reverse = reverse; }

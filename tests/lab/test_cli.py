@@ -33,7 +33,10 @@ def test_default_run_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--data imagenet", "unknown data set 'imagenet'; wanted one of digits, mnist, blockmnist, cifar10, cifar100"),
+        (
+            "--data imagenet",
+            "unknown data set 'imagenet'; expected one of digits, mnist, blockmnist, cifar10, cifar100",
+        ),
         ("--data mnist", "--data mnist needs --data-dir"),
         ("--data tiny-imagenet --data-dir .", "wnids.txt: [Errno 2] No such file or directory"),
         ("--data folder --data-dir .", ". has no folders train and val (or test)"),
@@ -42,16 +45,18 @@ def test_default_run_directory(tmp_path, monkeypatch):
         ("--schedule linear", "schedule must be constant, step or cosine, got 'linear'"),
         ("--milestones 0.5", "milestones are for the schedule step"),
         ("--on-nonfinite skip", "on_nonfinite must be stop or record"),
-        ("--resume --overwrite", "--resume goes on with a run and --overwrite replaces it: choose one"),
+        ("--resume --overwrite", "--resume continues a run and --overwrite replaces it: choose one"),
         ("--data mnist --data-dir /nowhere", "--data-dir /nowhere is not a folder"),
         ("--model resnet19", "unknown model 'resnet19'"),
         ("--model inception_v3", "cannot be trained with the penalty on 1x8x8 images"),
         ("--path fast", "path must be one of naive"),
         ("--p 0.5", "p must be at least 1 (inf included), got 0.5"),
+        ("--regularizer cure --regularizer-options h", "--regularizer-options h: expected OPTION=NUMBER"),
+        ("--regularizer cure --regularizer-options h=x", "--regularizer-options h=x: expected OPTION=NUMBER"),
         ("--p two", "argument --p: invalid float value: 'two'"),
         ("--coeff -1", "coeff must be finite and at least 0, got -1.0"),
         ("--epochs 0", "epochs must lie in [1, 2^31), got 0"),
-        ("--out /dev/null", "--out /dev/null is a file; wanted a folder"),
+        ("--out /dev/null", "--out /dev/null is a file; expected a folder"),
         ("--out /dev/null/run", "cannot write to --out /dev/null/run: Not a directory"),
         ("--out " + "x" * 300, "File name too long"),
         ("--data mnist --data-dir " + "x" * 300, "File name too long"),
@@ -141,4 +146,4 @@ def test_info(capsys):
     assert lines["densreg"] == densreg.__version__
     assert lines["extension"].startswith("loaded, built with ")
     assert "C++" in lines["CPU"]
-    assert (ops.missing("cuda") or "CUDA kernels") in lines["CUDA"]
+    assert (ops.unavailable_reason("cuda") or "CUDA kernels") in lines["CUDA"]

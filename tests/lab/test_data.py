@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_cifar100(tmp_path, unchecked):
 
     labels = [0, 100, *range(10)]
     (folder / "train").write_bytes(pickle.dumps({"data": np.zeros((12, 3072), np.uint8), "fine_labels": labels}))
-    with pytest.raises(data.DataError, match="cifar-100-python holds the label 100; wanted 0 to 99"):
+    with pytest.raises(data.DataError, match="cifar-100-python holds the label 100; expected 0 to 99"):
         data.load("cifar100", tmp_path)
 
 
@@ -283,7 +284,7 @@ def test_tiny_imagenet_errors(tiny_dir, tmp_path):
     good = annotations.read_text()
     for text, message in (
         (good + "val_3.JPEG\tn09\t0\t0\t1\t1\n", r"val_annotations\.txt, line 4: 'val_3.* a class of wnids\.txt"),
-        ("val_0.JPEG n01\n", r"val_annotations\.txt, line 1: 'val_0\.JPEG n01'; wanted a file name, a tab"),
+        ("val_0.JPEG n01\n", r"val_annotations\.txt, line 1: 'val_0\.JPEG n01'; expected a file name, a tab"),
         ("", r"val_annotations\.txt is empty"),
     ):
         annotations.write_text(text)
@@ -355,13 +356,13 @@ def test_the_digest_of_a_folder(image_folder, tmp_path_factory):
 def test_the_digest_of_images_in_memory():
     split = data.Split(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4), groups=torch.tensor([0, 1, 0, 1]))
     other = [
-        data.replace(split, images=split.images + 1),
-        data.replace(split, labels=split.labels.flip(0)),
-        data.replace(split, groups=1 - split.groups),
+        replace(split, images=split.images + 1),
+        replace(split, labels=split.labels.flip(0)),
+        replace(split, groups=1 - split.groups),
         split.first(3),
     ]
     assert len({part.digest() for part in (split, *other)}) == 5
-    assert data.replace(split, images=split.images.clone()).digest() == split.digest()
+    assert replace(split, images=split.images.clone()).digest() == split.digest()
 
 
 def test_class_names(image_folder, tiny_dir):
@@ -392,7 +393,7 @@ def test_folder_errors(image_folder):
     with pytest.raises(data.DataError, match="--classes is for --data synthetic; folder has its own"):
         data.load("folder", image_folder, classes=4)
     _write_image(image_folder / "train" / "dog" / "1.png", (21, 24))
-    with pytest.raises(data.DataError, match=r"dog.1\.png is 21x24 pixels; wanted 20x24"):
+    with pytest.raises(data.DataError, match=r"dog.1\.png: expected 20x24 pixels, as the others have, got 21x24"):
         list(data.batches(data.load("folder", image_folder).train, 2))
     (image_folder / "test" / "fox").mkdir()
     with pytest.raises(data.DataError, match=r"test has the class 'fox', which .*train lacks"):
@@ -405,7 +406,7 @@ def test_folder_errors(image_folder):
     with pytest.raises(data.DataError, match=r"empty has no folders train and val \(or test\)"):
         data.load("folder", empty)
     (empty / "train").mkdir()
-    with pytest.raises(data.DataError, match="train is empty; wanted a folder for each class"):
+    with pytest.raises(data.DataError, match="train is empty; expected a folder for each class"):
         data.load("folder", empty)
     _write_image(empty / "train" / "a" / "1.png")
     with pytest.raises(data.DataError, match="val has no classes"):
@@ -423,9 +424,9 @@ def test_synthetic():
 
 
 def test_errors(tmp_path):
-    with pytest.raises(data.DataError, match="unknown data set 'imagenet'; wanted one of digits, mnist"):
+    with pytest.raises(data.DataError, match="unknown data set 'imagenet'; expected one of digits, mnist"):
         data.load("imagenet")
-    with pytest.raises(data.DataError, match=r"celeba-hair, synthetic; did you mean cifar10 or cifar100\?$"):
+    with pytest.raises(data.DataError, match=r"waterbirds, celeba-hair; did you mean cifar10 or cifar100\?$"):
         data.load("cifra10")
     with pytest.raises(data.DataError, match="needs --data-dir"):
         data.load("mnist")
@@ -455,16 +456,16 @@ def test_wrong_checksum_names_the_file(tmp_path):
     [
         ("train-images-idx3-ubyte", lambda b: b[:-100], r"no usable MNIST in .*train-images-idx3-ubyte \("),
         ("t10k-images-idx3-ubyte", lambda b: b"", r"no usable MNIST in .*t10k-images-idx3-ubyte \("),
-        ("t10k-labels-idx1-ubyte", lambda b: b[:8] + bytes([12]) + b[9:], "holds the label 12; wanted 0 to 9"),
+        ("t10k-labels-idx1-ubyte", lambda b: b[:8] + bytes([12]) + b[9:], "holds the label 12; expected 0 to 9"),
         (
             "train-labels-idx1-ubyte",
             lambda b: struct.pack(">ii", 2049, 39) + b[9:],
-            r"train-labels-idx1-ubyte holds 39 labels; wanted 40, one for each image",
+            r"train-labels-idx1-ubyte holds 39 labels; expected 40, one for each image",
         ),
         (
             "t10k-images-idx3-ubyte",
             lambda b: struct.pack(">iiii", 2051, 20, 14, 56) + b[16:],
-            r"t10k-images-idx3-ubyte holds images of shape \[1, 14, 56\]; wanted \[1, 28, 28\]",
+            r"t10k-images-idx3-ubyte holds images of shape \[1, 14, 56\]; expected \[1, 28, 28\]",
         ),
         ("train-images-idx3-ubyte", lambda b: struct.pack(">iiii", 2051, 0, 28, 28), "holds no images|no usable MNIST"),
     ],
@@ -512,7 +513,7 @@ def test_spurious_mnist(mnist_dir):
 def test_spurious_mnist_agrees_with_the_class_in_training_only(monkeypatch):
     digits = torch.arange(8000) % 10
     split = data.Split(torch.zeros(8000, 1, 28, 28, dtype=torch.uint8), digits)
-    monkeypatch.setattr(data, "_mnist_splits", lambda request: (split, split))
+    monkeypatch.setattr(data.arrays, "_mnist_splits", lambda request: (split, split))
     spurious = data.load("spurious-mnist", "anywhere")
     for part, agree in ((spurious.train, 0.95), (spurious.test, 0.5)):
         agrees = (part.groups % 2 == part.labels).double().mean()
@@ -573,9 +574,9 @@ def test_published_groups(name, request):
     [
         (
             lambda s: s.replace(",place,", ",where,"),
-            r"metadata\.csv has no column place; wanted img_filename, y, split",
+            r"metadata\.csv has no column place; expected img_filename, y, split",
         ),
-        (lambda s: s.replace(",0,0,/o", ",7,0,/o", 1), r"metadata\.csv, line 2: wanted y and place of 0 or 1"),
+        (lambda s: s.replace(",0,0,/o", ",7,0,/o", 1), r"metadata\.csv, line 2: expected y and place of 0 or 1"),
         (lambda s: s.replace("Bird/", "Birds/"), r"metadata\.csv lists .*Birds/.*, and there is no "),
         (lambda s: "\n".join(s.splitlines()[:13]), r"metadata\.csv lists no test images \(split 2\)"),
         (lambda s: "\n".join(s.splitlines()[:16]), "test images: group 3 of 4 has no images among these 3"),
@@ -595,7 +596,7 @@ def test_waterbirds_errors(waterbirds_dir, change, message):
     ("file", "change", "message"),
     [
         ("list_attr_celeba.txt", lambda s: s.replace("Male", "Female"), "has no attribute Male in its second line"),
-        ("list_attr_celeba.txt", lambda s: s + "x.png 1\n", "line 19: wanted a file name and 4 attributes"),
+        ("list_attr_celeba.txt", lambda s: s + "x.png 1\n", "line 19: expected a file name and 4 attributes"),
         (
             "list_eval_partition.txt",
             lambda s: s.replace("000003.png 0\n", ""),

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import inspect
 import json
+import re
 import shutil
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from analytic import curved, split
+from analytic import curved, linear, split
+from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
 import densreg
-from densreg.lab import cli, evaluation, models, runs, training
+from densreg.lab import cli, evaluation, models, report, runs, training
 from densreg.lab.evaluation import METRICS, options_of, parse_options
+from densreg.lab.evaluation.samples import Comparison
 
 SHAPE = (3, 8, 8)
 OPTIONS = {
@@ -114,6 +119,38 @@ def test_metrics_have_one_shape(name):
     assert function.__doc__
     assert all(default is not inspect.Parameter.empty for default in options_of(name).values())
     assert {*METRICS[name].of_data} <= {*options_of(name)}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_what_a_metric_needs(name):
+    importlib.import_module(METRICS[name].needs)
+    assert re.search(rf"^{METRICS[name].extra} = ", (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.M)
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if METRICS[name].draw])
+def test_pictures_show_each_run(name):
+    """By its name; and of other models it is another picture."""
+    by_hand = {"leakage": {}, "autoattack": {"clean": 0.75, "linf_0.1": 0.5}}
+    options = {**options_of(name), **OPTIONS.get(name, {})}
+
+    def draw(models):
+        results = {run: by_hand[name] if name in by_hand else _measure(name, model) for run, model in models.items()}
+        return METRICS[name].draw(Comparison(models, results, split(7, SHAPE), "cpu", 4, 0, options))
+
+    one, other = curved(4, SHAPE), linear(4, SHAPE)
+    picture = draw({"one": one, "other": other})
+    assert {"one", "other"} <= {text.get_text() for text in picture.findobj(Text)}
+    assert (report.png(picture) == report.png(draw({"one": one, "other": one}))) == (name == "autoattack")
+
+
+def test_budgets_side_by_side():
+    results = {"a": {"clean": 0.9, "l2_0.5": 0.5, "l2_1": 0.2}, "b": {"clean": 0.8, "l2_0.5": 0.7, "l2_1": 0.6}}
+    comparison = Comparison({}, results, split(), "cpu", 4, 0, {})
+    for name, attack in (("pgd", "PGD"), ("autoattack", "AutoAttack")):
+        (axes,) = METRICS[name].draw(comparison).axes
+        drawn = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.get_lines()}
+        assert drawn == {"a": ([0, 0.5, 1], [90, 50, 20]), "b": ([0, 0.5, 1], [80, 70, 60])}
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("budget, L2", f"accuracy under {attack}, %")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -280,7 +317,7 @@ def test_default_folder(run, capsys):
         ("RUN --batch-size 0", "batch_size must lie in [1, 2^31), got 0"),
         ("RUN --seed -1", "seed must lie in [0, 2^63), got -1"),
         ("RUN --device cuda:99", "is not there"),
-        ("RUN --out /dev/null", "--out /dev/null is a file; "),
+        ("RUN --out /dev/null", "--out /dev/null is a file; expected a folder"),
         ("RUN --metrics out_of_distribution", "out_of_distribution needs another data set"),
         ("RUN --metrics out_of_distribution --set data=synthetic", "the images of synthetic are 3x32x32, those of the"),
     ],

@@ -90,21 +90,22 @@ def test_errors(arguments, message):
 
 
 _digits = data.DATA_SETS["digits"]
+"""Its entry in the registry."""
 
 
 def _two_groups(request):
     """Digits in two groups, of which the second is a tenth."""
-    digits = _digits(request)
+    digits = _digits.read(request)
 
     def grouped(split):
         return replace(split, groups=(torch.arange(len(split)) % 10 == 0).long())
 
-    return replace(digits, train=grouped(digits.train), test=grouped(digits.test), groups=("many", "few"))
+    return replace(digits, train=grouped(digits.train), test=grouped(digits.test))
 
 
 @pytest.fixture
 def two_groups(monkeypatch):
-    monkeypatch.setitem(data.DATA_SETS, "digits", _two_groups)
+    monkeypatch.setitem(data.DATA_SETS, "digits", replace(_digits, read=_two_groups, groups=("many", "few")))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_resumed_run_is_the_same_run(tmp_path, two_groups, options):
 
 
 def test_balanced_batches():
-    split = _two_groups(data._Request("digits", None, False, False, None, None)).train
+    split = _two_groups(data.Request("digits", None, False, False, None, None)).train
     drawn = torch.cat([y for _, y in data.batches(replace(split, labels=split.groups), 64, 0, 1, balanced=True)])
     assert len(drawn) == len(split)
     assert drawn.double().mean().item() == pytest.approx(0.5, abs=0.05)
@@ -145,7 +146,7 @@ def test_what_is_impossible_is_one_line(tmp_path, two_groups, monkeypatch):
     many = data.Split(torch.zeros(40, 1, 8, 8), torch.zeros(40), groups=torch.zeros(40, dtype=torch.int64))
     with pytest.raises(data.DataError, match="group_dro: group 1 of 2 has no images among these 40"):
         many.check_groups(2, "group_dro")
-    monkeypatch.setattr(training, "processes", lambda: (0, 2))
+    monkeypatch.setattr(training.problem, "processes", lambda: (0, 2))
     with pytest.raises(ValueError, match="group_dro trains in one process, whose batch the group weights see: got 2"):
         fit(Config(str(tmp_path), group_dro=0.1))
     monkeypatch.undo()

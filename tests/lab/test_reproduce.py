@@ -9,12 +9,13 @@ import json
 import math
 import shutil
 import struct
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from densreg.lab import cli, evaluation, reproduce, runs, training
+from densreg.lab import cli, evaluation, experiments, reproduce, runs, training
 from densreg.lab.reproduce import EXPERIMENTS, METHODS, Budget, rows_of
 
 SMALL = ("--epochs", "1", "--train-size", "256", "--test-size", "20", "--threads", "1")
@@ -170,7 +171,7 @@ def test_figures_against_other_images_do_not_count(tmp_path, monkeypatch):
                 Image.new("RGB", (8, 8), (value, 40 * i, 0)).save(tmp_path / name / part / "a" / f"{i}.bmp")
     config = training.Config(str(tmp_path / "run"), train_size=64, test_size=20, epochs=1).complete()
     training.fit(config, progress=False)
-    measures = (reproduce._outside("folder"),)
+    measures = (experiments.outside("folder"),)
 
     def measured(folder, **options):
         options = {"out_of_distribution": {"fit": True, **options}}
@@ -282,6 +283,64 @@ def test_unknown_figures_are_dashes(command, tmp_path):
     assert line.endswith("| - | - | - | - | - |")
 
 
+_SMALLEST = {
+    "leakage": {"steps": 2},
+    "pgd": {"eps": (0.5,), "steps": 1},
+    "autoattack": {"eps": (0.1,), "version": "custom", "attacks": ("apgd-ce",)},
+    "pixel_perturbation": {"fractions": (0.1,), "method": "gradient"},
+    "noise_robustness": {"sigmas": (0.1,), "samples": 1},
+    "out_of_distribution": {"data": "synthetic", "fit": True, "images": 4},
+    "insertion": {"points": 2, "method": "gradient"},
+    "activation_maximisation": {"steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", evaluation.METRICS)
+def test_every_metric_makes_a_column_and_a_picture(name, command, tmp_path, monkeypatch):
+    """In an experiment of its own, by its entry alone: what it needs, whether it is a percentage, how it is drawn."""
+    data = {"leakage": "blockmnist", "worst_group": "spurious-mnist"}.get(name, "digits")
+    measure = experiments.Measure(name, ("*",), _SMALLEST.get(name, {}))
+    entry = evaluation.METRICS[name]
+    picture = name if entry.draw else ""
+    asked = experiments.Experiment("one metric", (data,), ("mlp",), ("standard",), (measure,), picture=picture)
+    monkeypatch.setitem(EXPERIMENTS, "one", asked)
+    few = ("--test-size", "4") if name != "worst_group" else ()
+    status, said = command("one", "--epochs", "1", "--train-size", "32", "--threads", "1", *few)
+    assert status == 0, said
+    folder = tmp_path / "runs" / "reproduce" / "one"
+    (row,) = _table(folder)
+    head, _, line = [text.strip("| ").split(" | ") for text in (folder / "table.md").read_text().splitlines()[2:]]
+    columns = [column for column in row if column.startswith(f"{name} ")]
+    assert columns == head[5:]
+    for column, cell in zip(columns, line[5:], strict=True):
+        value = float(row[column])
+        assert cell == (f"{100 * value:.2f}" if entry.percent else f"{value:.3f}")
+    assert (folder / "one.png").exists() == bool(entry.draw)
+    if name == "worst_group":
+        assert columns[0] == "worst_group 0-4 on red", "the data set's names"
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(command, tmp_path, monkeypatch):
+    for module, extra in (("captum.attr", "evaluate"), ("matplotlib.figure", "train")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            status, said = command("table1", *SMALL)
+        name = module.partition(".")[0]
+        assert (status, said) == (
+            2,
+            f"densreg reproduce: error: {name} is not installed: pip install 'densreg[{extra}]'\n",
+        )
+    monkeypatch.setitem(
+        EXPERIMENTS,
+        "table1",
+        dataclasses.replace(EXPERIMENTS["table1"], measures=(experiments.Measure("out_of_distribution", ("*",)),)),
+    )
+    status, said = command("table1", *SMALL)
+    assert status == 2
+    assert "out_of_distribution needs another data set" in said
+    assert not (tmp_path / "runs").exists()
+
+
 def test_figures_of_the_paper():
     """Each belongs to a row that is trained, and there is one for each column."""
     for experiment in EXPERIMENTS.values():
@@ -314,23 +373,23 @@ def test_every_experiment_can_be_asked_for(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("fig9", "unknown experiment 'fig9'; wanted one of table1, table3"),
+        ("fig9", "unknown experiment 'fig9'; expected one of table1, table3"),
         ("table7", "no usable CIFAR10 in"),
         ("table6", "wnids.txt"),
         ("fig2a", "no usable CIFAR100 in"),
-        ("fig2a --methods standard", "fig2a does not take methods; wanted some of data_dir, download, seeds"),
+        ("fig2a --methods standard", "fig2a does not take methods; expected some of data_dir, download, seeds"),
         ("fig2a --seeds 0 1", "fig2a does not take several seeds"),
         ("fig2a --epochs 3", "fig2a does not take epochs"),
         ("fig2a --config density.lr=1", "fig2a does not take density"),
-        ("fig2a --set pgd.eps=1", "--set pgd.eps=1: wanted an option of the metrics"),
-        ("table1 --methods magic", "unknown method 'magic'; wanted some of standard, density"),
+        ("fig2a --set pgd.eps=1", "--set pgd.eps=1: expected an option of the metrics"),
+        ("table1 --methods magic", "unknown method 'magic'; expected some of standard, density"),
         ("table1 --methods densty", "; did you mean density or "),
         ("table1 --coeff magic=1", "unknown method 'magic'"),
-        ("table1 --coeff density", "--coeff density: wanted METHOD=NUMBER"),
-        ("table1 --coeff density=low", "--coeff density=low: wanted METHOD=NUMBER"),
+        ("table1 --coeff density", "--coeff density: expected METHOD=NUMBER"),
+        ("table1 --coeff density=low", "--coeff density=low: expected METHOD=NUMBER"),
         ("table1 --config magic=1", "unknown option 'magic' of method"),
-        ("table1 --config nothing", "--config nothing: wanted METHOD.OPTION=VALUE"),
-        ("table1 --set pgd.magic=1", "--set pgd.magic=1: wanted an option of the metrics"),
+        ("table1 --config nothing", "--config nothing: expected METHOD.OPTION=VALUE"),
+        ("table1 --set pgd.magic=1", "--set pgd.magic=1: expected an option of the metrics"),
         ("table1 --epochs 0", "epochs must lie in [1, 2^31), got 0"),
         ("table1 --models magic", "unknown model 'magic'"),
         ("table1 --out /dev/null", "--out /dev/null is a file"),

@@ -25,7 +25,8 @@ from torch import nn
 from benchmarks.second_order import problem, torch_penalty
 from densreg import attacks
 from densreg.lab import data, models, runs, training
-from densreg.lab.training import Config, TrainingError, fit, train_step
+from densreg.lab.training import Config, TrainingError, fit, loop, monitor, train_step
+from densreg.lab.training.problem import _optimizer
 from densreg.objective import RegularizedObjective
 from densreg.paths import PATHS
 
@@ -129,10 +130,8 @@ def test_the_penalty_trains(tmp_path):
 
 def test_learning_rate_of_short_runs(monkeypatch, tmp_path):
     """The milestones are parts of the epochs; with one epoch there is nothing to divide."""
-    recipe = training.Recipe(
-        epochs=200, optimizer="sgd", lr=0.01, batch_size=64, schedule="step", milestones=(0.5, 0.875)
-    )
-    monkeypatch.setitem(training.RECIPES, "digits", recipe)
+    recipe = data.Recipe(epochs=200, optimizer="sgd", lr=0.01, batch_size=64, schedule="step", milestones=(0.5, 0.875))
+    monkeypatch.setitem(data.DATA_SETS, "digits", replace(_digits, recipe=recipe))
     for epochs, expected in ((1, [0.01]), (2, [0.01, 0.001]), (4, [0.01, 0.01, 0.001, 0.001])):
         out = str(tmp_path / str(epochs))
         rows = fit(Config(out, epochs=epochs, train_size=64, test_size=20), progress=False)
@@ -178,7 +177,7 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path, path, capsys):
 
 
 def test_a_gradient_that_is_not_finite_counts_as_much_as_a_loss():
-    watch = training._Watch(torch.device("cpu"))
+    watch = monitor.Watch(torch.device("cpu"))
     w = torch.zeros(3, requires_grad=True)
     unused = torch.zeros(2, requires_grad=True)
     for step, (loss, gradient) in enumerate(((1.0, 1e38), (1.0, math.inf), (math.nan, 1.0), (2.0, 3.0)), 1):
@@ -189,7 +188,7 @@ def test_a_gradient_that_is_not_finite_counts_as_much_as_a_loss():
         "step 2 is the first whose loss or gradient is not finite "
         "(loss 1, largest gradient inf, largest logit 9.5, path fused)"
     )
-    assert training._Watch(torch.device("cpu")).report("fused") == ""
+    assert monitor.Watch(torch.device("cpu")).report("fused") == ""
 
 
 def test_an_existing_run_is_kept(tmp_path):
@@ -215,7 +214,7 @@ def test_an_existing_run_is_kept(tmp_path):
     with pytest.raises(training.RunError, match="--out is empty"):
         fit(Config(""))
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(training.RunError, match="is a file; wanted a folder"):
+    with pytest.raises(training.RunError, match="is a file; expected a folder"):
         fit(Config(str(tmp_path / "file")), overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -250,7 +249,7 @@ def test_the_papers_schedule_is_the_default_for_cifar():
         assert rates[:100] == [0.01] * 100
         assert rates[100:175] == pytest.approx([0.001] * 75)
         assert rates[175:] == pytest.approx([0.0001] * 25)
-        optimizer = training._optimizer(nn.Linear(1, 1), config)
+        optimizer = _optimizer(nn.Linear(1, 1), config)
         group = optimizer.param_groups[0]
         assert isinstance(optimizer, torch.optim.SGD)
         assert (group["momentum"], group["weight_decay"], config.batch_size) == (0.9, 5e-4, 128)
@@ -258,9 +257,7 @@ def test_the_papers_schedule_is_the_default_for_cifar():
 
 def test_optimizers():
     for name, cls in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
-        optimizer = training._optimizer(
-            nn.Linear(1, 1), Config("", optimizer=name, weight_decay=0.25, momentum=0.5).complete()
-        )
+        optimizer = _optimizer(nn.Linear(1, 1), Config("", optimizer=name, weight_decay=0.25, momentum=0.5).complete())
         assert type(optimizer) is cls
         assert optimizer.param_groups[0]["weight_decay"] == 0.25
         assert name != "sgd" or optimizer.param_groups[0]["momentum"] == 0.5
@@ -293,7 +290,7 @@ def test_channels_last_threads_and_workers(tmp_path):
 
 def test_threads_are_those_asked_for(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "_fit", lambda *args: seen.append(torch.get_num_threads()) or [])
+    monkeypatch.setattr(loop, "_train", lambda *args: seen.append(torch.get_num_threads()) or [])
     for n in (1, 3, None):
         fit(Config(str(tmp_path), threads=n), overwrite=True)
     assert seen == [1, 3, torch.get_num_threads()]
@@ -328,8 +325,8 @@ def test_missing_packages_say_so(tmp_path, monkeypatch, capsys):
 
 def _noisy(request):
     """Digits with everything that is random: augmented images, to go with a model that drops units."""
-    digits = _digits(request)
-    return data.replace(digits, train=data.replace(digits.train, transform=data.CropAndFlip()))
+    digits = _digits.read(request)
+    return replace(digits, train=replace(digits.train, transform=data.CropAndFlip()))
 
 
 _digits = data.DATA_SETS["digits"]
@@ -359,7 +356,7 @@ def _same_run(one, other):
 @pytest.mark.parametrize(("path", "workers"), [("stable", 1), ("fused", 0)])
 def test_resumed_run_is_the_same_run(tmp_path, monkeypatch, path, workers):
     """Stopped within an epoch, at its end and within a window of steps.csv; with dropout and random classes."""
-    monkeypatch.setitem(data.DATA_SETS, "digits", _noisy)
+    monkeypatch.setitem(data.DATA_SETS, "digits", replace(_digits, read=_noisy))
     build = models.mlp
     monkeypatch.setattr(models, "mlp", lambda *args: nn.Sequential(nn.Dropout(0.2), *build(*args)))
     options = {"path": path, "epochs": 3, "train_size": 640, "test_size": 50, "log_every": 4, "schedule": "cosine"}
@@ -482,7 +479,12 @@ def test_checkpoint_from_before_some_options(tmp_path, capsys):
 def test_checkpoint_of_other_data_or_of_another_kind(tmp_path, monkeypatch):
     config = Config(str(tmp_path), epochs=2, test_size=20, max_steps=1)
     fit(config, progress=False)
-    monkeypatch.setitem(data.DATA_SETS, "digits", lambda r: data.replace(_digits(r), train=_digits(r).train.first(99)))
+
+    def fewer(request):
+        loaded = _digits.read(request)
+        return replace(loaded, train=loaded.train.first(99))
+
+    monkeypatch.setitem(data.DATA_SETS, "digits", replace(_digits, read=fewer))
     with pytest.raises(training.RunError, match="has 1437 training images, got 99"):
         fit(config, progress=False, resume=True)
     torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
@@ -793,14 +795,13 @@ def test_adversarial_training(tmp_path, options, steps, size, start):
 )
 def test_impossible_rivals(tmp_path, monkeypatch, options, message):
     if "group_dro" in options:
-        digits = data.DATA_SETS["digits"]
 
         def grouped(request):
-            loaded = digits(request)
-            with_groups = [data.replace(s, groups=torch.arange(len(s)) % 2) for s in (loaded.train, loaded.test)]
-            return data.replace(loaded, train=with_groups[0], test=with_groups[1], groups=("a", "b"))
+            loaded = _digits.read(request)
+            with_groups = [replace(s, groups=torch.arange(len(s)) % 2) for s in (loaded.train, loaded.test)]
+            return replace(loaded, train=with_groups[0], test=with_groups[1])
 
-        monkeypatch.setitem(data.DATA_SETS, "digits", grouped)
+        monkeypatch.setitem(data.DATA_SETS, "digits", replace(_digits, read=grouped, groups=("a", "b")))
     with pytest.raises(ValueError, match=message):
         fit(Config(str(tmp_path), **options))
 

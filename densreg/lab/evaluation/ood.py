@@ -49,17 +49,22 @@ def out_of_distribution(
     Raises:
         ValueError: there is no other data set, its images are of another shape, or a score is not finite.
     """
+    others = outside(data, data_dir, images)
+    shape, given = _shape(split), _shape(others)
+    if given != shape and not fit:
+        there, here = ("x".join(map(str, size)) for size in (given, shape))
+        raise ValueError(f"the images of {data} are {there}, those of the run {here}; fit=true makes them fit")
+    negative = scores(model, others, device, batch_size, shape)
+    return auroc_of_scores(scores(model, split, device, batch_size, shape), negative)
+
+
+def outside(data: str | None, data_dir: str | None, images: int | None, download: bool = False) -> datasets.Split:
+    """The first test images of the other data set; see :func:`out_of_distribution`."""
     if data is None:
         raise ValueError("out_of_distribution needs another data set, and its folder: data=NAME data_dir=DIR")
     if images is not None:
         check_range("images", images, 1, 2**31)
-    dataset = datasets.load(data, data_dir, augment=False)
-    shape, given = _shape(split), dataset.image_shape
-    if given != shape and not fit:
-        there, here = ("x".join(map(str, size)) for size in (given, shape))
-        raise ValueError(f"the images of {data} are {there}, those of the run {here}; fit=true makes them fit")
-    outside = scores(model, dataset.test.first(images), device, batch_size, shape)
-    return auroc_of_scores(scores(model, split, device, batch_size, shape), outside)
+    return datasets.load(data, data_dir, download, augment=False).test.first(images)
 
 
 def _shape(split: datasets.Split) -> tuple[int, ...]:

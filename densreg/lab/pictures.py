@@ -1,0 +1,69 @@
+"""The pictures of the paper's experiments that are drawn from the rows of table.csv."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from densreg.lab import report
+from densreg.lab.evaluation.attacks import draw_accuracy
+from densreg.lab.experiments import METHODS
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def label(row: Mapping[str, Any], table: Rows) -> str:
+    """The method of a row, with the coefficient and the order of the norm where the method has several."""
+    name = METHODS[row["method"]].label
+    for column, sign in (("coeff", "coefficient"), ("p", "p")):
+        if len({other[column] for other in table if other["method"] == row["method"]}) > 1:
+            name += f", {sign} {report.number(row[column])}"
+    return name
+
+
+def means(rows: Rows, start: str) -> dict[str, float]:
+    """The means over rows of the columns that begin in some way, by the rest of the column's name."""
+    columns = [column for column in rows[0] if column.startswith(start)]
+    return {column.removeprefix(start): statistics.mean(row[column] for row in rows) for column in columns}
+
+
+def draw_budgets(table: Rows) -> Any:
+    """Accuracy over the budgets of PGD, one panel for each data set and model."""
+    panels: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = {}
+    for row in table:
+        panels.setdefault((row["data"], row["model"]), {}).setdefault(label(row, table), []).append(row)
+    figure, (row_of_axes,) = report.panels(1, len(panels), 6.5 * len(panels), 4.2)
+    for axes, (panel, methods) in zip(row_of_axes, panels.items(), strict=True):
+        results = {name: means(seeds, "pgd ") for name, seeds in methods.items()}
+        draw_accuracy(axes, results, title=", ".join(panel))
+    return figure
+
+
+def draw_norms(table: Rows) -> Any:
+    """Leakage, its share, and accuracies over the order of the norm; without the penalty: the dashed line."""
+    plain = [row for row in table if row["p"] == ""]
+    orders = sorted({row["p"] for row in table if row["p"] != ""})
+    of_order = [[row for row in table if row["p"] == p] for p in orders]
+    pgd = [column for column in table[0] if column.startswith("pgd l")]
+    panels = {
+        "leakage (L2)": ["leakage l2"],
+        "share of the attribution (L2)": ["leakage share_l2"],
+        "accuracy, clean and under PGD": ["pgd clean", *pgd],
+    }
+    figure, (row_of_axes,) = report.panels(1, len(panels), 15, 3.8)
+    for axes, (title, columns) in zip(row_of_axes, panels.items(), strict=True):
+        lines = {
+            column: (range(len(orders)), [statistics.mean(row[column] for row in rows) for rows in of_order])
+            for column in columns
+        }
+        report.draw_lines(axes, lines, legend="x-small", title=title, xlabel="p (dashed: without the penalty)")
+        for line, column in zip(axes.get_lines(), columns, strict=True):
+            if plain:
+                height = statistics.mean(row[column] for row in plain)
+                axes.axhline(height, linestyle="--", linewidth=0.8, color=line.get_color())
+        axes.set_xticks(range(len(orders)), [f"{p:g}" for p in orders])
+    return figure
+
+
+PICTURES: dict[str, Callable[[Rows], Any]] = {"budgets": draw_budgets, "norms": draw_norms}

@@ -1,0 +1,612 @@
+"""The penalized loss of a linear classifier from its features, without the logits [B, C] ever in memory.
+
+``s = h W^T + b`` with features ``h [B, D]`` is taken in tiles of classes, and each tile's logits are made again in the
+backward. Memory is ``O(B D + C D + B tile)``, where the functions of the logits take three arrays of [B, C].
+
+Notation: ``L = logsumexp(s)``, ``P = softmax(s)``, y the target, ``rest = log sum_{c != y} exp s_c``, ``own = s_y``.
+
+    forward    rest, own, and the cotangent of the score's backward, G = dL/dh = P W     2 products of 2 B C D
+    backward   upstream r of rest, g of own, U [B, D] of G;  T = U W^T,  d_b = <P, T>_b = U_b . G_b
+               c = P (T - d + r exp(L - rest)) off the target,  g + P_y (T_y - d) at it
+               dh = c W,  dW = c^T h + P^T U,  db = sum_b c                              5 products of 2 B C D
+
+Of rest and own the cross-entropy is ``softplus(rest - own)``, which keeps its digits where a sample is sure, and any
+function of the target's logit (a margin) is plain torch on [B] numbers. Rows are float64 in any precision: they cost
+nothing, and L would otherwise round at large logits. Half precision: products on a GPU take half operands and sum in
+float32; a CPU takes them in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densreg import functional, paths, penalty
+from densreg.functional import _Function, _transformed, _undifferentiated
+from densreg.ops import accumulation_dtype
+from densreg.paths import Inputs
+
+OPERATORS = ("linear_density", "linear_density_backward")
+
+_library = torch.library.Library("densreg", "FRAGMENT")
+_library.define(
+    "linear_density(Tensor h, Tensor weight, Tensor? bias, Tensor? target, int ignore_index, ScalarType dtype,"
+    " int tile, bool need_score, bool need_mean)"
+    " -> (Tensor rest, Tensor own, Tensor mean, Tensor score, Tensor correct)"
+)
+_library.define(
+    "linear_density_backward(Tensor h, Tensor weight, Tensor? bias, Tensor? target, int ignore_index, Tensor rest,"
+    " Tensor own, Tensor r, Tensor g, Tensor? q, Tensor? u, Tensor? dot, ScalarType dtype, int tile, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+_TILE_BYTES = {"cpu": 8 << 20}  # the [2B, tile] buffer: it should stay in the cache
+_TILE_BYTES_ELSEWHERE = 64 << 20
+
+
+def tile_size(h: Tensor) -> int:
+    """Classes in a tile, which follow from the shape, dtype and type of device alone.
+
+    At most 8192: over more of them the products' sums in float32 lose digits, where there are few rows and features.
+    """
+    budget = _TILE_BYTES.get(h.device.type, _TILE_BYTES_ELSEWHERE)
+    classes = budget // (2 * max(len(h), 1) * accumulation_dtype(h.dtype).itemsize)
+    return min(max(256, classes // 256 * 256), 8192)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the tiles
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b``; of half operands summed and returned in float32."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        # mm(out_dtype=) is there on CUDA alone.
+        c = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+        return c if out is None else out.copy_(c)
+    return torch.mm(a, b, out=out)
+
+
+def _classes(target: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The target with -1 for ignored."""
+    return None if target is None else target.masked_fill(target == ignore_index, -1)
+
+
+def _density(rest: Tensor, own: Tensor, y: Tensor | None) -> Tensor:
+    return rest if y is None else torch.where(y >= 0, torch.logaddexp(rest, own), rest)
+
+
+def _in_tile(y: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
+    """Whether the target is one of the classes k .. k + n - 1, [B, 1]; and its place there."""
+    return ((y >= k) & (y < k + n)).unsqueeze(1), (y - k).clamp(0, n - 1).unsqueeze(1)
+
+
+def tiles_forward(
+    h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, dtype: torch.dtype, tile: int, need_score: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Over the classes here without the target: what logsumexp and its gradient are made of.
+
+    Returns:
+        ``(m, ref, z, own, score)``: the largest logit [B], ``ref`` [B] near it (-inf where there is no class),
+        ``z = sum exp(s - ref)`` [B] in float64, the target's logit [B] (0 where it is not here), and
+        ``sum exp(s - ref) W`` [B, D].
+    """
+    acc, rows, classes = accumulation_dtype(dtype), len(h), len(weight)
+    h = h.to(dtype)
+    m = h.new_full((rows, 1), -math.inf, dtype=acc)
+    ref, own = m, torch.zeros_like(m)
+    z = torch.zeros_like(m, dtype=torch.float64)
+    score = h.new_zeros(h.shape if need_score else (0,), dtype=acc)
+    buffer = h.new_empty(rows * min(tile, classes), dtype=acc)
+    headroom = 12 * math.log(2) if dtype == torch.float16 else 0.0  # exp up to 2^12: more of it is above fp16's tiny
+    for k in range(0, classes, tile):
+        w = weight[k : k + tile].to(dtype)
+        s = _mm(h, w.t(), buffer[: rows * len(w)].view(rows, len(w)))
+        if bias is not None:
+            s.add_(bias[k : k + tile])
+        if y is not None:
+            inside, at = _in_tile(y, k, len(w))
+            s_y = s.gather(1, at)
+            own = torch.where(inside, s_y, own)
+            s.scatter_(1, at, s_y.masked_fill(inside, -math.inf))
+        m = torch.maximum(m, s.amax(1, keepdim=True))
+        before, ref = ref, m.masked_fill(m == math.inf, 0) - headroom
+        shift = ref.masked_fill(ref == -math.inf, 0)
+        s.sub_(shift).exp_()
+        decay = (before.double() - shift).exp_()
+        z = z * decay + s.sum(1, keepdim=True)
+        if need_score:
+            # Added apart: into what is there already the product would add one class after the other.
+            score.mul_(decay.to(acc)).add_(_mm(s.to(dtype), w))
+    return m.squeeze(1), ref.squeeze(1), z.squeeze(1), own.squeeze(1).double(), score
+
+
+def tiles_backward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    density: Tensor,
+    factor: Tensor,
+    g: Tensor,
+    q: Tensor | None,
+    u: Tensor | None,
+    dot: Tensor | None,
+    dtype: torch.dtype,
+    tile: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in h, in the accumulation dtype, and in the weight and bias of the classes here, in theirs.
+
+    Args:
+        density: L [B] over all classes, float64.
+        factor: ``r exp(L - rest)``, [B]: what P is multiplied by off the target.
+        g: [B], added at the target.
+        q: [B], added to every class, or None.
+        u: U [B, D], or None, and dot = U . G [B].
+    """
+    acc, rows, classes = accumulation_dtype(dtype), len(h), len(weight)
+    scale, unit = 1.0, None
+    if dtype == torch.float16:
+        # P of many classes is subnormal in fp16, so P and c are scaled; and c must not overflow under a loss scale, so
+        # what comes from upstream, in which everything is linear, is divided by its size.
+        scale = 2.0 ** max(1, math.ceil(math.log2(classes) / 2))
+        upstream = [t.abs().amax().double() for t in (factor, g, q, u) if t is not None and t.numel()]
+        peak = torch.stack([*upstream, density.new_zeros(())]).amax()
+        unit = torch.where(peak == 0, 1.0, peak.log2().floor().exp2() * 8)
+        factor, g = factor / unit, g / unit
+        q, u, dot = (None if t is None else t / unit for t in (q, u, dot))
+    # P scale = exp(s - high) * correction: L, rounded, and what that costs, which goes into U, T, d and the factor
+    high = (density - math.log(scale)).to(acc)
+    correction = (high - density).exp() * scale
+    parts = [h.to(dtype)] if u is None else [h.to(dtype), (u * correction.unsqueeze(1)).to(dtype)]
+    both, swapped = torch.cat(parts), torch.cat(parts[::-1])
+    d = torch.zeros_like(factor) if dot is None else dot
+    off, at_y = ((t * correction).to(acc).unsqueeze(1) for t in (factor - d, -d))
+    own_grad = (g * scale).to(acc).unsqueeze(1)
+    everywhere = None if q is None else (q * scale).to(acc).unsqueeze(1)
+    high = high.unsqueeze(1)
+
+    dh = h.new_zeros(h.shape, dtype=acc)
+    dw = weight.new_empty(weight.shape if needs[1] else (0,))
+    db = h.new_empty(classes if needs[2] else 0, dtype=acc)
+    buffer = h.new_empty(len(both) * min(tile, classes), dtype=acc)
+    for k in range(0, classes, tile):
+        w = weight[k : k + tile].to(dtype)
+        n = len(w)
+        st = _mm(both, w.t(), buffer[: len(both) * n].view(len(both), n))  # [s; T] = [h; U] W^T
+        p, c = st[:rows], st[len(st) - rows :]  # c takes the place of T, or without U that of P
+        if bias is not None:
+            p.add_(bias[k : k + n])
+        p.sub_(high).exp_()
+        if y is not None:
+            inside, at = _in_tile(y, k, n)
+            c_y = own_grad if u is None else own_grad + p.gather(1, at) * (c.gather(1, at) + at_y)
+        if u is None:
+            c.mul_(off)
+        else:
+            c.add_(off).mul_(p)
+        if y is not None:
+            c.scatter_(1, at, torch.where(inside, c_y, c.gather(1, at)))
+        if everywhere is not None:
+            c.add_(everywhere)
+        if needs[2]:
+            torch.sum(c, 0, out=db[k : k + n])
+        if needs[0]:
+            dh.add_(_mm(c.to(dtype), w))
+        if needs[1]:  # [P; c]^T [U; h]
+            if dtype == acc == dw.dtype:
+                torch.mm(st.t(), swapped, out=dw[k : k + n])
+            else:
+                product = _mm(st.t().to(dtype), swapped)
+                dw[k : k + n] = product if unit is None else product * (unit / scale)
+    return (dh, dw, db) if unit is None else (dh * (unit / scale), dw, db * (unit / scale))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the operators
+
+
+@torch.no_grad()
+def _forward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+    tile: int,
+    need_score: bool,
+    need_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator ``linear_density``.
+
+    Args:
+        h: [B, D].
+        weight: [C, D].
+        bias: [C] or None.
+        target: [B] int64 classes in [0, C) or ``ignore_index``, or None.
+        dtype: of the operands of the products.
+        tile: classes in a tile.
+        need_score: whether to compute G.
+        need_mean: whether to compute the mean logit.
+
+    Returns:
+        ``(rest [B], own [B], mean [B], score [B, D], correct [B])``. Rows are float64; for an ignored target
+        ``rest = L`` and ``own = 0``. The score is float32 (float64 for float64). ``correct`` is bool: the target's
+        logit is larger than every other. What was not asked for has shape [0].
+    """
+    if target is not None and target.device.type == "cpu":
+        wrong = (target != ignore_index) & ((target < 0) | (target >= len(weight)))
+        if wrong.any():
+            raise ValueError(
+                f"target holds class {target[wrong][0].item()}; expected classes in [0, {len(weight)}) "
+                f"or ignore_index={ignore_index}"
+            )
+    y = _classes(target, ignore_index)
+    m, ref, z, own, score = tiles_forward(h, weight, bias, y, dtype, tile, need_score)
+    rest = ref.double().masked_fill(ref == -math.inf, 0) + z.log()
+    correct = torch.zeros_like(m, dtype=torch.bool) if y is None else (own > m) & (y >= 0)
+    if need_score:
+        density = _density(rest, own, y)
+        score *= (ref.masked_fill(ref == -math.inf, 0) - density).exp().to(score.dtype).unsqueeze(1)
+        if target is not None and y is not None:
+            # Not of a clamped target: on a GPU one out of range is the device assert that it is everywhere.
+            w_y = weight[target.masked_fill(y < 0, 0)].to(score.dtype)
+            score.addcmul_(w_y, ((own - density).exp() * (y >= 0)).to(score.dtype).unsqueeze(1))
+    mean = rest.new_empty(0)
+    if need_mean:
+        mean = h.double() @ weight.mean(0, dtype=score.dtype).double()
+        mean = mean if bias is None else mean + bias.mean(dtype=torch.float64)
+    return rest, own, mean, score, correct
+
+
+@torch.no_grad()
+def _backward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    ignore_index: int,
+    rest: Tensor,
+    own: Tensor,
+    r: Tensor,
+    g: Tensor,
+    q: Tensor | None,
+    u: Tensor | None,
+    dot: Tensor | None,
+    dtype: torch.dtype,
+    tile: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``linear_density_backward``: the gradients in h, weight and bias, those that ``needs`` says.
+
+    Args:
+        rest, own: the forward's.
+        r, g, q, u: upstream gradients of rest, own, mean and score.
+        dot: U . G, [B], with the forward's score.
+    """
+    y = _classes(target, ignore_index)
+    density = _density(rest, own, y)
+    # Where the exponential would overflow, r is 0 to every rounding. So is P, where the product is above float32.
+    factor = r * (density - rest).clamp(max=700).exp()
+    if dtype != torch.float64:
+        factor = factor.clamp(-1e38, 1e38)
+    each = None if q is None else q / len(weight)
+    dh, dw, db = tiles_backward(h, weight, bias, y, density, factor, g, each, u, dot, dtype, tile, needs)
+    return dh.to(h.dtype), dw, db if bias is None else db.to(bias.dtype)
+
+
+def _forward_fake(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean):
+    row = h.new_empty(len(h), dtype=torch.float64)
+    score = h.new_empty(h.shape if need_score else 0, dtype=accumulation_dtype(dtype))
+    return row, torch.empty_like(row), row.new_empty(len(h) if need_mean else 0), score, row.bool()
+
+
+def _backward_fake(h, weight, bias, target, ignore_index, rest, own, r, g, q, u, dot, dtype, tile, needs):
+    like = h.new_empty(0, dtype=accumulation_dtype(dtype)) if bias is None else bias
+    return (
+        h.new_empty(h.shape),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        like.new_empty(len(weight) if needs[2] else 0),
+    )
+
+
+_library.impl("linear_density", _forward, "CompositeExplicitAutograd")
+_library.impl("linear_density_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("densreg::linear_density", _forward_fake, lib=_library)
+torch.library.register_fake("densreg::linear_density_backward", _backward_fake, lib=_library)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the Function
+
+
+@torch.compiler.allow_in_graph
+class _LinearDensity(_Function):
+    """(rest, own, mean, score, correct), and their gradients, by the operators."""
+
+    @staticmethod
+    def forward(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean):
+        operator = torch.ops.densreg.linear_density
+        return operator(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean)
+
+    @staticmethod
+    def plain(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean):
+        acc = accumulation_dtype(dtype)
+        w = weight.to(acc)
+        s = F.linear(h.to(acc), w, None if bias is None else bias.to(acc))
+        off, own, counts = s, torch.zeros_like(s[:, 0]), None
+        if target is not None:
+            counts = (target != ignore_index).unsqueeze(1)
+            at = target.unsqueeze(1).masked_fill(~counts, 0)
+            off = s.masked_fill((torch.arange(s.shape[1], device=s.device) == at) & counts, -math.inf)
+            own = s.gather(1, at).masked_fill(~counts, 0).squeeze(1)
+        m = off.detach().amax(1)
+        # Not torch.logsumexp, whose gradient is NaN where there is no class but the target.
+        shift, none = m.masked_fill(m.isinf(), 0), m == -math.inf
+        total = (off - shift.unsqueeze(1)).exp().sum(1).double()
+        rest = (shift + total.masked_fill(none, 1).log()).masked_fill(none, -math.inf)
+        correct = own > m if counts is None else (own > m) & counts.squeeze(1)
+        mean, score = s.mean(1).double() if need_mean else None, s.softmax(1) @ w if need_score else None
+        return rest, own.double(), mean, score, correct
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ignore_index, dtype, tile, need_score, need_mean = inputs
+        ctx.options = (ignore_index, dtype, tile, need_score, need_mean)
+        rest, own, mean, score, correct = output
+        ctx.save_for_backward(*tensors, rest, own, score)
+        ctx.set_materialize_grads(False)
+        absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
+        ctx.mark_non_differentiable(correct, *absent)
+
+    @staticmethod
+    def backward(ctx, r, g, q, u, _correct):
+        h, weight, bias, target, rest, own, score = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        if all(v is None for v in (r, g, q, u)):
+            return (None,) * 9
+        if not _undifferentiated():
+            return *_differentiable((h, weight, bias), needs, (r, g, q, u), target, ctx.options), *(None,) * 6
+        r, g = (torch.zeros_like(rest) if v is None else v for v in (r, g))
+        dot = None if u is None else (u.double() * score).sum(1)
+        ignore_index, dtype, tile = ctx.options[:3]
+        operator = torch.ops.densreg.linear_density_backward
+        grads = operator(h, weight, bias, target, ignore_index, rest, own, r, g, q, u, dot, dtype, tile, needs)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6
+
+
+def _differentiable(tensors, needs, upstream, target, options):
+    """The gradients in h, weight and bias, differentiable to every order: plain torch on whole logits."""
+    with torch.enable_grad():
+        # Aliases: a trunk that uses the weight too makes h depend on it, which is not this Function's derivative.
+        inputs: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+        outputs = _LinearDensity.plain(*(*inputs, target, *options))
+        pairs = [(o, v) for o, v in zip(outputs, upstream, strict=False) if v is not None]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        values, cotangents = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(values, wanted, cotangents, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _linear_density(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:class:`_LinearDensity`; under forward mode, torch.func and batched gradients plain torch on whole logits."""
+    return _LinearDensity.plain(*args) if _transformed() else _LinearDensity.call(*args)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# public
+
+
+def check_head(h: Tensor, weight: Tensor, bias: Tensor | None, tile: int | None = None) -> None:
+    """Raise TypeError or ValueError unless features h [B, D], weight [C, D] and bias [C] fit each other."""
+    for name, t in (("h", h), ("weight", weight), ("bias", bias)):
+        if name == "bias" and t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if type(t).__name__ == "DTensor":
+            raise TypeError(f"{name}: expected a plain tensor, got a DTensor")
+        if t.dtype not in functional.DTYPES:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.device != h.device:
+            raise ValueError(f"{name}: expected the device of h, {h.device}, got {t.device}")
+        if t.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
+            raise TypeError(f"{name}: expected the dtype of h, {h.dtype}, got {t.dtype} (outside of autocast)")
+    if h.ndim != 2:
+        raise ValueError(f"h: expected features of shape [batch, features], got {list(h.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != h.shape[1] or not len(weight):
+        raise ValueError(
+            f"weight: expected shape [classes, {h.shape[1]}] with at least one class, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{len(weight)}], one number a class, got {list(bias.shape)}")
+    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+        raise ValueError(f"tile: expected a positive number of classes or None, got {tile!r}")
+
+
+def product_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of what is multiplied: on a GPU that of the tensors, or autocast's; else what sums are taken in."""
+    dtype = torch.promote_types(h.dtype, weight.dtype)
+    if not h.is_cuda:
+        return accumulation_dtype(dtype)
+    narrowed = dtype != torch.float64 and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if narrowed else dtype
+
+
+def _head(h, weight, bias=None, target=None, ignore_index=-100, need_score=False, need_mean=False, tile=None):
+    """(rest, own, mean, score, correct), differentiable."""
+    options = (product_dtype(h, weight), tile_size(h) if tile is None else tile, need_score, need_mean)
+    return _linear_density(h, weight, bias, target, ignore_index, *options)
+
+
+def linear_log_density(h: Tensor, weight: Tensor, bias: Tensor | None = None, tile: int | None = None) -> Tensor:
+    """``logsumexp(h W^T + b, 1)`` without the logits: the log density of a linear classifier's inputs, up to log Z.
+
+    Differentiable to every order. What differentiates a gradient through the head once more (``create_graph=True``),
+    forward mode, ``torch.func`` and ``is_grads_batched`` hold whole logits in memory; the penalty needs none of them.
+
+    Args:
+        h: [B, D], the features; fp16, bf16, fp32 or fp64.
+        weight: [C, D], of the dtype of h (of any under autocast).
+        bias: [C], or None. A class at -inf is masked.
+        tile: how many classes are taken at a time; None for as many as suit the caches.
+
+    Returns:
+        [B], float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: what was given and what is expected.
+    """
+    check_head(h, weight, bias, tile)
+    return _head(h, weight, bias, tile=tile)[0].to(_row_dtype(h, weight))
+
+
+def _row_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
+    return accumulation_dtype(torch.promote_types(h.dtype, weight.dtype))
+
+
+def cross_entropy_rows(
+    rest: Tensor,
+    own: Tensor,
+    mean: Tensor,
+    ignored: Tensor,
+    classes: int,
+    label_smoothing: float,
+    margin: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Cross-entropy [B] from the logsumexp of the other classes and the target's logit; 0 where ignored."""
+    logit = own if margin is None else margin(own)
+    logit = logit.masked_fill(logit == math.inf, math.nan)  # as in torch
+    # Not logaddexp(rest - logit, 0): its gradient at a target of -inf is NaN.
+    ce = F.softplus((rest - logit).masked_fill(ignored, 0), threshold=40)
+    if label_smoothing:
+        if margin is not None:
+            mean = mean + (logit - own) / classes
+        uniform = torch.logaddexp(rest, logit) - mean
+        ce = (1 - label_smoothing) * ce + label_smoothing * uniform
+    return ce.masked_fill(ignored, 0)
+
+
+def linear_density_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    margin: Callable[[Tensor], Tensor] | None = None,
+    tile: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, log density, and whether the target is the largest, of each row, without the logits.
+
+    Args:
+        h, weight, bias, tile: as in :func:`linear_log_density`.
+        target: [B] int64 classes in [0, C), or ``ignore_index``.
+        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: a target with this value has cross-entropy 0, and is not correct.
+        margin: what the cross-entropy has in place of the target's logit: a differentiable function from [B] float64
+            to [B] (``lambda s: s - 0.35`` is CosFace's). The log density has none.
+
+    Returns:
+        ``(cross_entropy [B], log_density [B], correct [B])``: float32 (float64 for float64), and bool: the target's
+        logit (without margin) is larger than every other.
+
+    Raises:
+        TypeError, ValueError: what was given and what is expected. On CUDA a target out of range is a device assert.
+    """
+    check_head(h, weight, bias, tile)
+    functional.check_target(h, target, label_smoothing, ignore_index)
+    rest, own, mean, _, correct = _head(h, weight, bias, target, ignore_index, need_mean=label_smoothing > 0, tile=tile)
+    ignored = target == ignore_index
+    ce = cross_entropy_rows(rest, own, mean, ignored, len(weight), label_smoothing, margin)
+    log_density = torch.where(ignored, rest, torch.logaddexp(rest, own))
+    dtype = _row_dtype(h, weight)
+    return ce.to(dtype), log_density.to(dtype), correct
+
+
+def linear_density_loss(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    x: Inputs,
+    coeff: float | Tensor,
+    p: float = 2,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    margin: Callable[[Tensor], Tensor] | None = None,
+    tile: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`densreg.density_loss` of the logits ``h W^T + b``, which are never in memory as a whole.
+
+        h = trunk(x.requires_grad_())  # [B, D]
+        loss, ce, penalty = densreg.linear_density_loss(h, head.weight, head.bias, y, x, coeff=0.1)
+
+    Args:
+        h: [B, D], computed from x; fp16, bf16, fp32 or fp64.
+        weight, bias, tile: as in :func:`linear_log_density`.
+        target: [B] int64 classes in [0, C), or ``ignore_index``: such a sample has a penalty and no cross-entropy.
+        x: as in :func:`densreg.density_penalty`.
+        coeff: weight of the penalty, >= 0.
+        p: order of the norm, 1 <= p <= inf.
+        label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: as there.
+        class_weight: [C], or None, as ``weight`` there; not together with label smoothing.
+        margin: as in :func:`linear_density_cross_entropy`; the penalty is that of the logits without margin.
+
+    Returns:
+        ``(loss, cross_entropy, penalty)``, scalars; float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`densreg.density_loss`; a weight or bias that does not fit h.
+    """
+    return linear_loss_and_correct(
+        h, weight, bias, target, x, coeff, p, label_smoothing, ignore_index, class_weight, margin, tile
+    )[:3]
+
+
+def linear_loss_and_correct(
+    h,
+    weight,
+    bias,
+    target,
+    x,
+    coeff,
+    p,
+    label_smoothing=0.0,
+    ignore_index=-100,
+    class_weight=None,
+    margin=None,
+    tile=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`linear_density_loss`, and whether the target is the largest, [B]."""
+    penalty._check_coeff(coeff)
+    p = functional.check_order(p)
+    check_head(h, weight, bias, tile)
+    xs = paths.check_inputs(h, x)
+    functional.check_target(h, target, label_smoothing, ignore_index)
+    ignored, classes = target == ignore_index, len(weight)
+    counts = ~ignored
+    if class_weight is not None:
+        if class_weight.shape != weight.shape[:1]:
+            raise ValueError(f"class_weight: expected shape [{classes}], got {list(class_weight.shape)}")
+        if label_smoothing:
+            raise ValueError("class_weight together with label_smoothing: expected one of them, got both")
+        counts = class_weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+    rest, own, mean, score, correct = _head(
+        h, weight, bias, target, ignore_index, need_score=True, need_mean=label_smoothing > 0, tile=tile
+    )
+    ce = cross_entropy_rows(rest, own, mean, ignored, classes, label_smoothing, margin)
+    cross_entropy = ((ce * counts).sum() / counts.sum()).to(_row_dtype(h, weight))
+    scale = paths.cotangent_scale(h.new_empty(0, classes))
+    score = (score * scale).to(h.dtype)
+    of_x = penalty._norm(paths.check_score(paths.vjp(h, xs, score, scale), h, xs), p, "mean")
+    return cross_entropy + coeff * of_x, cross_entropy, of_x, correct
