@@ -56,6 +56,7 @@ def test_penalty_alone(p, compiler, fresh_dynamo):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_penalty_alone_by_inductor(fresh_dynamo):
     assert relative_error(penalty_gradient(f64, 2, "inductor"), reference(2)) < 1e-12
 
