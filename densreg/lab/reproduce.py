@@ -25,6 +25,7 @@ from densreg.lab import data as datasets
 from densreg.lab import evaluation, models, pictures, report, runs, training
 from densreg.lab.evaluation import ood, samples
 from densreg.lab.experiments import EXPERIMENTS, FIG2A, METHODS, NAMES, Experiment, Measure, experiment
+from densreg.lab.options import assignments
 from densreg.version import __version__
 
 __all__ = ["EXPERIMENTS", "FIG2A", "METHODS", "NAMES", "Budget", "Row", "experiment", "measured", "rows_of", "run"]
@@ -160,14 +161,12 @@ def parse_coeff(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
         ValueError: it is of another form.
     """
     result = {}
-    for text in texts:
-        method, equals, values = text.partition("=")
+    form = "METHOD=NUMBER, or several numbers with commas"
+    for text, method, values in assignments(texts, "--coeff", form):
         try:
             result[method] = tuple(float(value) for value in values.split(","))
         except ValueError:
-            equals = ""
-        if not equals:
-            raise ValueError(f"--coeff {text}: expected METHOD=NUMBER, or several numbers with commas")
+            raise ValueError(f"--coeff {text}: expected {form}") from None
     return result
 
 
@@ -178,11 +177,8 @@ def parse_config(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         ValueError: it is of another form.
     """
     result: dict[str, dict[str, Any]] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        method, _, option = name.rpartition(".")
-        if not equals or not option:
-            raise ValueError(f"--config {text}: expected METHOD.OPTION=VALUE or OPTION=VALUE")
+    for _, key, value in assignments(texts, "--config", "METHOD.OPTION=VALUE or OPTION=VALUE"):
+        method, _, option = key.rpartition(".")
         try:
             parsed = json.loads(value)
         except json.JSONDecodeError:

@@ -12,7 +12,6 @@ import contextlib
 import inspect
 import json
 import math
-import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import nn
 from densreg.lab import data, models, report, runs, training
 from densreg.lab import data as datasets
 from densreg.lab.evaluation import accuracy, activation, attacks, attribution, autoattack, leakage, noise, ood, samples
+from densreg.lab.options import assignments, parse
 from densreg.version import __version__
 
 RESULTS, TABLE = "evaluation.json", "evaluation.csv"
@@ -193,44 +193,20 @@ def parse_options(texts: Iterable[str], names: Collection[str]) -> dict[str, dic
     known = {name: options_of(name) for name in names}
     hints = {name: typing.get_type_hints(metric(name)) for name in names}
     given: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for text in texts:
-        key, equals, value = text.partition("=")
+    for text, key, value in assignments(texts, "--set"):
         where, dot, option = key.rpartition(".")
         users = [name for name in names if option in known[name] and (not dot or name == where)]
-        if not equals or not users:
+        if not users:
             there = "; ".join(f"{name}: {', '.join(options) or 'none'}" for name, options in known.items())
             near = runs.did_you_mean(option, {option for options in known.values() for option in options})
-            expected = "OPTION=VALUE" if not equals else f"an option of the metrics ({there}){near}"
-            raise ValueError(f"--set {text}: expected {expected}")
+            raise ValueError(f"--set {text}: expected an option of the metrics ({there}){near}")
         for name in users:
             try:
-                given[name][option] = _parse(value, hints[name][option])
+                given[name][option] = parse(value, hints[name][option])
             except ValueError:
                 kind = inspect.formatannotation(hints[name][option])
                 raise ValueError(f"--set {text}: expected a value of type {kind}") from None
     return given
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """A value of a type from its text; raises ValueError."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if type(None) in inner and text.lower() == "none":
-            return None
-        for kind in sorted((kind for kind in inner if kind is not type(None)), key=lambda kind: kind is str):
-            with contextlib.suppress(ValueError):
-                return _parse(text, kind)
-    elif origin in (tuple, list, Sequence):
-        return tuple(_parse(part, inner[0]) for part in text.split(",") if part)
-    elif hint is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    elif hint is float and "/" in text:
-        above, below = map(float, text.split("/", 1))
-        if below:
-            return above / below
-    elif hint in (int, float, str):
-        return hint(text)
-    raise ValueError
 
 
 def describe() -> str:
