@@ -573,6 +573,18 @@ def linear_density_loss(
     )[:3]
 
 
+def _check_free_of(xs: tuple[Tensor, ...], **head: Tensor | None) -> None:
+    """Raise ValueError where one was computed from an input: the score goes through the features alone."""
+    for name, t in head.items():
+        if t is not None and t.requires_grad and not t.is_leaf:
+            found = torch.autograd.grad(t, xs, torch.zeros_like(t), retain_graph=True, allow_unused=True)
+            if any(g is not None for g in found):
+                raise ValueError(
+                    f"{name}: expected one that does not depend on x, whose score would lose what goes through it: "
+                    "take densreg.density_loss of the logits"
+                )
+
+
 def linear_loss_and_correct(
     h,
     weight,
@@ -592,6 +604,7 @@ def linear_loss_and_correct(
     p = functional.check_order(p)
     check_head(h, weight, bias, tile)
     xs = paths.check_inputs(h, x)
+    _check_free_of(xs, weight=weight, bias=bias)
     functional.check_target(h, target, label_smoothing, ignore_index)
     ignored, classes = target == ignore_index, len(weight)
     counts = ~ignored
