@@ -472,6 +472,11 @@ def _row_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
     return accumulation_dtype(torch.promote_types(h.dtype, weight.dtype))
 
 
+def _logsumexp(a: Tensor, b: Tensor) -> Tensor:
+    """Not logaddexp, whose second derivative is NaN where one is above the other by more than exp can hold."""
+    return torch.logsumexp(torch.stack([a, b]), 0)
+
+
 def cross_entropy_rows(
     rest: Tensor,
     own: Tensor,
@@ -489,7 +494,7 @@ def cross_entropy_rows(
     if label_smoothing:
         if margin is not None:
             mean = mean + (logit - own) / classes
-        uniform = torch.logaddexp(rest, logit) - mean
+        uniform = _logsumexp(rest, logit) - mean
         ce = (1 - label_smoothing) * ce + label_smoothing * uniform
     return ce.masked_fill(ignored, 0)
 
@@ -526,7 +531,7 @@ def linear_density_cross_entropy(
     rest, own, mean, _, correct = _head(h, weight, bias, target, ignore_index, need_mean=label_smoothing > 0, tile=tile)
     ignored = target == ignore_index
     ce = cross_entropy_rows(rest, own, mean, ignored, len(weight), label_smoothing, margin)
-    log_density = torch.where(ignored, rest, torch.logaddexp(rest, own))
+    log_density = torch.where(ignored, rest, _logsumexp(rest, own))
     dtype = _row_dtype(h, weight)
     return ce.to(dtype), log_density.to(dtype), correct
 
@@ -573,6 +578,18 @@ def linear_density_loss(
     )[:3]
 
 
+def _check_free_of(xs: tuple[Tensor, ...], **head: Tensor | None) -> None:
+    """Raise ValueError where one was computed from an input: the score goes through the features alone."""
+    for name, t in head.items():
+        if t is not None and t.requires_grad and not t.is_leaf:
+            found = torch.autograd.grad(t, xs, torch.zeros_like(t), retain_graph=True, allow_unused=True)
+            if any(g is not None for g in found):
+                raise ValueError(
+                    f"{name}: expected one that does not depend on x, whose score would lose what goes through it: "
+                    "take densreg.density_loss of the logits"
+                )
+
+
 def linear_loss_and_correct(
     h,
     weight,
@@ -592,6 +609,7 @@ def linear_loss_and_correct(
     p = functional.check_order(p)
     check_head(h, weight, bias, tile)
     xs = paths.check_inputs(h, x)
+    _check_free_of(xs, weight=weight, bias=bias)
     functional.check_target(h, target, label_smoothing, ignore_index)
     ignored, classes = target == ignore_index, len(weight)
     counts = ~ignored

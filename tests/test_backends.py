@@ -56,6 +56,22 @@ def test_forcing_a_backend():
         densreg.log_density(logits.to("meta"))
 
 
+def test_plain_torch_in_a_compiled_step_with_a_target(fresh_dynamo, recwarn):
+    """The check of the target's classes looks at values, which a compiler cannot: it stays inside of the operator."""
+    model, x, target = torch.nn.Linear(4, 5), torch.randn(3, 4), torch.tensor([0, 4, -100])
+    objective = densreg.RegularizedObjective(model, coeff=1, backend="aot_eager")
+    expected = densreg.RegularizedObjective(model, coeff=1, compile=False)(x, target)
+    with densreg.backend("torch"):
+        out = objective(x, target)
+    before = ops.calls()["softmax/torch"]
+    torch.testing.assert_close(objective(x, target).loss, expected.loss)  # what was compiled inside keeps it
+    assert ops.calls()["softmax/torch"] == before + 1
+    torch.testing.assert_close(out.loss, expected.loss)
+    with pytest.raises(ValueError, match=r"expected classes in \[0, 5\)"):
+        objective(x, target + 1)
+    assert not [w for w in recwarn if "plain torch" in str(w.message)]
+
+
 class _SoftmaxAlone(ops.registry.Backend):
     """A backend of one operator, which it counts."""
 

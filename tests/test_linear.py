@@ -180,6 +180,43 @@ def test_tied_weight():
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_computed_weight(compiler, fresh_dynamo):
+    """A head that is computed from parameters is one like any other; from x, part of the score would be missing."""
+    trunk, raw, bias, x, y = head_problem(4, rows=3)
+
+    def gradient(f, raw):
+        weight, h = torch.nn.functional.normalize(raw), trunk(x)
+        return torch.autograd.grad(f(h, weight, 2 * bias, y, x, 0.3)[2], [raw, bias, *trunk.parameters()])
+
+    ours = gradient if compiler is None else torch.compile(gradient, backend=compiler, fullgraph=True)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        for a, b in zip(ours(densreg.linear_density_loss, raw), gradient(by_logits, raw), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    for name, change in (("weight", {"weight": raw * x.mean()}), ("bias", {"bias": bias + x.mean()})):
+        arguments = {"weight": raw, "bias": bias} | change
+        with pytest.raises(ValueError, match=f"{name}: expected one that does not depend on x"):
+            densreg.linear_density_loss(trunk(x), target=y, x=x, coeff=0.1, **arguments)
+
+
+@pytest.mark.parametrize("below", [300, 1000, math.inf])
+def test_second_order_far_from_the_target(below):
+    """Of the log density that comes with the cross-entropy, where the target is far below the other classes."""
+    trunk, weight, bias, x, _ = head_problem(4, rows=3)
+    bias = bias.detach().clone()
+    bias[0] -= below
+    target = torch.zeros(3, dtype=torch.int64)
+
+    def gradient(log_density):
+        (score,) = torch.autograd.grad(log_density.sum(), x, create_graph=True)
+        return torch.autograd.grad(score.norm(dim=1).mean(), [weight, *trunk.parameters()])
+
+    ours = gradient(densreg.linear_density_cross_entropy(trunk(x), weight, bias, target)[1])
+    logits = torch.nn.functional.linear(trunk(x), weight, bias)
+    for a, b in zip(ours, gradient(logits.logsumexp(1)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 def test_rows_without_logits():
     trunk, weight, bias, x, y = head_problem(50, rows=20)
     y[3] = -100

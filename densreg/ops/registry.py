@@ -24,7 +24,6 @@ OPERATORS: list[str] = []
 """The names of all operators: :func:`define` adds to them."""
 
 _library = torch.library.Library("densreg", "DEF")
-_fallbacks: dict[str, Callable[..., Any]] = {}
 _python_calls: collections.Counter[str] = collections.Counter()
 
 
@@ -126,7 +125,8 @@ class PlainTorch(Backend):
         return None
 
     def implementation(self, operator: str, device: str) -> Callable[..., Any] | None:
-        return _fallbacks[operator]
+        # Not the function: a compiler would look into it, and cannot look at a target's classes.
+        return getattr(getattr(torch.ops.densreg, operator), self.overload)
 
 
 _isa = extension.instruction_set()
@@ -140,7 +140,7 @@ BACKENDS: dict[str, Backend] = {
         # kernels took its tiles; they were not measured again. `python -m benchmarks gpu` times both.
         CompiledKernels("cuda", "CUDA kernels", ("cuda",), overload="cuda"),  # csrc/cuda
         PythonKernels("triton", "Triton kernels", ("cuda",), "densreg.kernels"),
-        PlainTorch("torch", "plain torch", ()),
+        PlainTorch("torch", "plain torch", (), overload="torch"),
     )
 }
 """By name, in order of preference: a call goes to the first that serves its device, is available, and implements the
@@ -296,13 +296,14 @@ def fallback(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @torch.no_grad()
         def counted(*args: Any) -> Any:
-            if _forced is None:
-                _warn_of_plain_torch(name, args[0].device.type)
+            device = args[0].device.type
+            if _forced is None and preferred(name, device).name == "torch":
+                _warn_of_plain_torch(name, device)
             _python_calls[f"{name}/torch"] += 1
             return function(*args)
 
-        _library.impl(name, counted, "CompositeExplicitAutograd")
-        _fallbacks[name] = counted
+        for overload in (name, f"{name}.{BACKENDS['torch'].overload}"):
+            _library.impl(overload, counted, "CompositeExplicitAutograd")
         return function
 
     return register
