@@ -265,7 +265,13 @@ class _SoftmaxBackward(_Function):
                 grad = grad + v * wide_u - (p * wide_u).sum(1, keepdim=True) * v - v_dot_p.unsqueeze(1) * wide_u
             if ctx.scale != 1:
                 grad = grad / ctx.scale
-            grads[0] = grad.to(source.dtype) if statistics is None else through_softmax(grad.to(source.dtype))
+            if statistics is None:
+                grads[0] = grad.to(source.dtype)
+            elif source.dtype == torch.float16:  # where l v overflows, P l v need not
+                peak = grad.detach().abs().amax(1, keepdim=True).float().clamp_min(1)
+                grads[0] = (through_softmax((grad / peak).to(source.dtype)) * peak).to(source.dtype)
+            else:
+                grads[0] = through_softmax(grad.to(source.dtype))
         if needs_l and l is not None:
             grads[3] = v_dot_p
         if needs_a and a is not None:

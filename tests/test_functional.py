@@ -329,3 +329,19 @@ def test_nested_forward_mode_compiled(fresh_dynamo):
 
     compiled = torch.compile(second(densreg.log_density), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), second(lambda f: torch.logsumexp(f, 1))(x))
+
+
+def test_fp16_second_order_where_the_product_overflows():
+    """P l v is a number of fp16 where l v is none."""
+    torch.manual_seed(0)
+    f = torch.randn(4, 1000, dtype=torch.float16)
+    v = 3000 * torch.randn(4, 1000).half()
+
+    def second(f):
+        f = f.requires_grad_()
+        (first,) = torch.autograd.grad(functional.log_density(f), f, torch.full((4,), 64.0).to(f), create_graph=True)
+        return torch.autograd.grad(first, f, v.to(f))[0]
+
+    expected = second(f.double())
+    assert v.double().abs().max() * 64 > torch.finfo(torch.float16).max
+    assert (second(f).double() - expected).abs().max() < 2e-3 * expected.abs().max()

@@ -38,7 +38,7 @@ def test_null_tiles():
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 56, 28), (1, 28, 56)])
 def test_other_images_have_no_null_tile(shape):
-    with pytest.raises(DataError, match="BlockMNIST's images are 1x56x28"):
+    with pytest.raises(DataError, match="expected BlockMNIST's images of 1x56x28"):
         null_tiles(torch.rand(2, *shape))
     with pytest.raises(DataError, match="has no null tile"):
         null_tiles(torch.rand(2, 1, 56, 28))
@@ -96,7 +96,7 @@ def test_errors():
     model = linear(4, (1, 56, 28))
     with pytest.raises(ValueError, match="output must be logit, log_softmax or softmax, got 'loss'"):
         leakage(model, split, output="loss", **OPTIONS)
-    with pytest.raises(DataError, match="BlockMNIST's images are 1x56x28"):
+    with pytest.raises(DataError, match="expected BlockMNIST's images of 1x56x28"):
         leakage(linear(10, (1, 8, 8)), data.load("digits").test, **OPTIONS)
     with torch.no_grad():
         model[1].weight.zero_()

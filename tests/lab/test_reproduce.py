@@ -106,7 +106,7 @@ def test_going_on(command, tmp_path, monkeypatch):
         def killed(*args):
             raise KeyboardInterrupt
 
-        patch.setattr(training, "evaluate", killed)
+        patch.setattr(training.loop, "evaluate", killed)
         patch.setattr(reproduce, "rows_of", lambda name, budget: _every_step(rows_of(name, budget)))
         status, said = command(*arguments)
     assert status == 130
@@ -117,7 +117,7 @@ def test_going_on(command, tmp_path, monkeypatch):
     first = _table(tmp_path / "runs" / "reproduce" / "table1")
     weights = (run / "checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_step", None)
+        patch.setattr(training.problem, "train_step", None)
         metric = evaluation.metric
         patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
         assert command(*arguments)[0] == 0
