@@ -533,3 +533,13 @@ def test_errors():
         with pytest.raises(kind, match=message) as raised:
             densreg.linear_density_loss(**arguments)
         assert "\n" not in str(raised.value)
+
+
+def test_the_score_is_not_rounded_under_autocast():
+    """On a CPU the operator's products are float32 whatever autocast says: it decides outside of operators only."""
+    torch.manual_seed(0)
+    h, weight, bias = torch.randn(16, 32), torch.randn(500, 32), torch.randn(500)
+    with torch.autocast("cpu", torch.bfloat16):
+        score = torch.ops.densreg.linear_density(h, weight, bias, None, -100, torch.float32, 128, True, False)[3]
+    expected = (h.double() @ weight.double().T + bias.double()).softmax(1) @ weight.double()
+    assert (score.double() - expected).abs().max() < 1e-5 * expected.abs().max()
