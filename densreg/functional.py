@@ -252,8 +252,7 @@ class _SoftmaxBackward(_Function):
 
         needs_source, needs_l, needs_a, needs_u = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
         if needs_l or needs_a or (needs_source and u is not None):  # else the operator has what is needed of P
-            wide = _SoftmaxBackward._wide(source, statistics, target, l, a, u, ctx.options, ctx.scale)
-            p, q, _, _, wide_u = wide
+            p, q, *_, wide_u = _SoftmaxBackward._wide(source, statistics, target, l, a, u, ctx.options, ctx.scale)
             v_dot_p = (p * v).sum(1)
         if needs_source:
             weight = _counted(a, target, ctx.options) if l is None else l

@@ -264,7 +264,7 @@ def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor 
         backward runs on a scaled cotangent, which is divided out in float32.
 
     Raises:
-        TypeError, ValueError: what was given and what is wanted, among it an x that does not require grad and logits
+        TypeError, ValueError: what was given and what was expected, among it an x that does not require grad and logits
             that do not depend on x.
         RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice.
     """

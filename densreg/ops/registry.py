@@ -162,7 +162,8 @@ def unavailable_reason(name: str) -> str | None:
 def backend(name: str, *, fall_through: bool = False) -> Iterator[None]:
     """Force a backend for the calls inside: ``with densreg.backend("torch"): ...``.
 
-    What is compiled inside keeps it; what was compiled before keeps its own.
+    What is compiled inside keeps it; what was compiled before keeps its own. Inside of a compiled function it has no
+    effect: put it around the function's first call.
 
     Args:
         name: "cpu" (the C++ kernels, for CPU tensors), "cuda" or "triton" (for CUDA tensors), or "torch" (plain torch,
