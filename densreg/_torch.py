@@ -130,6 +130,17 @@ def sharded_by(node: Any) -> str | None:
     return None
 
 
+def group_named(name: str) -> Any:
+    """The process group of a name."""
+    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
+def timeout_of(group: Any, device: torch.device) -> Any:
+    """A process group's timeout, a timedelta, which torch.distributed lets everyone set and nobody ask for."""
+    return group._get_backend(device).options._timeout
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # tensors and functions
 
