@@ -136,11 +136,6 @@ def group_named(name: str) -> Any:
     return resolve(name)
 
 
-def timeout_of(group: Any, device: torch.device) -> Any:
-    """A process group's timeout, a timedelta, which torch.distributed lets everyone set and nobody ask for."""
-    return group._get_backend(device).options._timeout
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # tensors and functions
 

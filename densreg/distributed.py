@@ -19,12 +19,13 @@ divide their sum by N; the shard's gradients are those of that mean as they are:
 DistributedDataParallel.
 
 **Errors.** At each forward the processes first exchange what they were given, a few numbers in host memory. Where that
-does not fit, or one was given something wrong, each raises an error. Where the group has NCCL alone, the numbers go
-through a group of gloo's that is made once.
+does not fit, or one was given something wrong, each raises an error. On GPUs the group needs gloo for it, beside NCCL:
+``init_process_group("cpu:gloo,cuda:nccl")``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable
@@ -63,9 +64,6 @@ _ONCE = (
 # --------------------------------------------------------------------------------------------------------------------
 # process groups and collectives
 
-_HOST_GROUPS: dict[str, tuple[Any, Any]] = {}
-"""By the name of a group without tensors in host memory: that group, and one of the same processes that has them."""
-
 
 @torch.compiler.assume_constant_result
 def _name_of(group: Any) -> str:
@@ -75,20 +73,13 @@ def _name_of(group: Any) -> str:
     group = dist.group.WORLD if group is None else group
     if dist.get_rank(group) < 0:
         raise RuntimeError("group: expected one that this process belongs to, got another")
+    backends = dist.get_backend_config(group)
+    if "cpu" not in backends:
+        raise RuntimeError(
+            "group: expected one that takes tensors in host memory too, as of init_process_group"
+            f'("cpu:gloo,cuda:nccl"), got {backends}'
+        )
     return group.group_name
-
-
-def _host_group(name: str) -> Any:
-    """The group for tensors in host memory."""
-    group = _torch.group_named(name)
-    if "cpu" in dist.get_backend_config(group):
-        return group
-    known, host = _HOST_GROUPS.get(name, (None, None))
-    if known is not group:
-        ranks, timeout = dist.get_process_group_ranks(group), _torch.timeout_of(group, torch.device("cuda"))
-        host = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
-        _HOST_GROUPS[name] = group, host
-    return host
 
 
 def _call(collective: Callable[..., Any], *args: Any, group: Any, **options: Any) -> None:
@@ -129,19 +120,18 @@ def _scatter_sum(t: Tensor, group: Any) -> Tensor:
     return own
 
 
-def _exchange(numbers: list[int], name: str) -> list[list[int]]:
+def _exchange(numbers: list[int], group: Any) -> list[list[int]]:
     """These numbers of every process, through host memory."""
-    return _gather(torch.tensor([numbers], device="cpu"), _host_group(name)).tolist()
+    return _gather(torch.tensor([numbers], device="cpu"), group).tolist()
 
 
-def _exchange_objects(mine: Any, name: str) -> list[Any]:
-    group = _host_group(name)
+def _exchange_objects(mine: Any, group: Any) -> list[Any]:
     of_all = [None] * dist.get_world_size(group)
     _call(dist.all_gather_object, of_all, mine, group=group)
     return of_all
 
 
-def _agree(same: dict[str, Any], shard: int, expected: int | None, name: str) -> tuple[int, int]:
+def _agree(same: dict[str, Any], shard: int, expected: int | None, group: Any) -> tuple[int, int]:
     """(the first class of the shard, all classes); raises in every process where the processes do not fit together.
 
     Args:
@@ -150,11 +140,11 @@ def _agree(same: dict[str, Any], shard: int, expected: int | None, name: str) ->
         expected: how many there should be in all shards, if it is known.
     """
     digest = int.from_bytes(hashlib.sha256(repr(same).encode()).digest()[:7], "little")
-    failed, shards, digests = zip(*_exchange([0, shard, digest], name), strict=True)
+    failed, shards, digests = zip(*_exchange([0, shard, digest], group), strict=True)
     if any(failed):
-        _raise_of_others("", name)
+        _raise_of_others("", group)
     if len(set(digests)) > 1:
-        given = _exchange_objects({what: str(value) for what, value in same.items()}, name)
+        given = _exchange_objects({what: str(value) for what, value in same.items()}, group)
         what = next(what for what in same if len({each[what] for each in given}) > 1)
         values = ", ".join(each[what] for each in given)
         raise ValueError(f"{what}: expected the same in all processes, got, in the order of their ranks, {values}")
@@ -162,12 +152,12 @@ def _agree(same: dict[str, Any], shard: int, expected: int | None, name: str) ->
     if not total or expected not in (None, total):
         wanted = "at least one class" if expected is None else f"{expected} classes"
         raise ValueError(f"weight: expected {wanted} in all shards, got {' + '.join(map(str, shards))} = {total}")
-    return sum(shards[: dist.get_rank(_torch.group_named(name))]), total
+    return sum(shards[: dist.get_rank(group)]), total
 
 
-def _raise_of_others(mine: str, name: str) -> NoReturn:
+def _raise_of_others(mine: str, group: Any) -> NoReturn:
     """After an exchange in which a process said that it failed: raise RuntimeError with the first one's message."""
-    messages = _exchange_objects(mine, name)
+    messages = _exchange_objects(mine, group)
     rank = next(i for i, message in enumerate(messages) if message)
     raise RuntimeError(f"process {rank} of {len(messages)} failed: {messages[rank]}")
 
@@ -208,7 +198,7 @@ def _forward(
     same: dict[str, Any] = {"h: shape": list(h.shape), "h: dtype": h.dtype, "products: dtype": dtype}
     same |= {"weight: dtype": weight.dtype, "bias: dtype": None if bias is None else bias.dtype}
     same |= {"penalty": need_score, "label_smoothing > 0": need_mean, "ignore_index": ignore_index, "classes": classes}
-    first, total = _agree(same, shard, classes, name)
+    first, total = _agree(same, shard, classes, group)
     targets = _gather(target, group)
     linear.check_range(targets, total, ignore_index)
     counts = targets != ignore_index
@@ -374,18 +364,18 @@ def _local(weight: Tensor, bias: Tensor | None, group: Any) -> tuple[Tensor, Ten
     return local["weight"], local.get("bias"), mesh_group, len(weight)
 
 
-def _checked(group: str, check: Callable[[], Any]) -> Any:
+def _checked(name: str, check: Callable[[], Any]) -> Any:
     """What a check of this process's arguments returns; where it raises, the other processes get to know."""
     if torch.compiler.is_compiling():
         return check()
     try:
         return check()
     except (TypeError, ValueError, RuntimeError) as error:
-        try:
+        with contextlib.suppress(RuntimeError):
+            group = _torch.group_named(name)
             _exchange([1, 0, 0], group)
             _raise_of_others(f"{type(error).__name__}: {error}", group)
-        except RuntimeError:
-            raise error from None
+        raise
 
 
 def _head(h, weight, bias, target, ignore_index, need_score, need_mean, classes, tile, group):
