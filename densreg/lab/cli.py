@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = stability.add_argument
     add("--data", nargs="+", default=["blockmnist", "cifar100"], metavar="NAME", help="data sets, one picture for each")
-    add("--model", metavar="NAME", help="by default mlp for blockmnist, mnist and digits, otherwise resnet18")
+    add("--model", metavar="NAME", help="by default one that suits the data set")
     add(
         "--paths",
         nargs="+",
