@@ -123,7 +123,7 @@ class Config:
     momentum: float = _option(0.9, _OPTIMIZATION, "momentum of sgd", bound=_MOMENTUM)
     weight_decay: float | None = _option(None, _OPTIMIZATION, "weight decay", bound=_NONNEGATIVE)
     schedule: str | None = _option(
-        None, _OPTIMIZATION, "how the learning rate falls", choices=("constant", "step", "cosine")
+        None, _OPTIMIZATION, "how the learning rate changes", choices=("constant", "step", "cosine", "warmup-cosine")
     )
     milestones: tuple[float, ...] | None = _option(
         None, _OPTIMIZATION, "of the schedule step: parts of the epochs, 0 to 1; the learning rate / 10 at each"
