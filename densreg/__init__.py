@@ -1,5 +1,6 @@
 """densreg: smoothing a classifier's input marginal density, right to second order."""
 
+from densreg import distributed as distributed
 from densreg.functional import density_cross_entropy, log_density, log_softmax_difference, pnorm
 from densreg.linear import linear_density_cross_entropy, linear_density_loss, linear_log_density
 from densreg.objective import ObjectiveOutput, RegularizedObjective

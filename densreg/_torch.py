@@ -130,6 +130,12 @@ def sharded_by(node: Any) -> str | None:
     return None
 
 
+def group_named(name: str) -> Any:
+    """The process group of a name."""
+    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # tensors and functions
 

@@ -19,7 +19,7 @@ float32; a CPU takes them in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,13 +77,62 @@ def _classes(target: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if target is None else target.masked_fill(target == ignore_index, -1)
 
 
-def _density(rest: Tensor, own: Tensor, y: Tensor | None) -> Tensor:
+def joined(rest: Tensor, own: Tensor, y: Tensor | None) -> Tensor:
+    """L, of the other classes' logsumexp and the target's logit; the former alone where y < 0."""
     return rest if y is None else torch.where(y >= 0, torch.logaddexp(rest, own), rest)
 
 
 def _in_tile(y: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
     """Whether the target is one of the classes k .. k + n - 1, [B, 1]; and its place there."""
     return ((y >= k) & (y < k + n)).unsqueeze(1), (y - k).clamp(0, n - 1).unsqueeze(1)
+
+
+def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a target out of range; on a GPU that is a device assert, as in torch."""
+    if target.device.type == "cpu":
+        wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if wrong.any():
+            raise ValueError(
+                f"target holds class {target[wrong][0].item()}; expected classes in [0, {classes}) "
+                f"or ignore_index={ignore_index}"
+            )
+    else:
+        torch.empty(classes, device=target.device).gather(0, target.masked_fill(target == ignore_index, 0))
+
+
+def finite(ref: Tensor) -> Tensor:
+    return ref.masked_fill(ref == -math.inf, 0)
+
+
+def whole_score(
+    score: Tensor, ref: Tensor, density: Tensor, weight: Tensor, target: Tensor | None, own: Tensor, here: Tensor | None
+) -> Tensor:
+    """P W over the classes here, from what :func:`tiles_forward` gives; in place.
+
+    Args:
+        density: L [B] over all classes.
+        target: [B], places in the weight; None without targets.
+        own: the target's logit [B].
+        here: [B], the rows whose target is one of the classes here; None without targets.
+    """
+    score *= (finite(ref) - density).exp().to(score.dtype).unsqueeze(1)
+    if target is not None and here is not None:
+        w_y = weight[target].to(score.dtype)
+        score.addcmul_(w_y, ((own - density).exp() * here).to(score.dtype).unsqueeze(1))
+    return score
+
+
+def sum_of_logits(h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B], float64, from the sum of the weight's rows, which is taken in ``dtype``."""
+    total = h.double() @ weight.sum(0, dtype=dtype).double()
+    return total if bias is None else total + bias.sum(dtype=torch.float64)
+
+
+def off_target_factor(r: Tensor, density: Tensor, rest: Tensor, dtype: torch.dtype) -> Tensor:
+    """``r exp(L - rest)`` [B]: what P is multiplied by off the target."""
+    # Where the exponential would overflow, r is 0 to every rounding. So is P, where the product is above float32.
+    factor = r * (density - rest).clamp(max=700).exp()
+    return factor if dtype == torch.float64 else factor.clamp(-1e38, 1e38)
 
 
 def tiles_forward(
@@ -155,7 +204,7 @@ def tiles_backward(
     if dtype == torch.float16:
         # P of many classes is subnormal in fp16, so P and c are scaled; and c must not overflow under a loss scale, so
         # what comes from upstream, in which everything is linear, is divided by its size.
-        scale = 2.0 ** max(1, math.ceil(math.log2(classes) / 2))
+        scale = 2.0 ** max(1, math.ceil(math.log2(max(classes, 1)) / 2))
         upstream = [t.abs().amax().double() for t in (factor, g, q, u) if t is not None and t.numel()]
         peak = torch.stack([*upstream, density.new_zeros(())]).amax()
         unit = torch.where(peak == 0, 1.0, peak.log2().floor().exp2() * 8)
@@ -252,30 +301,19 @@ def _forward(
         ``rest = L`` and ``own = 0``. The score is float32 (float64 for float64). ``correct`` is bool: the target's
         logit is larger than every other. What was not asked for has shape [0].
     """
-    if target is not None and target.device.type == "cpu":
-        wrong = (target != ignore_index) & ((target < 0) | (target >= len(weight)))
-        if wrong.any():
-            raise ValueError(
-                f"target holds class {target[wrong][0].item()}; expected classes in [0, {len(weight)}) "
-                f"or ignore_index={ignore_index}"
-            )
-    if target is not None and target.device.type != "cpu":  # out of range: a device assert, as in torch
-        rows = target.masked_fill(target == ignore_index, 0)
-        torch.empty(len(weight), device=h.device).gather(0, rows)
+    if target is not None:
+        check_range(target, len(weight), ignore_index)
     y = _classes(target, ignore_index)
     m, ref, z, own, score = tiles_forward(h, weight, bias, y, dtype, tile, need_score)
-    rest = ref.double().masked_fill(ref == -math.inf, 0) + z.log()
+    rest = finite(ref).double() + z.log()
     correct = torch.zeros_like(m, dtype=torch.bool) if y is None else (own > m) & (y >= 0)
     if need_score:
-        density = _density(rest, own, y)
-        score *= (ref.masked_fill(ref == -math.inf, 0) - density).exp().to(score.dtype).unsqueeze(1)
-        if target is not None and y is not None:
-            w_y = weight[target.masked_fill(y < 0, 0)].to(score.dtype)
-            score.addcmul_(w_y, ((own - density).exp() * (y >= 0)).to(score.dtype).unsqueeze(1))
+        counts = None if y is None else y >= 0
+        at = None if target is None or y is None else target.masked_fill(y < 0, 0)
+        score = whole_score(score, ref, joined(rest, own, y), weight, at, own, counts)
     mean = rest.new_empty(0)
     if need_mean:
-        mean = h.double() @ weight.mean(0, dtype=score.dtype).double()
-        mean = mean if bias is None else mean + bias.mean(dtype=torch.float64)
+        mean = sum_of_logits(h, weight, bias, score.dtype) / len(weight)
     return rest, own, mean, score, correct
 
 
@@ -305,11 +343,8 @@ def _backward(
         dot: U . G, [B], with the forward's score.
     """
     y = _classes(target, ignore_index)
-    density = _density(rest, own, y)
-    # Where the exponential would overflow, r is 0 to every rounding. So is P, where the product is above float32.
-    factor = r * (density - rest).clamp(max=700).exp()
-    if dtype != torch.float64:
-        factor = factor.clamp(-1e38, 1e38)
+    density = joined(rest, own, y)
+    factor = off_target_factor(r, density, rest, dtype)
     each = None if q is None else q / len(weight)
     dh, dw, db = tiles_backward(h, weight, bias, y, density, factor, g, each, u, dot, dtype, tile, needs)
     return dh.to(h.dtype), dw, db if bias is None else db.to(bias.dtype)
@@ -417,7 +452,7 @@ def _linear_density(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # public
 
 
-def check_head(h: Tensor, weight: Tensor, bias: Tensor | None, tile: int | None = None) -> None:
+def check_head(h: Tensor, weight: Tensor, bias: Tensor | None, tile: int | None = None, least_classes: int = 1) -> None:
     """Raise TypeError or ValueError unless features h [B, D], weight [C, D] and bias [C] fit each other."""
     for name, t in (("h", h), ("weight", weight), ("bias", bias)):
         if name == "bias" and t is None:
@@ -434,10 +469,9 @@ def check_head(h: Tensor, weight: Tensor, bias: Tensor | None, tile: int | None 
             raise TypeError(f"{name}: expected the dtype of h, {h.dtype}, got {t.dtype} (outside of autocast)")
     if h.ndim != 2:
         raise ValueError(f"h: expected features of shape [batch, features], got {list(h.shape)}")
-    if weight.ndim != 2 or weight.shape[1] != h.shape[1] or not len(weight):
-        raise ValueError(
-            f"weight: expected shape [classes, {h.shape[1]}] with at least one class, got {list(weight.shape)}"
-        )
+    if weight.ndim != 2 or weight.shape[1] != h.shape[1] or len(weight) < least_classes:
+        some = " with at least one class" if least_classes else ""
+        raise ValueError(f"weight: expected shape [classes, {h.shape[1]}]{some}, got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{len(weight)}], one number a class, got {list(bias.shape)}")
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
@@ -478,14 +512,14 @@ def linear_log_density(h: Tensor, weight: Tensor, bias: Tensor | None = None, ti
         TypeError, ValueError: what was given and what is expected.
     """
     check_head(h, weight, bias, tile)
-    return _head(h, weight, bias, tile=tile)[0].to(_row_dtype(h, weight))
+    return _head(h, weight, bias, tile=tile)[0].to(row_dtype(h, weight))
 
 
-def _row_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
+def row_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
     return accumulation_dtype(torch.promote_types(h.dtype, weight.dtype))
 
 
-def _logsumexp(a: Tensor, b: Tensor) -> Tensor:
+def logsumexp(a: Tensor, b: Tensor) -> Tensor:
     """Not logaddexp, whose second derivative is NaN where one is above the other by more than exp can hold."""
     return torch.logsumexp(torch.stack([a, b]), 0)
 
@@ -495,7 +529,7 @@ def cross_entropy_rows(
     own: Tensor,
     mean: Tensor,
     ignored: Tensor,
-    classes: int,
+    classes: int | Tensor,
     label_smoothing: float,
     margin: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
@@ -507,7 +541,7 @@ def cross_entropy_rows(
     if label_smoothing:
         if margin is not None:
             mean = mean + (logit - own) / classes
-        uniform = _logsumexp(rest, logit) - mean
+        uniform = logsumexp(rest, logit) - mean
         ce = (1 - label_smoothing) * ce + label_smoothing * uniform
     return ce.masked_fill(ignored, 0)
 
@@ -545,8 +579,8 @@ def linear_density_cross_entropy(
     rest, own, mean, _, correct = _head(h, weight, bias, target, ignore_index, need_mean=label_smoothing > 0, tile=tile)
     ignored = target == ignore_index
     ce = cross_entropy_rows(rest, own, mean, ignored, len(weight), label_smoothing, margin)
-    log_density = torch.where(ignored, rest, _logsumexp(rest, own))
-    dtype = _row_dtype(h, weight)
+    log_density = torch.where(ignored, rest, logsumexp(rest, own))
+    dtype = row_dtype(h, weight)
     return ce.to(dtype), log_density.to(dtype), correct
 
 
@@ -592,7 +626,7 @@ def linear_density_loss(
     )[:3]
 
 
-def _check_free_of(xs: tuple[Tensor, ...], **head: Tensor | None) -> None:
+def check_free_of(xs: tuple[Tensor, ...], **head: Tensor | None) -> None:
     """Raise ValueError where one was computed from an input: the score goes through the features alone."""
     for name, t in head.items():
         if t is not None and t.requires_grad and not t.is_leaf:
@@ -602,6 +636,18 @@ def _check_free_of(xs: tuple[Tensor, ...], **head: Tensor | None) -> None:
                     f"{name}: expected one that does not depend on x, whose score would lose what goes through it: "
                     "take densreg.density_loss of the logits"
                 )
+
+
+def penalty_of_score(
+    h: Tensor, xs: tuple[Tensor, ...], score: Tensor, classes: int, p: float, head: Sequence[Tensor] = ()
+) -> Tensor:
+    """The penalty, from G = dL/dh: the mean norm of what the trunk's backward makes of it.
+
+    ``head``: the tensors that may come from sharded ones, as in :func:`densreg.paths.check_score`.
+    """
+    scale = paths.cotangent_scale(h.new_empty(0, classes))
+    of_x = paths.vjp(h, xs, (score * scale).to(h.dtype), scale)
+    return penalty._norm(paths.check_score(of_x, h, xs, head), p, "mean")
 
 
 def linear_loss_and_correct(
@@ -623,7 +669,7 @@ def linear_loss_and_correct(
     p = functional.check_order(p)
     check_head(h, weight, bias, tile)
     xs = paths.check_inputs(h, x)
-    _check_free_of(xs, weight=weight, bias=bias)
+    check_free_of(xs, weight=weight, bias=bias)
     functional.check_target(h, target, label_smoothing, ignore_index)
     ignored, classes = target == ignore_index, len(weight)
     counts = ~ignored
@@ -637,8 +683,6 @@ def linear_loss_and_correct(
         h, weight, bias, target, ignore_index, need_score=True, need_mean=label_smoothing > 0, tile=tile
     )
     ce = cross_entropy_rows(rest, own, mean, ignored, classes, label_smoothing, margin)
-    cross_entropy = ((ce * counts).sum() / counts.sum()).to(_row_dtype(h, weight))
-    scale = paths.cotangent_scale(h.new_empty(0, classes))
-    score = (score * scale).to(h.dtype)
-    of_x = penalty._norm(paths.check_score(paths.vjp(h, xs, score, scale), h, xs), p, "mean")
+    cross_entropy = ((ce * counts).sum() / counts.sum()).to(row_dtype(h, weight))
+    of_x = penalty_of_score(h, xs, score, classes, p)
     return cross_entropy + coeff * of_x, cross_entropy, of_x, correct

@@ -139,18 +139,21 @@ def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Ite
                 nodes.append(child)
 
 
-def check_score(score: tuple[Tensor, ...], outputs: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def check_score(
+    score: tuple[Tensor, ...], outputs: Tensor, x: tuple[Tensor, ...], head: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
     """The score of outputs in x; raises RuntimeError where it cannot be differentiated again, or only in part.
 
     Looks through its graph: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
     ``backward(inputs=...)``) stops at a node that cannot be differentiated. And through that of the outputs, of which a
-    sharded model's is not part of the score's.
+    sharded model's is not part of the score's. What ``head`` was computed from is not looked at: the score's cotangent
+    comes from it, but no gradient of a gradient goes through it.
     """
     if _compiling():
         if not all(g.requires_grad for g in score):
             raise RuntimeError(_NOT_TWICE)
         return score
-    for node in graph_nodes([*score, outputs], x):
+    for node in graph_nodes([*score, outputs], [*x, *head]):
         whose = _torch.sharded_by(node)
         if whose is not None:
             raise RuntimeError(_SHARDED.format(whose))

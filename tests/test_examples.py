@@ -69,24 +69,46 @@ def test_amp(run, dtype):
     assert example.scaler.get_scale() == (65536 if dtype == "float16" else 1)  # no step was skipped
 
 
-def test_ddp_of_one_process(run, monkeypatch, tmp_path):
+@pytest.fixture
+def _one_process(monkeypatch):
+    """What torchrun says to the only process."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_ddp_of_one_process(run, tmp_path):
     example = run("ddp.py", "--out", tmp_path / "model.pt")
     assert example.out.ce < 1
     example.model.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
 
 
+@pytest.mark.usefixtures("_one_process")
+def test_million_identities_in_one_process(run):
+    example = run("million_identities.py", "--classes", 500, "--seen", 20, "--steps", 20)
+    assert example.ce < 3  # 28 in the first step
+    assert example.shard.shape == (500, 64)
+
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_ddp_of_two_processes(tmp_path):
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    output = script(*launch, EXAMPLES / "ddp.py", "--out", tmp_path / "model.pt")
+    output = script(*LAUNCH, EXAMPLES / "ddp.py", "--out", tmp_path / "model.pt")
     assert output.count("epoch 3") == 1
     assert (tmp_path / "model.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_million_identities_in_two_processes():
+    output = script(*LAUNCH, EXAMPLES / "million_identities.py", "--classes", "501", "--steps", "2")
+    assert output.count("step 2: cross-entropy") == 1
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

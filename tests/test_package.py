@@ -15,7 +15,7 @@ import setuptools
 import torch
 
 import densreg
-from densreg import linear, ops
+from densreg import distributed, linear, ops
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +28,7 @@ LIBRARY = (
     "paths",
     "penalty",
     "linear",
+    "distributed",
     "attacks",
     "second_order",
     "regularizers",
@@ -64,11 +65,12 @@ def test_every_operator_has_schema_fake_and_fallback():
     names = [
         name.removeprefix("densreg::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("densreg::")
     ]
-    for name in linear.OPERATORS:  # in plain torch and the device's matrix products, on every device
+    of_linear = (*linear.OPERATORS, *distributed.OPERATORS)
+    for name in of_linear:  # in plain torch and the device's matrix products, on every device
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
     overloads = {one.overload for one in ops.BACKENDS.values()}
     every = {f"{name}.{overload}".rstrip(".") for name in ops.OPERATORS for overload in overloads}
-    assert every | set(linear.OPERATORS) == set(names)
+    assert every | set(of_linear) == set(names)
     for name in ops.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
         assert callable(getattr(ops, name))
