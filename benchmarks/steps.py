@@ -82,6 +82,7 @@ CASES = {
     "resnet18": Case(lambda: models.build("resnet18", 100, (3, 32, 32)), 32, (3, 32, 32), 100),
     "vgg11_bn": Case(vgg11_bn, 32, (3, 32, 32), 100),
     "mlp": Case(lambda: models.build("mlp", 10, (1, 56, 28)), 128, (1, 56, 28), 10),
+    "resnet20": Case(lambda: models.build("resnet20", 100, (3, 32, 32)), 128, (3, 32, 32), 100),
     "wrn28-10": Case(lambda: models.build("wrn28-10", 100, (3, 32, 32)), 4, (3, 32, 32), 100),
 }
 

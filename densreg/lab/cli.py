@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = stability.add_argument
     add("--data", nargs="+", default=["blockmnist", "cifar100"], metavar="NAME", help="data sets, one picture for each")
-    add("--model", metavar="NAME", help="by default mlp for blockmnist, mnist and digits, otherwise resnet18")
+    add("--model", metavar="NAME", help="by default one that suits the data set")
     add(
         "--paths",
         nargs="+",
@@ -114,10 +114,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     add = reproduce.add_argument
-    add("experiment", metavar="NAME", help="table1, table3 to table7, fig2a, fig4 or fig7; list says what they are")
+    add(
+        "experiments",
+        nargs="+",
+        metavar="NAME",
+        help="table1, table3 to table7, fig2a, fig4 or fig7, done in turn; list says what they are",
+    )
+    add("--budget", default="paper", metavar="NAME", help="paper, or 30-epochs, which is ours: see docs/paper.md")
     add("--data-dir", metavar="DIR", help="folder of the data sets, as torchvision lays them out")
     add("--download", action="store_true", help="let torchvision download what is absent")
-    add("--out", metavar="DIR", help="folder for the tables; by default runs/reproduce/NAME")
+    add("--out", metavar="DIR", help="folder for the tables, NAME in it for several; by default runs/reproduce/NAME")
     add("--runs", default="runs/reproduce", metavar="DIR", help="folder of the run directories, for all experiments")
     add("--methods", nargs="+", metavar="NAME", help="some of the methods; by default the experiment's")
     add("--models", nargs="+", metavar="NAME", help="models; by default the experiment's")
@@ -127,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--val-size", type=int, metavar="N", help="hold the last N training images out, and measure these")
     add("--test-size", type=int, metavar="N", help="measure the first N images only")
     add("--coeff", nargs="+", default=[], metavar="METHOD=X[,X]", help="coefficients of a method; a row for each")
+    add("--coeff-from", metavar="DIR", help="those that a call with --val-size and several --coeff found, in its --out")
     add("--p", type=float, nargs="+", metavar="P", help="orders of the norm; by default the experiment's")
     add("--match-norms", action="store_true", help="coefficient times pixels^(1/2 - 1/p): penalties of equal size")
     add("--config", nargs="+", default=[], metavar="[METHOD.]OPTION=VALUE", help="options of densreg train")
@@ -251,21 +258,27 @@ def _evaluate(options: dict) -> int:
 def _reproduce(options: dict) -> int:
     from densreg.lab import evaluation, reproduce
 
-    name, out = options.pop("experiment"), options.pop("out")
-    if name == "list":
+    names, out = list(dict.fromkeys(options.pop("experiments"))), options.pop("out")
+    if "list" in names:
         for known, experiment in reproduce.EXPERIMENTS.items():
             print(f"{known:8}{experiment.what}\n        methods: {', '.join(experiment.methods)}")
         print(f"fig2a   {reproduce.FIG2A}")
         return 0
-    metrics = set() if name == "fig2a" else {measure.metric for measure in reproduce.experiment(name).measures}
+    experiments = [reproduce.experiment(name) for name in names if name != "fig2a"]
+    metrics = {measure.metric for experiment in experiments for measure in experiment.measures}
     options["options"] = evaluation.parse_options(options.pop("set"), metrics)
     options["coeff"] = reproduce.parse_coeff(options["coeff"])
-    options["config"] = reproduce.parse_config(options["config"])
+    options["config"] = reproduce.preset(options.pop("budget"), reproduce.parse_config(options["config"]))
+    folder = options.pop("coeff_from")
+    options["chosen"] = {} if folder is None else reproduce.read_chosen(folder)
     options["norms"] = options.pop("p")
     for key in ("methods", "models", "seeds", "norms"):
         options[key] = None if options[key] is None else tuple(options[key])
-    for line in reproduce.run(name, reproduce.Budget(**options), out or f"runs/reproduce/{name}"):
-        print(line, flush=True)
+    budget = reproduce.Budget(**options)
+    for name in names:
+        folder = f"runs/reproduce/{name}" if out is None else out if len(names) == 1 else f"{out}/{name}"
+        for line in reproduce.run(name, budget, folder):
+            print(line, flush=True)
     return 0
 
 

@@ -18,6 +18,7 @@ import torch
 
 from densreg import attacks, functional, paths, regularizers
 from densreg.lab import data, runs
+from densreg.lab.data import taking
 from densreg.lab.models import OWN_MODELS
 from densreg.lab.runs import RunError
 from densreg.version import __version__
@@ -112,10 +113,8 @@ class Config:
     data_dir: str | None = _option(None, _DATA, "folder of the data set, as torchvision lays it out", "DIR", free=True)
     download: bool = _option(False, _DATA, "let torchvision download what is absent", free=True)
     augment: bool = _option(True, _DATA, "do not crop and flip training images")
-    classes: int | None = _option(None, _DATA, "classes of the data set synthetic; by default 10", bound=_COUNT)
-    image_size: int | None = _option(
-        None, _DATA, "side of the images of synthetic, folder, waterbirds and celeba-hair", bound=_COUNT
-    )
+    classes: int | None = _option(None, _DATA, f"classes of {taking('classes')}; by default 10", bound=_COUNT)
+    image_size: int | None = _option(None, _DATA, f"side of the images of {taking('image_size')}", bound=_COUNT)
     batch_size: int | None = _option(
         None, _OPTIMIZATION, "images in a step, those of all processes together", bound=_COUNT
     )
@@ -124,7 +123,7 @@ class Config:
     momentum: float = _option(0.9, _OPTIMIZATION, "momentum of sgd", bound=_MOMENTUM)
     weight_decay: float | None = _option(None, _OPTIMIZATION, "weight decay", bound=_NONNEGATIVE)
     schedule: str | None = _option(
-        None, _OPTIMIZATION, "how the learning rate falls", choices=("constant", "step", "cosine")
+        None, _OPTIMIZATION, "how the learning rate changes", choices=("constant", "step", "cosine", "warmup-cosine")
     )
     milestones: tuple[float, ...] | None = _option(
         None, _OPTIMIZATION, "of the schedule step: parts of the epochs, 0 to 1; the learning rate / 10 at each"

@@ -59,6 +59,13 @@ METHODS = {
 adversarial training in Linf and its eps."""
 
 
+BUDGETS: dict[str, Mapping[str, Any]] = {
+    "paper": {},
+    "30-epochs": {"epochs": 30, "lr": 0.1, "schedule": "warmup-cosine", "amp": "bf16", "channels_last": True},
+}
+"""Options of every training by the budget's name. All but the paper's are ours: for a day's answer on one GPU."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """A metric of :data:`densreg.lab.evaluation.METRICS`, any of them, with its options.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import warnings
@@ -23,8 +24,6 @@ from densreg.version import __version__
 
 SMALL_IMAGE = 64
 """Up to this size ResNets get the stem of the CIFAR papers: a 3x3 convolution of stride 1 and no pooling."""
-
-OWN_MODELS = ("mlp", "vgg11", "resnet18", "resnet34", "wrn28-10")
 
 
 class ModelError(ValueError):
@@ -184,6 +183,48 @@ def wrn28_10(classes: int, image_shape: Sequence[int]) -> nn.Module:
     return model
 
 
+class _Subsample(nn.Module):
+    """Every second pixel, and channels of zeros up to ``width``: the shortcut without parameters (option A)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        more = self.width - x.shape[1]
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, more // 2, more - more // 2))
+
+
+def resnet20(classes: int, image_shape: Sequence[int]) -> nn.Module:
+    """ResNet-20 for 32x32 images, 0.27 M parameters (He et al., Deep Residual Learning, CVPR 2016, section 4.2)."""
+    from torchvision.models.resnet import BasicBlock
+
+    layers: list[nn.Module] = [nn.Conv2d(image_shape[0], 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    width = 16
+    for wide in (16, 32, 64):
+        for _ in range(3):
+            layers.append(
+                BasicBlock(width, wide, 1 if wide == width else 2, _Subsample(wide) if wide != width else None)
+            )
+            width = wide
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+_OWN: dict[str, Callable[[int, Sequence[int]], nn.Module]] = {
+    "mlp": mlp,
+    "vgg11": vgg11,
+    "resnet18": functools.partial(resnet, "resnet18"),
+    "resnet20": resnet20,
+    "resnet34": functools.partial(resnet, "resnet34"),
+    "wrn28-10": wrn28_10,
+}
+OWN_MODELS = tuple(_OWN)
+
+
 def torchvision_names() -> list[str]:
     """Names of torchvision's classifiers."""
     from torchvision import models
@@ -217,8 +258,8 @@ def build(
     """A classifier with fresh weights that takes pixels in [0, 1].
 
     Args:
-        name: "mlp" (two hidden layers of 512), "vgg11", "resnet18", "resnet34", "wrn28-10" (for small images), or the
-            name of any torchvision classifier, which is built as it is; grey images are repeated in its three channels.
+        name: one of :data:`OWN_MODELS`, for small images, or the name of any torchvision classifier, which is built as
+            it is; grey images are repeated in its three channels.
         classes: number of classes.
         image_shape: (channels, H, W).
         mean, std: of the pixels, per channel, for the first layer.
@@ -230,8 +271,7 @@ def build(
     check_name(name)
     channels = image_shape[0]
     if name in OWN_MODELS:
-        own: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "vgg11": vgg11, "wrn28-10": wrn28_10}
-        body = own[name](classes, image_shape) if name in own else resnet(name, classes, image_shape)
+        body = _OWN[name](classes, image_shape)
     else:
         from torchvision.models import get_model
 

@@ -24,13 +24,13 @@ import torch
 from densreg.lab import data as datasets
 from densreg.lab import evaluation, models, pictures, report, runs, training
 from densreg.lab.evaluation import ood, samples
-from densreg.lab.experiments import EXPERIMENTS, FIG2A, METHODS, NAMES, Experiment, Measure, experiment
+from densreg.lab.experiments import BUDGETS, EXPERIMENTS, FIG2A, METHODS, NAMES, Experiment, Measure, experiment
 from densreg.lab.options import assignments
 from densreg.version import __version__
 
 __all__ = ["EXPERIMENTS", "FIG2A", "METHODS", "NAMES", "Budget", "Row", "experiment", "measured", "rows_of", "run"]
 
-TABLE, ROWS, CONFIG, MEASURED = "table.md", "table.csv", "config.json", "measured.json"
+TABLE, ROWS, CONFIG, MEASURED, CHOSEN = "table.md", "table.csv", "config.json", "measured.json", "chosen.json"
 
 # --------------------------------------------------------------------------------------------------------------------
 # what is asked for
@@ -42,7 +42,8 @@ class Budget:
 
     Attributes:
         methods, models: some of the experiment's; None: all.
-        coeff: by method, the coefficients that are trained; where there is none, Config's.
+        coeff: by method, the coefficients that are trained; where there is none, those of
+        chosen: by "DATA MODEL" and method, see :func:`read_chosen`; where there is none either, Config's.
         config: by method ("" for all), options of Config.
         options: by metric, options of the metric.
         norms: orders of the norm; None: the experiment's.
@@ -66,6 +67,7 @@ class Budget:
     norms: tuple[float, ...] | None = None
     match_norms: bool = False
     coeff: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    chosen: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     device: str = "auto"
@@ -106,7 +108,7 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
     rows: dict[str, Row] = {}
     for data, model in itertools.product(chosen.data, budget.models or chosen.models):
         for method in budget.methods or chosen.methods:
-            coeffs = budget.coeff.get(method, (None,))
+            coeffs = budget.coeff.get(method) or budget.chosen.get(f"{data} {model}", {}).get(method) or (None,)
             for p, coeff, seed in itertools.product(budget.norms or chosen.norms, coeffs, budget.seeds):
                 row = _row(budget, data, model, method, p, coeff, seed)
                 rows.setdefault(row.config.out, row)  # without a penalty every p is the same run
@@ -187,6 +189,77 @@ def parse_config(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     return result
 
 
+def preset(name: str, config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``config`` as of :class:`Budget`, on top of the options of a named one.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in BUDGETS:
+        near = runs.did_you_mean(name, BUDGETS)
+        raise ValueError(f"unknown budget {name!r}; expected one of {', '.join(BUDGETS)}{near}")
+    return {**{method: dict(own) for method, own in config.items()}, "": {**BUDGETS[name], **config.get("", {})}}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the choice of coefficients
+
+
+WITHIN = 0.01
+"""How much clean accuracy a chosen coefficient may cost, against the standard training."""
+
+
+def choose(table: Sequence[Mapping[str, Any]], attack: Measure) -> dict[str, dict[str, dict[str, float]]]:
+    """The best coefficients by "DATA MODEL" and method, of rows measured on held-out images.
+
+    The best is the one with the highest accuracy under ``attack``, the mean over its budgets and over seeds. It is
+    chosen twice: "gentle" among those whose clean accuracy is at most a point below the standard training's, absent
+    where none is, and "best" among all.
+    """
+    columns = [c for c in table[0] if any(fnmatchcase(c, attack.column(shown)) for shown in attack.shown)]
+    tried: dict[str, dict[str, dict[float, list[tuple[float, float]]]]] = {}
+    clean: dict[str, list[float]] = {}
+    for row in table:
+        of = f"{row['data']} {row['model']}"
+        if row["coeff"] == "":
+            if row["method"] == "standard":
+                clean.setdefault(of, []).append(row["accuracy clean"])
+            continue
+        attacked = statistics.mean(row[column] for column in columns)
+        own = tried.setdefault(of, {}).setdefault(row["method"], {}).setdefault(row["coeff"], [])
+        own.append((attacked, row["accuracy clean"]))
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for of, methods in tried.items():
+        for method, values in methods.items():
+            means = {c: [statistics.mean(each) for each in zip(*pairs, strict=True)] for c, pairs in values.items()}
+            found = {"best": max(means, key=lambda c: means[c][0])}
+            if of in clean:
+                least = statistics.mean(clean[of]) - WITHIN
+                gentle = [c for c in means if means[c][1] >= least]
+                found |= {"gentle": max(gentle, key=lambda c: means[c][0])} if gentle else {}
+            result.setdefault(of, {})[method] = found
+    return result
+
+
+def read_chosen(folder: str) -> dict[str, dict[str, tuple[float, ...]]]:
+    """The coefficients that a ``reproduce --val-size`` left in its folder, gentle ones first, for :class:`Budget`.
+
+    Raises:
+        ValueError: there are none that can be read.
+    """
+    try:
+        found = json.loads((Path(folder) / CHOSEN).read_text())
+        return {
+            of: {method: tuple(dict.fromkeys(sorted(own.values()))) for method, own in methods.items()}
+            for of, methods in found.items()
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"--coeff-from {folder}: expected the folder of a reproduce with --val-size, with {CHOSEN}: "
+            f"{runs.first_line(error)}"
+        ) from error
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # training and measuring
 
@@ -224,6 +297,10 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
             paper = chosen.figures.get(row.key, (None,) * len(chosen.columns))
             table[-1] |= {f"paper: {column}": value for column, value in zip(chosen.columns, paper, strict=True)}
             _write(folder, name, chosen, budget, table, rows)
+            attack = next((measure for measure in chosen.measures if measure.metric == "pgd"), None)
+            if budget.val_size and attack and any(measure.metric == "accuracy" for measure in chosen.measures):
+                text = json.dumps(choose(table, attack), indent=2) + "\n"
+                runs.write_atomically(folder / CHOSEN, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
         if chosen.picture:
             runs.save_picture(folder / f"{name}.png", _draw(chosen, rows, table, budget))
     yield f"results: {folder}"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from densreg.lab import report, runs, training
+from densreg.lab.data import entry
 from densreg.penalty import density_penalty
 
 TABLE = "stability.csv"
-_SMALL = ("digits", "mnist", "blockmnist")
 
 
 def gradient_norm(model: nn.Module, x: Tensor, p: float, path: str, scale: float = 1.0) -> dict[str, float]:
@@ -80,7 +80,7 @@ def run(
         data, paths: names; see :func:`densreg.lab.data.load` and :mod:`densreg.paths`.
         scales: factors of the logits; 1 is as trained.
         steps, every: of each training, and between two measurements.
-        model: by default "mlp" for digits and the MNISTs, otherwise "resnet18".
+        model: by default that of the data set's entry.
         options: of :class:`densreg.lab.config.Config`.
 
     Returns:
@@ -100,11 +100,10 @@ def run(
     configs = {
         name: [
             # Not compiled: too short, and a graph for each path.
-            training.Config(out, name, model or default, path=path, compile=False, **options).complete()
+            training.Config(out, name, model or entry(name).model, path=path, compile=False, **options).complete()
             for path in dict.fromkeys(paths)
         ]
         for name in dict.fromkeys(data)
-        for default in ["mlp" if name in _SMALL else "resnet18"]
     }
     rows: list[dict[str, Any]] = []
     with runs.open_run(out, overwrite, [TABLE]) as folder, training.threads(options.get("threads")):

@@ -91,7 +91,7 @@ def test_options_are_the_configuration():
         ("--data folder --data-dir .", ". has no folders train and val (or test)"),
         ("--data svhn --data-dir .", "no usable SVHN in train_32x32.mat (there is no such file)"),
         ("--image-size 5", "--image-size is for --data synthetic, folder, waterbirds, celeba-hair"),
-        ("--schedule linear", "schedule must be constant, step or cosine, got 'linear'"),
+        ("--schedule linear", "schedule must be constant, step, cosine or warmup-cosine, got 'linear'"),
         ("--milestones 0.5", "milestones are for the schedule step"),
         ("--on-nonfinite skip", "on_nonfinite must be stop or record"),
         ("--resume --overwrite", "--resume continues a run and --overwrite replaces it: choose one"),

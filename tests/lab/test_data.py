@@ -92,7 +92,7 @@ def test_blockmnist(mnist_dir):
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_augmentation_draws_for_each_image_and_not_from_the_global_generator(flip):
-    images = torch.zeros(64, 3, 32, 32)
+    images = torch.zeros(512, 3, 32, 32)
     images[:, :, 16, 8] = 1
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -103,7 +103,12 @@ def test_augmentation_draws_for_each_image_and_not_from_the_global_generator(fli
     places = {tuple(image.nonzero()[0].tolist()) for image in one}
     assert len(places) > 30
     assert {column < 16 for _, _, column in places} == ({True, False} if flip else {True}), "flipped and not"
-    assert all(12 <= row <= 20 for _, row, _ in places)
+    assert {row for _, row, _ in places} == {*range(12, 21)}
+    columns = {*range(4, 13)}
+    assert {column for _, _, column in places} == (columns | {31 - column for column in columns} if flip else columns)
+    upright = data.CropAndFlip(flip)(torch.arange(32.0).expand(9, 1, 24, 32), torch.Generator().manual_seed(1))
+    steps = upright[:, 0, 12, 4:28].diff()  # where nothing is padded
+    assert steps.abs().unique().tolist() == [1], "columns stay in order, or are all reversed"
 
 
 def _numbered(n, transform=None):

@@ -45,6 +45,18 @@ def test_wrn28_10_is_the_published_one():
         assert model[:-3](torch.rand(2, 3, 32, 32)).shape == (2, 640, 8, 8)
 
 
+def test_resnet20_is_the_published_one():
+    """0.27M parameters (Table 6 of the paper, 10 classes), 19 convolutions and a linear layer, bare shortcuts."""
+    model = models.resnet20(10, (3, 32, 32))
+    assert sum(w.numel() for w in model.parameters()) == 269_722
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 19
+    assert model[:-3](torch.rand(2, 3, 32, 32)).shape == (2, 64, 8, 8)
+    x = torch.rand(2, 16, 4, 4)
+    shortcut = model[6].downsample(x)
+    assert torch.equal(shortcut[:, 8:24], x[:, :, ::2, ::2])
+    assert not shortcut[:, [*range(8), *range(24, 32)]].any()
+
+
 def test_wide_block_is_differentiated_twice_and_keeps_its_input():
     block = models._WideBlock(4, 4, 1)
     wider = models._WideBlock(4, 6, 2)

@@ -95,6 +95,49 @@ def test_table(command, tmp_path):
     assert str(tmp_path) not in json.dumps(about)
 
 
+def test_coefficients_are_chosen_on_held_out_images_and_measured_on_others(command, tmp_path):
+    """Two experiments in a call share their trainings; the second call takes what the first one chose."""
+    sizes = ("--set", "pgd.eps=0.5", "pgd.steps=2", "leakage.steps=2", "--methods", "standard", "density")
+    tried = ("--coeff", "density=0.1,0.2", "--config", "amp=none", "--budget", "30-epochs")
+    status, said = command("table1", *SMALL, *sizes, *tried, "--val-size", "40", "--out", "search")
+    assert status == 0, said
+    chosen = json.loads((tmp_path / "search" / "chosen.json").read_text())
+    best = chosen["blockmnist mlp"]["density"]["best"]
+    rows = {row["coeff"]: float(row["pgd l2_0.5"]) for row in _table(tmp_path / "search") if row["coeff"]}
+    assert rows[f"{best:g}"] == max(rows.values())
+    config = next(iter(json.loads((tmp_path / "search" / "config.json").read_text())["runs"].values()))
+    assert (config["schedule"], config["lr"], config["epochs"], config["amp"]) == ("warmup-cosine", 0.1, 1, "none")
+
+    status, said = command(
+        "table1", "table3", "--models", "mlp", *SMALL, *sizes, "--coeff-from", "search", "--out", "o"
+    )
+    assert status == 0, said
+    for name in ("table1", "table3"):
+        found = {(row["method"], row["coeff"]) for row in _table(tmp_path / "o" / name)}
+        assert found == {
+            ("standard", ""),
+            *(("density", f"{c:g}") for c in chosen["blockmnist mlp"]["density"].values()),
+        }
+
+
+def test_the_choice_of_a_coefficient():
+    def row(method, coeff, seed, clean, *attacked):
+        budgets = {f"pgd l2_{i}": value for i, value in enumerate(attacked)}
+        return {"data": "d", "model": "m", "method": method, "coeff": coeff, "accuracy clean": clean, **budgets}
+
+    standard = [row("standard", "", 0, 0.90, 0.1, 0.0), row("standard", "", 1, 0.92, 0.1, 0.0)]
+    mild = [row("density", 0.1, 0, 0.90, 0.4, 0.2), row("density", 0.1, 1, 0.91, 0.4, 0.2)]
+    middle = [row("density", 0.3, 0, 0.90, 0.5, 0.5), row("density", 0.3, 1, 0.90, 0.3, 0.1)]
+    strong = [row("density", 1.0, 0, 0.80, 0.7, 0.7), row("density", 1.0, 1, 0.80, 0.1, 0.7)]
+    rival = [row("hessian", 0.1, 0, 0.10, 0.1, 0.1)]
+    attack = reproduce.Measure("pgd", ("l2_*",))
+    table = [*standard, *mild, *middle, *strong, *rival]
+    assert reproduce.choose(table, attack) == {
+        "d m": {"density": {"best": 1.0, "gentle": 0.3}, "hessian": {"best": 0.1}}
+    }
+    assert reproduce.choose([*mild, *strong], attack) == {"d m": {"density": {"best": 1.0}}}, "nothing to compare with"
+
+
 def test_going_on(command, tmp_path, monkeypatch):
     """What is trained is not trained again, what is measured not measured again; what was killed goes on."""
     arguments = ("table1", *SMALL, "--methods", "density", "--set", "pgd.steps=2")
@@ -393,6 +436,9 @@ def test_every_experiment_can_be_asked_for(name):
         ("table1 --epochs 0", "epochs must lie in [1, 2^31), got 0"),
         ("table1 --models magic", "unknown model 'magic'"),
         ("table1 --out /dev/null", "--out /dev/null is a file"),
+        ("table1 --budget 40-epochs", "unknown budget '40-epochs'; expected one of paper, 30-epochs"),
+        ("table1 --coeff-from nowhere", "--coeff-from nowhere: expected the folder of a reproduce with --val-size"),
+        ("table1 fig9", "unknown experiment 'fig9'"),
     ],
 )
 def test_bad_requests(command, arguments, message):

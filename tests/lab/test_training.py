@@ -246,6 +246,17 @@ def test_schedules_are_torchs():
             {"schedule": "step", "milestones": (0.3, 0.8)},
             lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [9, 24]),
         ),
+        (
+            {"schedule": "warmup-cosine"},
+            lambda o: torch.optim.lr_scheduler.SequentialLR(
+                o,
+                [
+                    torch.optim.lr_scheduler.LinearLR(o, 1 / 6, total_iters=5),
+                    torch.optim.lr_scheduler.CosineAnnealingLR(o, 24),
+                ],
+                [6],
+            ),
+        ),
     ):
         config = Config("", lr=0.5, epochs=10, **options).complete()
         optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
@@ -734,7 +745,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
         ({"train_size": -1}, "train_size must lie in"),
         ({"seed": -1}, "seed must lie in"),
         ({"optimizer": "lion"}, "optimizer must be sgd, adam or adamw, got 'lion'"),
-        ({"schedule": "linear"}, "schedule must be constant, step or cosine, got 'linear'"),
+        ({"schedule": "linear"}, "schedule must be constant, step, cosine or warmup-cosine, got 'linear'"),
         ({"schedule": "step"}, "the schedule step needs milestones"),
         ({"schedule": "step", "milestones": (0.5, 1.5)}, r"milestones must be parts of the epochs.*got \(0\.5, 1\.5\)"),
         ({"milestones": (0.5,)}, "milestones are for the schedule step, got the schedule 'constant'"),

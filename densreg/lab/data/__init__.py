@@ -3,7 +3,7 @@
 from densreg.lab.data import arrays, folders  # noqa: F401  # they register their data sets
 from densreg.lab.data.blockmnist import null_tile, null_tiles, stack_null
 from densreg.lab.data.images import DataError, Files, read_image
-from densreg.lab.data.registry import DATA_SETS, Entry, Recipe, Request, entry, load, register
+from densreg.lab.data.registry import DATA_SETS, Entry, Recipe, Request, entry, load, register, taking
 from densreg.lab.data.splits import CONTENTS, CropAndFlip, DataSet, Split, batches, other_class, seeded
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "register",
     "seeded",
     "stack_null",
+    "taking",
 ]

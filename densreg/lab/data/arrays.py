@@ -37,7 +37,7 @@ def _split(
     return Split(images, labels)
 
 
-@register("digits", Recipe(epochs=30, optimizer="adam", lr=1e-3, batch_size=64))
+@register("digits", Recipe(epochs=30, optimizer="adam", lr=1e-3, batch_size=64), model="mlp")
 def digits(request: Request) -> DataSet:
     """scikit-learn's digits, 8x8, which need no files."""
     from sklearn.datasets import load_digits
@@ -76,13 +76,13 @@ def _mnist_splits(request: Request) -> tuple[Split, Split]:
     return splits[0], splits[1]
 
 
-@register("mnist", _MNIST_RECIPE)
+@register("mnist", _MNIST_RECIPE, model="mlp")
 def mnist(request: Request) -> DataSet:
     """MNIST."""
     return DataSet(request.name, *_mnist_splits(request), classes=10)
 
 
-@register("blockmnist", _MNIST_RECIPE)
+@register("blockmnist", _MNIST_RECIPE, model="mlp")
 def blockmnist(request: Request) -> DataSet:
     """MNIST's digits stacked with a null tile, 56x28."""
     train, test = _mnist_splits(request)

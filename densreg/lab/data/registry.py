@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from densreg.lab import runs
 from densreg.lab.data.images import DataError
@@ -78,6 +79,7 @@ class Entry:
         recipe: training defaults.
         classes, image_size: whether it takes --classes and --image-size.
         groups: names of the groups, where it has some; group ``2 y + a`` is class y with attribute a.
+        model: what ``densreg stability`` trains on it.
     """
 
     read: Callable[[Request], DataSet]
@@ -85,18 +87,24 @@ class Entry:
     classes: bool = False
     image_size: bool = False
     groups: tuple[str, ...] = ()
+    model: str = "resnet18"
 
 
 DATA_SETS: dict[str, Entry] = {}
 
 
+def taking(option: str) -> str:
+    """The data sets that take an option, ``classes`` or ``image_size``, in one line."""
+    return ", ".join(name for name, its in DATA_SETS.items() if getattr(its, option))
+
+
 def register(
-    name: str, recipe: Recipe, *, classes: bool = False, image_size: bool = False, groups: tuple[str, ...] = ()
+    name: str, recipe: Recipe, **known: Any
 ) -> Callable[[Callable[[Request], DataSet]], Callable[[Request], DataSet]]:
     """Register the decorated function as the reader of a data set; the arguments are those of :class:`Entry`."""
 
     def add(read: Callable[[Request], DataSet]) -> Callable[[Request], DataSet]:
-        DATA_SETS[name] = Entry(read, recipe, classes, image_size, groups)
+        DATA_SETS[name] = Entry(read, recipe, **known)
         return read
 
     return add
@@ -139,7 +147,6 @@ def load(
     known = entry(name)
     for option, value, takes in (("classes", classes, "classes"), ("image-size", image_size, "image_size")):
         if value is not None and not getattr(known, takes):
-            users = [other for other, its in DATA_SETS.items() if getattr(its, takes)]
-            raise DataError(f"--{option} is for --data {', '.join(users)}; {name} has its own")
+            raise DataError(f"--{option} is for --data {taking(takes)}; {name} has its own")
     request = Request(name, None if data_dir is None else Path(data_dir), download, augment, classes, image_size)
     return replace(known.read(request), groups=known.groups)

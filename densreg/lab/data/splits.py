@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -199,12 +200,13 @@ class CropAndFlip:
     flip: bool = True
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        from torchvision.transforms import v2
-
-        size = list(images.shape[-2:])
-        steps = [v2.RandomCrop(size, padding=max(size) // 8), *([v2.RandomHorizontalFlip()] if self.flip else [])]
-        transform = v2.Compose(steps)
-        # torchvision draws from the global generator; a batch must not depend on what else draws from it.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-            return torch.stack([transform(image) for image in images])
+        # All images at once: torchvision's transforms, one call for each image, took ten times as long.
+        count, _, height, width = images.shape
+        padding = max(height, width) // 8
+        top, left = torch.randint(2 * padding + 1, (2, count), generator=generator)
+        crops = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, by corner
+        images = crops[torch.arange(count), :, top, left]
+        if not self.flip:
+            return images
+        flipped = torch.rand(count, generator=generator) < 0.5
+        return torch.where(flipped[:, None, None, None], images.flip(3), images)

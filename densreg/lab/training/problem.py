@@ -281,12 +281,22 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return cls(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
 
 
+WARMUP = 0.2
+"""The part of the steps in which the learning rate rises, with the schedule warmup-cosine."""
+
+
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step (from 0): a function of the step, so that there is no state to save."""
     assert config.lr is not None
     assert config.epochs is not None
+    total = config.epochs * steps_per_epoch
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * step / (config.epochs * steps_per_epoch)))
+        return config.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+    if config.schedule == "warmup-cosine":
+        rising = max(1, round(WARMUP * total))
+        if step < rising:
+            return config.lr * (step + 1) / rising
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
     passed = [
         part for part in config.milestones or () if step // steps_per_epoch >= max(1, round(part * config.epochs))
     ]
