@@ -41,6 +41,7 @@ FEATURES = 512
 BATCHES = (128, 1024)
 CLASSES = (1000, 21_841, 100_000, 1_000_000)
 TRUNKS = ("none", "mlp")
+COLUMNS = ("naive", "taylor", "fused", "compiled", "head", "head compiled")
 COEFF = 1.0
 OFTEN_LOGITS = 10
 """Arrays of the logits' size that a path with logits has at its peak, at most."""
@@ -178,7 +179,7 @@ def measure(
     rows: int,
     classes: int,
     seconds: float | None,
-    columns: Iterable[str] | None = None,
+    columns: Iterable[str] = COLUMNS,
     device: str = "cpu",
     features: int = FEATURES,
     dtype: torch.dtype | None = None,
@@ -188,7 +189,7 @@ def measure(
 
     Args:
         seconds: of interleaved rounds; None to take the memory alone.
-        columns: only these, and products; None for all.
+        columns: only these, and products.
         dtype: of everything; None for float32.
         bound: of the relative error.
 
@@ -202,9 +203,11 @@ def measure(
     steps: dict[str, Callable[[], Any]] = {}
     torch.compiler.reset()
     about = {"trunk": trunk, "B": rows, "C": classes, "D": features}
+    if dtype is not None:
+        about["dtype"] = str(dtype).removeprefix("torch.")
     the_trunk, head, x, y = problem(trunk, rows, classes, features, device, dtype)
     for name, step in steps_of(the_trunk, head, x, y).items():
-        if columns is not None and name not in columns:
+        if name not in columns:
             continue
         needed = 2 * gradient + (0 if name.startswith("head") else OFTEN_LOGITS * item * rows * classes)
         found[name] = {}
@@ -257,7 +260,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--classes", type=int, nargs="+", default=list(CLASSES))
     parser.add_argument("--trunks", nargs="+", default=list(TRUNKS), choices=TRUNKS)
-    parser.add_argument("--columns", nargs="+", metavar="NAME", help="only these, and products")
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS, help="and products")
     parser.add_argument("--memory-only", action="store_true", help="take no times")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw memory against classes there (PNG)")
 
