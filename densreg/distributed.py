@@ -313,7 +313,7 @@ class _ShardedDensity(_Function):
         _, weight, bias, _, _, _, dtype, tile, need_score, need_mean, group = inputs
         rest, _, mean, score, correct, features, at, density, numbers = output
         ctx.options = (dtype, tile, group)
-        ctx.need_score = need_score
+        ctx.need_score, ctx.need_mean = need_score, need_mean
         ctx.save_for_backward(weight, bias, features, at, density, rest, score, numbers)
         ctx.set_materialize_grads(False)
         absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
@@ -327,6 +327,7 @@ class _ShardedDensity(_Function):
         # The same in all processes, whatever each of them differentiates.
         r, g = (torch.zeros_like(rest) if v is None else v for v in (r, g))
         u = torch.zeros_like(score) if u is None and ctx.need_score else u
+        q = torch.zeros_like(rest) if q is None and ctx.need_mean else q
         dot = None if u is None else (u.double() * score).sum(1)
         q = None if q is None else q / numbers[1]
         needs = list(ctx.needs_input_grad[:3])

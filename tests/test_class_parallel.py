@@ -237,6 +237,25 @@ def rows_case():
     return max(*errors, off(ours[1][shard] * WORLD, theirs[1][shard]))
 
 
+def different_terms_case():
+    """One process differentiates its cross-entropy, the others their penalty."""
+    sizes, rank = [3, 4, 4, 1], dist.get_rank()
+    trunk, weight, bias, x, y = head_problem(12, rows=8)
+    shard, part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])), slice(2 * rank, 2 * rank + 2)
+    my_x = x[part].detach().clone().requires_grad_()
+    head = [t[shard].detach().clone().requires_grad_() for t in (weight, bias)]
+    parameters = list(trunk.parameters())
+    of = densreg.distributed.linear_density_loss(trunk(my_x), *head, y[part], my_x, 0.3, label_smoothing=0.1)
+    grads = torch.autograd.grad(of[1 if rank == 0 else 2], parameters + head, materialize_grads=True, allow_unused=True)
+    logits = torch.nn.functional.linear(trunk(x), weight, bias)
+    (score,) = torch.autograd.grad(logits.logsumexp(1).sum(), x, create_graph=True)
+    ce = torch.nn.functional.cross_entropy(logits[:2], y[:2], label_smoothing=0.1, reduction="sum")
+    right = torch.autograd.grad((ce + score.norm(dim=1)[2:].sum()) / 8, [*parameters, weight, bias])
+    right = [*right[:-2], right[-2][shard], right[-1][shard]]
+    ours = [mean_of(g, None) for g in grads[: len(parameters)]] + list(grads[len(parameters) :])
+    return max(map(off, ours, right))
+
+
 def optimizer_case():
     """AdamW on a DTensor head trains it as one process does a plain one."""
     trunk, weight, _, x, y = head_problem(6, rows=8)
@@ -284,6 +303,7 @@ RIGHT = {
     "DTensor, no bias, a part of the processes": loss_case([4, 3], kind="dtensor", bias=False),
     "compiled": loss_case([5, 4], kind="compiled"),
     "rows": rows_case,
+    "different terms": different_terms_case,
     "optimizer": optimizer_case,
     "repeated": repeated_case,
 }
