@@ -230,8 +230,7 @@ def measure(
 def picture(rows: list[Row]) -> bytes:
     """Peak memory of a step against the number of classes, of the first trunk and batch, as PNG."""
     trunk, batch = rows[0]["case"]["trunk"], rows[0]["case"]["B"]
-    names = {"taylor": "with logits, taylor", "fused": "with logits, fused", "head": "linear head, without logits"}
-    names |= {"weight's gradient": "the weight's gradient alone"}
+    names = {"fused": "with logits", "head": "without logits", "weight's gradient": "the weight's gradient alone"}
     lines = {}
     for name, label in names.items():
         points = {
