@@ -175,7 +175,7 @@ def _pivot(rows: list[Row], quantity: Quantity) -> str | None:
     """Cases down, columns across; None where no column has this quantity."""
     found: dict[str, list[str]] = {}
     for name in _names(rows):
-        bases = {row["columns"][name].get("base") for row in rows if name in row["columns"]}
+        bases = {of["base"] for row in rows if "base" in (of := row["columns"].get(name, {}))}
         relative = quantity.value({"ratio": 1.0}) == 1.0
         if relative and bases == {name}:
             continue
