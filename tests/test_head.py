@@ -369,5 +369,5 @@ def test_hidden_changes_of_the_logits_are_seen():
     x = torch.randn(3, 4)
     assert head.find_head(objective._spec(), densreg.objective._batch_of(x, None)) is None
     objective.head = "head"
-    with pytest.raises(ValueError, match="it went through (mul_|__imul__)"):
+    with pytest.raises(ValueError, match=r"it went through (mul_|__imul__)"):
         objective(x, torch.tensor([0, 1, 2]))
