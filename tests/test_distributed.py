@@ -15,7 +15,12 @@ from densreg.lab import models
 
 ROOT = Path(__file__).parent.parent
 
-CASES = ((False, "fused"), (True, "fused"), (False, "directional"))  # compiled, path
+CASES = (  # compiled, path, head
+    (False, "fused", None),
+    (True, "fused", None),
+    (False, "directional", None),
+    (True, "fused", "3"),
+)
 
 LOOP = """
 import os, sys, torch, torch.distributed as dist
@@ -27,8 +32,8 @@ from test_distributed import CASES, batches, network
 other = os.fork()  # what takes long is imported once
 rank = int(other == 0)
 dist.init_process_group("gloo", init_method="file://{out}/store", rank=rank, world_size=2)
-for compiled, path in CASES:
-    objective = RegularizedObjective(network(), 0.5, compile=compiled, backend="aot_eager", path=path)
+for compiled, path, head in CASES:
+    objective = RegularizedObjective(network(), 0.5, compile=compiled, backend="aot_eager", path=path, head=head)
     model = DDP(objective)
     optimizer = torch.optim.SGD(objective.parameters(), 0.1)
     for x, y in batches():
@@ -37,7 +42,7 @@ for compiled, path in CASES:
         out.loss.backward()
         optimizer.step()
     if rank == 0:
-        torch.save(objective.model.state_dict(), f"{out}/{{compiled}}-{{path}}.pt")
+        torch.save(objective.model.state_dict(), f"{out}/{{compiled}}-{{path}}-{{head}}.pt")
     del model, out
 dist.destroy_process_group()
 if rank == 0:
@@ -81,7 +86,7 @@ def torchrun(*command: str, cwd: Path) -> subprocess.CompletedProcess:
 def test_own_loop(tmp_path):
     values = {"root": str(ROOT), "tests": str(ROOT / "tests"), "out": str(tmp_path)}
     finished(sys.executable, "-c", LOOP.format(**values), cwd=tmp_path)
-    for compiled, path in CASES:
+    for compiled, path, head in CASES:
         model = network()
         objective = RegularizedObjective(model, 0.5, compile=False, path=path)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -90,7 +95,7 @@ def test_own_loop(tmp_path):
             optimizer.zero_grad()
             objective(x, y).loss.backward()
             optimizer.step()
-        weights = torch.load(tmp_path / f"{compiled}-{path}.pt", weights_only=True)
+        weights = torch.load(tmp_path / f"{compiled}-{path}-{head}.pt", weights_only=True)
         assert list(weights) == list(model.state_dict()), "the bare model's keys"
         tolerance = 1e-13 if path == "fused" else 1e-6
         for w, old, other in zip(model.parameters(), before, weights.values(), strict=True):

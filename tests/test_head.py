@@ -80,18 +80,8 @@ def test_frozen(part):
     assert_same(*results)
 
 
-def test_penalty_alone_in_the_head():
-    """Its gradient in each layer, as the difference to a step of coefficient 0."""
-    results = []
-    for layer in ("6", None):
-        each = []
-        for coeff in (0.0, 1.0):
-            model = network()
-            densreg.RegularizedObjective(model, coeff, compile=False, head=layer)(*batch()).loss.backward()
-            each.append([w.grad for w in model.parameters()])
-        results.append([a - b for a, b in zip(each[1], each[0], strict=True)])
-    assert_same(*results)
-    assert results[0][-2].norm() > 1e-3
+def test_penalty_alone():
+    assert_penalty_as_with_logits(network(), *batch(), "6")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -235,12 +225,149 @@ def test_errors():
             densreg.RegularizedObjective(model, 0.5, compile=False, **options)
 
 
-def test_torchvision_models():
-    """The head of each kind of classifier is found; SqueezeNet, whose last layer is a convolution, has none."""
-    models = pytest.importorskip("torchvision").models
-    x = torch.randn(2, 3, 64, 64)
-    for name, expected in [("resnet18", "fc"), ("mobilenet_v3_small", "classifier.3"), ("squeezenet1_1", None)]:
-        model = models.get_model(name, num_classes=5).eval()
-        objective = densreg.RegularizedObjective(model, 0.5, compile=False)
-        found = head.find_head(objective._spec(), densreg.objective._batch_of(x, None))
-        assert found == expected, name
+# --------------------------------------------------------------------------------------------------------------------
+# other models
+
+
+def penalty_gradients(model, x, y, head):
+    """The penalty's gradient alone, as the difference to a step of coefficient 0."""
+    each = []
+    for coeff in (0.0, 1.0):
+        torch.manual_seed(2)
+        objective = densreg.RegularizedObjective(copy.deepcopy(model), coeff, compile=False, head=head)
+        objective(x, y).loss.backward()
+        each.append([torch.zeros_like(w) if w.grad is None else w.grad for w in objective.model.parameters()])
+    return [a - b for a, b in zip(each[1], each[0], strict=True)]
+
+
+def assert_penalty_as_with_logits(model, x, y, head):
+    ours, expected = (penalty_gradients(model, x, y, layer) for layer in (head, None))
+    size = max(g.abs().max() for g in expected)
+    assert size > 1e-8
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * float(size))
+
+
+def classifier(name):
+    """A model of torchvision's or timm's in float64, its head's name, and a batch."""
+    torch.manual_seed(0)
+    if name.startswith("timm:"):
+        model = pytest.importorskip("timm").create_model(name.removeprefix("timm:"), num_classes=11)
+    else:
+        options = {"init_weights": False} if name == "googlenet" else {}
+        model = pytest.importorskip("torchvision").models.get_model(name, num_classes=11, **options)
+    return model.double(), torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.tensor([3, 10])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "training"),
+    [
+        ("resnet18", "fc", True),
+        ("mobilenet_v3_small", "classifier.3", True),
+        ("timm:resnet10t", "fc", True),
+        ("timm:convnext_atto", "head.fc", False),
+        pytest.param("googlenet", "fc", True, marks=pytest.mark.slow),
+    ],
+)
+def test_models_of_libraries(name, expected, training):
+    """Also with auxiliary classifiers, whose logits are taken as they are."""
+    model, x, y = classifier(name)
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    objective = densreg.RegularizedObjective(model, 0.5, compile=False)
+    assert head.find_head(objective._spec(), densreg.objective._batch_of(x, None)) == expected
+    assert_penalty_as_with_logits(model, x, y, expected)
+
+
+def test_a_model_without_a_linear_head(monkeypatch):
+    """SqueezeNet's last layer is a convolution."""
+    monkeypatch.setattr("densreg.objective.AUTO_CLASSES", 1)
+    model, x, y = classifier("squeezenet1_1")
+    out = densreg.RegularizedObjective(model.eval(), 0.5, compile=False, head="auto")(x, y)
+    assert type(out).__name__ == "ObjectiveOutput"
+    with pytest.raises(ValueError, match=r"got 'classifier\.1', a Conv2d"):
+        densreg.RegularizedObjective(model, 0.5, compile=False, head="classifier.1")
+
+
+class Tied(nn.Module):
+    """A weight that is an embedding's too, or with ``layer`` another linear layer's."""
+
+    def __init__(self, layer=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.mix, self.head = nn.Embedding(7, 7), nn.Linear(7, 7), nn.Linear(7, 7, bias=False)
+        self.embedding.weight = self.head.weight
+        if layer:
+            self.mix.weight = self.head.weight
+
+    def forward(self, x, token):
+        return self.head(torch.tanh(self.mix(x * self.embedding(token))))
+
+
+def test_a_tied_head(monkeypatch):
+    torch.manual_seed(1)
+    data = (torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 6, 3, 3, 1]))
+    y = torch.tensor([2, 0, 6, 1, 1])
+    assert_penalty_as_with_logits(Tied().double(), data, y, "head")
+    with pytest.raises(ValueError, match="its weight was used 2 times"):
+        densreg.RegularizedObjective(Tied(layer=True).double(), 0.5, compile=False, head="head")(data, y)
+    monkeypatch.setattr("densreg.objective.AUTO_CLASSES", 1)
+    for layer, expected in ((False, "HeadOutput"), (True, "ObjectiveOutput")):
+        out = densreg.RegularizedObjective(Tied(layer).double(), 0.5, compile=False, head="auto")(data, y)
+        assert type(out).__name__ == expected
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_a_computed_weight_is_refused(kind, monkeypatch):
+    model = network()
+    getattr(nn.utils.parametrizations, kind)(model[-1])
+    with pytest.raises(ValueError, match=r"an nn\.Linear whose weight is a parameter, got '6'"):
+        densreg.RegularizedObjective(model, 0.5, compile=False, head="6")
+    monkeypatch.setattr("densreg.objective.AUTO_CLASSES", 1)
+    assert densreg.RegularizedObjective(model, 0.5, compile=False, head="auto")(*batch()).logits is not None
+
+
+def test_the_penalty_alone_without_logits():
+    model, (x, _) = network(), batch()
+    ours, expected = (densreg.RegularizedObjective(model, 0.5, compile=False, head=layer) for layer in ("6", None))
+    torch.testing.assert_close(ours.penalty(x), expected.penalty(x), rtol=1e-12, atol=0)
+
+
+def test_a_scaled_loss_and_accumulation():
+    """GradScaler's and two batches' gradients add up as they do with logits."""
+    results = []
+    for layer in ("6", None):
+        model = network(torch.float32)
+        objective = densreg.RegularizedObjective(model, 0.5, compile=False, head=layer)
+        scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(model.parameters(), 0.1)
+        for part in (slice(0, 3), slice(3, 6)):
+            x, y = (t[part] for t in batch(torch.float32))
+            out = objective(x, y, scaler.scale(torch.ones(())))
+            scaler.scale(out.loss).backward()
+        scaler.unscale_(optimizer)
+        results.append([w.grad.clone() for w in model.parameters()])
+    assert_same(*results, 2e-5)
+
+
+def test_hidden_changes_of_the_logits_are_seen():
+    """What changes the returned tensor in place is no head, though it is the tensor that the layer returned."""
+
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            logits = self.head(x)
+            logits *= 2
+            assert logits.shape[1] == 4
+            return logits
+
+    objective = densreg.RegularizedObjective(Scales(), 0.5, compile=False)
+    x = torch.randn(3, 4)
+    assert head.find_head(objective._spec(), densreg.objective._batch_of(x, None)) is None
+    objective.head = "head"
+    with pytest.raises(ValueError, match=r"it went through (mul_|__imul__)"):
+        objective(x, torch.tensor([0, 1, 2]))

@@ -233,6 +233,14 @@ def test_rows_without_logits():
     assert correct.sum() >= 9
 
 
+def test_an_ignored_target_is_not_correct():
+    """Not even where every logit is below 0, which stands for the logit that such a target does not have."""
+    h, weight, bias = torch.randn(3, 4), torch.randn(9, 4), torch.full((9,), -100.0)
+    y = F.linear(h, weight, bias).argmax(1)
+    y[1] = -100
+    assert densreg.linear_density_cross_entropy(h, weight, bias, y, tile=4)[2].tolist() == [True, False, True]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # masked classes, large logits, infinities
 
@@ -375,6 +383,19 @@ def test_fp16_products_neither_underflow_nor_overflow(size):
             assert off.max() < 2e-3 * b.abs().max(), name
         else:  # and the many small rows, but for what fp16 cannot hold
             assert (off <= 2e-3 * b.abs() + 2e-3 * b[100:].abs().max()).all()
+
+
+def test_fp16_products_of_very_many_classes_keep_their_digits():
+    """P and c are far below fp16's smallest normal number, 6e-5."""
+    classes = 200_000
+    h, weight = (torch.randn(4, 8) / 4).half(), (torch.randn(classes, 8) / 100).half()
+    y, u = torch.tensor([0, 7, 9, 3]), torch.randn(4, 8) / 10
+    found = []
+    for dtype in (torch.float16, f64):
+        a, w = (t.to(torch.float32 if dtype == torch.float16 else f64).requires_grad_() for t in (h, weight))
+        rest, own, _, score, _ = linear._LinearDensity.call(a, w, None, y, -100, dtype, 8192, True, False)
+        found.append(torch.autograd.grad(F.softplus(rest - own).sum() + (score * u).sum(), w)[0][10:])
+    assert error(found[0], found[1]) < 2 * HALF_ULP[torch.float16]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -86,6 +86,12 @@ class Config:
     path: str = _option("fused", _PENALTY, "how the density's score is computed", choices=(*paths.PATHS, "directional"))
     p: float = _option(2.0, _PENALTY, "order of the norm, 1 to inf", "P")
     coeff: float = _option(0.1, _PENALTY, "weight of the penalty; 0 trains without it", bound=_NONNEGATIVE)
+    head: str = _option(
+        "logits",
+        _MODEL,
+        "the last layer, linear: fused takes it without logits, for 20000 classes and more",
+        choices=("logits", "fused"),
+    )
     softplus: float | None = _option(None, _MODEL, "beta of a SoftPlus in place of every ReLU; by default ReLU", "BETA")
     adversarial: str = _option(
         "none",
@@ -191,6 +197,7 @@ class Config:
         """The name of the run directory where none is given."""
         names = [self.data, self.model, self.path if self.regularizer == "density" else self.regularizer]
         names += [f"p{self.p:g}", f"c{self.coeff:g}"]
+        names += ["fused-head"] if self.head == "fused" else []
         names += [f"softplus{self.softplus:g}"] if self.softplus is not None else []
         names += [f"{self.adversarial}{self.adversarial_eps or 0:g}"] if self.adversarial != "none" else []
         names += [f"dro{self.group_dro:g}"] if self.group_dro is not None else []

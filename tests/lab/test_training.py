@@ -444,6 +444,33 @@ def test_when_a_run_is_compiled(tmp_path):
     assert compiled(epochs=1, compile=True)
 
 
+def test_the_head_without_logits(tmp_path, capsys):
+    """It trains the same weights, is resumed bit for bit, and is measured as any run is."""
+    options = {"epochs": 2, "train_size": 128, "test_size": 40, "log_every": 1}
+    rows = fit(Config(str(tmp_path / "logits"), **options), progress=False)
+    capsys.readouterr()
+    ours = fit(Config(str(tmp_path / "whole"), head="fused", **options), progress=False)
+    assert capsys.readouterr().out.startswith(
+        "head fused: there are no logits, so the largest one in steps.csv is NaN\n"
+    )
+    for name in ("train_loss", "train_penalty", "test_ce", "test_penalty"):
+        assert ours[-1][name] == pytest.approx(rows[-1][name], rel=1e-4)
+    for name in ("train_accuracy", "test_accuracy"):
+        assert ours[-1][name] == pytest.approx(rows[-1][name], abs=0.02)
+    assert {row["largest_logit"] for row in _rows(tmp_path / "whole" / "steps.csv")} == {"nan"}
+    fit(Config(str(tmp_path / "parts"), head="fused", max_steps=3, **options), progress=False)
+    fit(Config(str(tmp_path / "parts"), head="fused", **options), progress=False, resume=True)
+    _same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(training.RunError, match="head"):
+        fit(Config(str(tmp_path / "logits"), head="fused", **options), progress=False, resume=True)
+
+
+def test_a_model_whose_last_layer_is_not_linear(tmp_path):
+    config = Config(str(tmp_path), data="synthetic", image_size=64, model="squeezenet1_1", head="fused")
+    with pytest.raises(models.ModelError, match=r"returns the output of an nn\.Linear, got 'squeezenet1_1'$"):
+        training.Problem(config.complete())
+
+
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     """It is an error that leaves no folder behind, unless it is said that both are meant."""
     config = Config(str(tmp_path / "run"), epochs=1, train_size=64, test_size=20)

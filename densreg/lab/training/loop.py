@@ -74,6 +74,8 @@ def _fit_here(
     with contextlib.ExitStack() as held:
         folder = Path(config.out)
         monitor = Monitor(problem, folder, progress, quiet)
+        if config.head == "fused":
+            monitor.say("head fused: there are no logits, so the largest one in steps.csv is NaN")
         if problem.note:
             monitor.say(f"{config.data}: {problem.note}")
         if problem.rank == 0:

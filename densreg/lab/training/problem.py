@@ -12,18 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from densreg import attacks, regularizers
+from densreg.head import find_head
 from densreg.lab import data, groups, models
 from densreg.lab.config import AMP, COMPILE_STEPS, Config
 from densreg.lab.training.distributed import processes
-from densreg.objective import RegularizedObjective
+from densreg.objective import HeadOutput, RegularizedObjective
 from densreg.regularizers import Regularizer
+from densreg.step import Batch
 
 PENALTY_SAMPLES = 1000
 """The test penalty is the mean over so many test images: it costs three forward passes, accuracy one."""
 
 
 class StepOutput(NamedTuple):
-    """Results of a training step, detached: means over the batch, the number of correct answers, the largest logit."""
+    """Results of a training step, detached: means over the batch, the number of correct answers, the largest logit.
+
+    Without logits the largest one is NaN.
+    """
 
     loss: Tensor
     ce: Tensor
@@ -59,8 +64,10 @@ def train_step(
         scaler.scale(out.loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    loss, logits, ce, penalty = (t.detach() for t in out)
-    largest, best = logits.max(1)
+    loss, ce, penalty = (t.detach() for t in (out.loss, out.ce, out.penalty))
+    if isinstance(out, HeadOutput):
+        return StepOutput(loss, ce, penalty, out.correct.sum(), torch.full_like(loss, math.nan))
+    largest, best = out.logits.detach().max(1)
     return StepOutput(loss, ce, penalty, (best == groups.classes(y)).sum(), largest.max())
 
 
@@ -85,7 +92,8 @@ def evaluate(
             y = y.to(device)
             out = objective(x.to(device, memory_format=memory_format), y)
             ce += out.ce.item() * len(y)
-            right.append((out.logits.argmax(1) == y).double().cpu())
+            correct = out.correct if isinstance(out, HeadOutput) else out.logits.argmax(1) == y
+            right.append(correct.double().cpu())
     some = split.first(PENALTY_SAMPLES)
     for x, y in data.batches(some, batch_size, workers=workers):
         penalty += objective.penalty(x.to(device, memory_format=memory_format), y.to(device)).item() * len(x)
@@ -170,12 +178,24 @@ class Problem:
             criterion=self.criterion,
             labels=groups.classes,
         )
+        if config.head == "fused":
+            self.objective.head = self._last_layer(smallest)
         self.module: nn.Module = self.objective
         if self.processes > 1:
             self.module = nn.parallel.DistributedDataParallel(self.objective)
             torch.manual_seed((config.seed + self.rank * 0x9E3779B97F4A7C15) % 2**63)  # each draws its own
         self.amp = AMP[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type) if self.amp == torch.float16 else None
+
+    def _last_layer(self, samples: int) -> str:
+        """The name of the linear layer whose output the model returns."""
+        x = torch.zeros(samples, *self.dataset.image_shape, device=self.device)
+        name = find_head(self.objective._spec(), Batch((x,), (0,), {}))
+        if name is None:
+            raise models.ModelError(
+                f"head fused: expected a model that returns the output of an nn.Linear, got {self.config.model!r}"
+            )
+        return name
 
     def _compiles(self) -> bool:
         """Whether the step is compiled: as the configuration says, or where that is likely to pay."""
