@@ -8,7 +8,7 @@ differs, and why no public name does. docs/contributing.md, "A new torch version
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any
@@ -209,6 +209,23 @@ def inductor_pass(own: CustomGraphPass) -> AbstractContextManager:
     if torch._inductor.config.post_grad_custom_pre_pass is not None:
         return contextlib.nullcontext()
     return torch._inductor.config.patch(post_grad_custom_pre_pass=own)
+
+
+def function_of(node: torch.fx.Node) -> type | None:
+    """The Function marked ``allow_in_graph`` that a node of Dynamo's graph calls, through a local function."""
+    if getattr(node.target, "__name__", None) != "trampoline_autograd_apply":
+        return None
+    return node.target.__closure__[0].cell_contents  # type: ignore[index, union-attr]
+
+
+def cacheable(functions: Iterable[Callable], key: str) -> AbstractContextManager:
+    """Context in which AOTAutograd's cache takes graphs that call these functions.
+
+    The key has to change whenever they do something else without a change in the graph.
+    """
+    names = (f"{function.__module__}.{function.__name__}" for function in functions)
+    marked = torch._inductor.config.unsafe_marked_cacheable_functions | dict.fromkeys(names, key)
+    return torch._inductor.config.patch(unsafe_marked_cacheable_functions=marked)
 
 
 def count(event: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import threading
@@ -11,12 +12,15 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from densreg import _torch, directional
+from densreg import _torch, directional, ops
+from densreg.functional import _Function
 from densreg.merge import MergeProducts
 from densreg.second_order import hardsigmoid_under_compile, of_a_graph
 from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, restore_buffers, save_buffers
@@ -138,22 +142,47 @@ class CheckedBackend:
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if any(_overrides_functions(t) for t in inputs):
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
-        graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
         # A plain step has no second order to lose.
         if self.penalized and any(
-            "autograd_function_apply" in str(node.target) for each in graphs for node in each.nodes
+            "autograd_function_apply" in str(node.target) for each in graphs for node in each.graph.nodes
         ):
             raise RuntimeError(
                 "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
                 "its class with torch.compiler.allow_in_graph"
             )
-        with self.stores(), _torch.inductor_pass(MergeProducts()):
+        with self.stores(), _torch.inductor_pass(MergeProducts()), _cacheable(graphs, inputs):
             return self.inner(graph, inputs)
 
     def __getattr__(self, name: str) -> Any:  # name, configuration, reset
         if name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+
+def _cacheable(graphs: Sequence[torch.fx.GraphModule], inputs: Sequence[Any]) -> AbstractContextManager:
+    """Context in which torch's caches take graphs that call densreg's Functions, which they do not look into.
+
+    Part of the key is therefore all else that decides what those calls become: densreg's code, and the backend.
+    """
+    called = set()
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            function = _torch.function_of(node)
+            if function is not None and issubclass(function, _Function):
+                node.target = function.in_graph
+                called.add(function.in_graph)
+        graph.recompile()
+    devices = sorted({t.device.type for t in inputs if isinstance(t, Tensor)})
+    return _torch.cacheable(called, f"{_sources()} {[ops.routes(device) for device in devices]}")
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of densreg's code, without that of its subpackages of which no graph is made."""
+    package = Path(__file__).parent
+    files = sorted(map(str, (*package.glob("*.py"), *package.glob("ops/*.py"))))
+    return _torch.get_hash_for_files(tuple(files)).hex()
 
 
 def _overrides_functions(t: Any) -> bool:

@@ -22,6 +22,17 @@ from densreg import _torch, ops
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def _in_graph(function: type[Function]) -> Any:
+    """``function.apply`` under a name of its own, which is part of the key by which torch caches a compiled graph."""
+
+    def in_graph(*args):
+        return function.apply(*args)
+
+    in_graph.__module__, in_graph.__name__ = function.__module__, f"{function.__name__}_in_graph"
+    in_graph.__qualname__ = f"{function.__qualname__}.in_graph"
+    return staticmethod(in_graph)
+
+
 class _Function(Function):
     """A Function for torch.func and torch.compile (``setup_context``), which eager calls reach by a shorter way.
 
@@ -35,9 +46,11 @@ class _Function(Function):
 
     twin: type[Function]
     plain: Callable[..., Any]
+    in_graph: Callable[..., Any]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        cls.in_graph = _in_graph(cls)
 
         def forward(ctx, *args):
             output = cls.forward(*args)

@@ -10,7 +10,7 @@ Notation: logits ``f [B, C]``, row maximum ``m``, ``s = sum_i exp(f_i - m)``; ``
 
 from densreg.ops.extension import build_info, instruction_set
 from densreg.ops.pnorm import pnorm, pnorm_backward
-from densreg.ops.registry import BACKENDS, OPERATORS, backend, calls, describe, preferred, unavailable_reason
+from densreg.ops.registry import BACKENDS, OPERATORS, backend, calls, describe, preferred, routes, unavailable_reason
 from densreg.ops.rows import accumulation_dtype, per_row
 from densreg.ops.softmax import softmax, softmax_backward
 
@@ -27,6 +27,7 @@ __all__ = [
     "pnorm",
     "pnorm_backward",
     "preferred",
+    "routes",
     "softmax",
     "softmax_backward",
     "unavailable_reason",

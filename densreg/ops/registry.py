@@ -241,6 +241,11 @@ def describe(device: str) -> str:
     return ", ".join(said) + (f" ({reasons})" if reasons else "")
 
 
+def routes(device: str) -> str:
+    """What serves tensors of a type of device now: the backend that is forced, if any, and :func:`describe`."""
+    return f"{_forced} {describe(device)}"
+
+
 def _reasons(device: str, operator: str | None = None) -> str:
     """Why the backends for a type of device are not available, or do not serve an operator."""
     reasons = []

@@ -1,0 +1,118 @@
+"""torch's caches of compiled steps: what they take, and that nothing is taken from them that has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import densreg
+from densreg import compiling, functional, second_order
+from densreg.compiling import CheckedBackend
+
+pytestmark = pytest.mark.compile
+
+TESTS = Path(__file__).parent
+
+STEPS = """
+import json, sys, torch
+from reference import by_autograd, gradients, nothing
+from torch import nn
+from densreg import RegularizedObjective, compiling
+
+def step(p=2.0):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 2])
+    expected = by_autograd(model, x, y, 1.0, p, nothing)[1]
+    RegularizedObjective(model, 1.0, p=p, criterion=nothing)(x, y).loss.backward()
+    pairs = zip(gradients(model), expected, strict=True)
+    error = max(float((g - e).norm()) for g, e in pairs) / max(float(e.norm()) for e in expected)
+    return dict(torch._dynamo.utils.counters["aot_autograd"]), error
+
+steps = [step()]
+if sys.argv[1] == "changes":
+    steps.append(step(p=1.0))
+    compiling._sources = lambda: "another version"
+    steps.append(step())
+print(json.dumps(steps))
+"""
+
+
+@pytest.mark.long
+def test_another_process_takes_the_step_from_the_cache(tmp_path):
+    """Unless the order of the norm or densreg's code is another; and what it takes has the right second order."""
+    environment = {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))), "PYTHONHASHSEED": "random"}
+    found = []
+    for what in ("first", "changes"):
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS, what],
+            env={**os.environ, **environment, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
+        found += json.loads(done.stdout.splitlines()[-1])
+    outcomes = [
+        {word for word in ("hit", "miss", "bypass") if f"autograd_cache_{word}" in counts} for counts, _ in found
+    ]
+    assert outcomes == [{"miss"}, {"hit"}, {"miss"}, {"miss"}]
+    assert max(error for _, error in found) < 1e-10
+
+
+@torch.compiler.allow_in_graph
+class _Users(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_only_densregs_functions_are_said_to_be_cacheable(fresh_dynamo):
+    """And the key says which backend serves them; a Function of the user's may change at any time."""
+    seen = []
+
+    def keep(graph, inputs):
+        targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+        seen.append((targets, torch._inductor.config.unsafe_marked_cacheable_functions))
+        return graph.forward
+
+    conv, x = nn.Conv2d(1, 2, 2), torch.randn(2, 1, 3, 3)
+
+    def step(x):
+        with densreg.fast_second_order():
+            return densreg.log_density(_Users.apply(conv(x)).flatten(1))
+
+    for backend in ("cpu", "torch"):
+        torch._dynamo.reset()
+        with densreg.backend(backend):
+            torch.compile(step, backend=CheckedBackend(None, keep, True), fullgraph=True)(x)
+    (targets, marked), (_, otherwise) = seen
+    ours = {second_order._Conv.in_graph, functional._Softmax.in_graph}
+    assert ours <= targets
+    assert set(marked) == {f"{f.__module__}.{f.__name__}" for f in ours}
+    assert any("trampoline" in target.__name__ for target in targets)
+    assert set(marked) == set(otherwise)
+    assert not set(marked.values()) & set(otherwise.values())
+
+
+def test_the_key_has_the_sources_of_what_a_graph_is_made_of(monkeypatch):
+    monkeypatch.setattr(compiling._torch, "get_hash_for_files", lambda files: "\n".join(files).encode())
+    names = {Path(file).name for file in bytes.fromhex(compiling._sources.__wrapped__()).decode().splitlines()}
+    assert {"functional.py", "second_order.py", "linear.py", "step.py", "softmax.py", "pnorm.py"} <= names
