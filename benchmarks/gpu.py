@@ -8,6 +8,7 @@ Stages, in order of value; each is a process of its own, so that a crash or an i
     tests      the operators' tests and tests/test_gpu.py on CUDA tensors, every backend that is there
     kernels    the operators at sizes past the L2, long rows first, by every backend, torch and torch.compile
     paths      the paths at the logits and through a linear head, for 10 to 1,000,000 classes (class_counts.py)
+    heads      steps through a linear head of 100,000 and 1,000,000 classes, with logits and without (linear_head.py)
     steps      whole training steps: plain, the paper's paths in eager, compiled, the objective (steps.py)
     epochs     an epoch of CIFAR-100 by every path, 12,800 images timed (test_epoch.py)
     training   short trainings by `densreg train`: plain and the objective
@@ -57,7 +58,7 @@ from densreg import ops
 from densreg.lab import training
 from densreg.lab.runs import write_atomically
 
-from . import class_counts, steps, test_epoch
+from . import class_counts, linear_head, steps, test_epoch
 from .records import Row, tables
 from .timing import WrongResult, copies_past_cache, environment, interleave, peak_bytes, summarize, synchronize
 
@@ -277,6 +278,21 @@ def paths(options: argparse.Namespace) -> Work:
         )
 
 
+def heads(options: argparse.Namespace) -> Work:
+    seconds = 0.0 if options.dry_run else 2.0
+    for rows, classes, features in (
+        ((4, 40, 8),) if options.dry_run else ((1024, 100_000, 512), (1024, 1_000_000, 2048))
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            size: dict[str, Any] = {
+                "features": features,
+                "dtype": dtype,
+                "bound": 0.05 if dtype == torch.bfloat16 else 1e-4,
+            }
+            measure = functools.partial(linear_head.measure, "none", rows, classes, seconds, device=_device(), **size)
+            yield f"head {rows}x{classes}x{features} {dtype}", measure
+
+
 def warm(name: str, column: str, dry_run: bool) -> None:
     """The first call of a compiled step: what it takes to compile is then in inductor's cache on disk."""
     torch.backends.cudnn.allow_tf32 = False  # as in the stage
@@ -471,6 +487,7 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], Work], int]] = {
     "tests": (tests, 180),
     "kernels": (kernels, 150),
     "paths": (paths, 120),
+    "heads": (heads, 120),
     "steps": (steps_stage, 300),
     "epochs": (epochs, 150),
     "training": (trainings, 150),

@@ -111,6 +111,11 @@ SUITES = {
         "The whole penalty of 64 features through a linear layer: logits, score, norm, and the penalty's gradient in "
         "the weights. fused is densreg's in eager mode; compiled is the formula by hand, with no autograd left in it.",
     ),
+    "linear-head": Suite(
+        "A linear head of many classes, whole steps",
+        "Cross-entropy, penalty and all gradients: from logits by naive, taylor and fused, in eager, and compiled; and "
+        "without logits, head. products: the linear head's own matrix products and nothing else.",
+    ),
     "kernels": Suite("Operators", "p = 2, on tensors past the caches, in CUDA graphs; copy: of one such tensor."),
     "small": Suite(
         "Compiled steps of a small MLP", "28 x 28 pixels; times include launches and Python."

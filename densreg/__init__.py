@@ -3,7 +3,7 @@
 from densreg import distributed as distributed
 from densreg.functional import density_cross_entropy, log_density, log_softmax_difference, pnorm
 from densreg.linear import linear_density_cross_entropy, linear_density_loss, linear_log_density
-from densreg.objective import ObjectiveOutput, RegularizedObjective
+from densreg.objective import HeadOutput, ObjectiveOutput, RegularizedObjective
 from densreg.ops import backend
 from densreg.paths import input_score
 from densreg.penalty import DensityPenalty, density_loss, density_penalty
@@ -12,6 +12,7 @@ from densreg.version import __version__
 
 __all__ = [
     "DensityPenalty",
+    "HeadOutput",
     "ObjectiveOutput",
     "RegularizedObjective",
     "__version__",

@@ -452,8 +452,18 @@ def _linear_density(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # public
 
 
-def check_head(h: Tensor, weight: Tensor, bias: Tensor | None, tile: int | None = None, least_classes: int = 1) -> None:
-    """Raise TypeError or ValueError unless features h [B, D], weight [C, D] and bias [C] fit each other."""
+def check_head(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: int | None = None,
+    least_classes: int = 1,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise TypeError or ValueError unless features h [B, D], weight [C, D] and bias [C] fit each other.
+
+    ``dtype`` of the products: where it is given, the tensors need not have one.
+    """
     for name, t in (("h", h), ("weight", weight), ("bias", bias)):
         if name == "bias" and t is None:
             continue
@@ -465,7 +475,7 @@ def check_head(h: Tensor, weight: Tensor, bias: Tensor | None, tile: int | None 
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
         if t.device != h.device:
             raise ValueError(f"{name}: expected the device of h, {h.device}, got {t.device}")
-        if t.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
+        if t.dtype != h.dtype and dtype is None and not torch.is_autocast_enabled(h.device.type):
             raise TypeError(f"{name}: expected the dtype of h, {h.dtype}, got {t.dtype} (outside of autocast)")
     if h.ndim != 2:
         raise ValueError(f"h: expected features of shape [batch, features], got {list(h.shape)}")
@@ -487,9 +497,11 @@ def product_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if narrowed else dtype
 
 
-def _head(h, weight, bias=None, target=None, ignore_index=-100, need_score=False, need_mean=False, tile=None):
+def _head(
+    h, weight, bias=None, target=None, ignore_index=-100, need_score=False, need_mean=False, tile=None, dtype=None
+):
     """(rest, own, mean, score, correct), differentiable."""
-    options = (product_dtype(h, weight), tile_size(h) if tile is None else tile, need_score, need_mean)
+    options = (dtype or product_dtype(h, weight), tile_size(h) if tile is None else tile, need_score, need_mean)
     return _linear_density(h, weight, bias, target, ignore_index, *options)
 
 
@@ -629,7 +641,7 @@ def linear_density_loss(
 def check_free_of(xs: tuple[Tensor, ...], **head: Tensor | None) -> None:
     """Raise ValueError where one was computed from an input: the score goes through the features alone."""
     for name, t in head.items():
-        if t is not None and t.requires_grad and not t.is_leaf:
+        if xs and t is not None and t.requires_grad and not t.is_leaf:
             found = torch.autograd.grad(t, xs, torch.zeros_like(t), retain_graph=True, allow_unused=True)
             if any(g is not None for g in found):
                 raise ValueError(
@@ -663,12 +675,16 @@ def linear_loss_and_correct(
     class_weight=None,
     margin=None,
     tile=None,
+    dtype=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`linear_density_loss`, and whether the target is the largest, [B]."""
+    """:func:`linear_density_loss`, and whether the target is the largest, [B]; without x the penalty is NaN.
+
+    ``dtype`` of the products, for a caller that has turned autocast off.
+    """
     penalty._check_coeff(coeff)
     p = functional.check_order(p)
-    check_head(h, weight, bias, tile)
-    xs = paths.check_inputs(h, x)
+    check_head(h, weight, bias, tile, dtype=dtype)
+    xs = () if x is None else paths.check_inputs(h, x)
     check_free_of(xs, weight=weight, bias=bias)
     functional.check_target(h, target, label_smoothing, ignore_index)
     ignored, classes = target == ignore_index, len(weight)
@@ -679,10 +695,11 @@ def linear_loss_and_correct(
         if label_smoothing:
             raise ValueError("class_weight together with label_smoothing: expected one of them, got both")
         counts = class_weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0)
-    rest, own, mean, score, correct = _head(
-        h, weight, bias, target, ignore_index, need_score=True, need_mean=label_smoothing > 0, tile=tile
-    )
+    options = (ignore_index, x is not None, label_smoothing > 0, tile, dtype)
+    rest, own, mean, score, correct = _head(h, weight, bias, target, *options)
     ce = cross_entropy_rows(rest, own, mean, ignored, classes, label_smoothing, margin)
     cross_entropy = ((ce * counts).sum() / counts.sum()).to(row_dtype(h, weight))
+    if x is None:
+        return cross_entropy, cross_entropy, torch.full_like(cross_entropy, math.nan), correct
     of_x = penalty_of_score(h, xs, score, classes, p)
     return cross_entropy + coeff * of_x, cross_entropy, of_x, correct

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from densreg import _torch, directional, functional, paths, regularizers
 from densreg._torch import tree_map
 from densreg.compiling import CompiledStep
+from densreg.head import AUTO_CLASSES, check_name, find_head, head_step, log_density_without_logits, without_gradients
 from densreg.paths import Inputs
 from densreg.regularizers import REGULARIZERS, Density, Regularizer, trait
 from densreg.second_order import fast_second_order
@@ -60,6 +62,23 @@ class ObjectiveOutput(NamedTuple):
     penalty: Tensor
 
 
+class HeadOutput(NamedTuple):
+    """:class:`ObjectiveOutput` of an objective with ``head``, whose last layer is taken without logits.
+
+    Attributes:
+        loss, ce, penalty: as there.
+        logits: [B, C] where they were asked for, ``objective(x, y, logits=True)``, else None.
+        correct: [B] bool, whether the target's logit is larger than every other: the accuracy is its mean. An ignored
+            target is not correct.
+    """
+
+    loss: Tensor
+    logits: Tensor | None
+    ce: Tensor
+    penalty: Tensor
+    correct: Tensor
+
+
 class _AttachGradients(Function):
     """Attaches precomputed gradients to a loss; its backward returns them, times the incoming gradient."""
 
@@ -94,8 +113,8 @@ class _NoGradient(Function):
     @staticmethod
     def forward(ctx, values, *parameters):
         ctx.set_materialize_grads(False)
-        logits, *scalars = values
-        return logits.detach(), *[t.as_subclass(_Scalar) for t in scalars]
+        logits, ce, penalty, *others = values
+        return logits.detach(), ce.as_subclass(_Scalar), penalty.as_subclass(_Scalar), *others
 
     @staticmethod
     def backward(ctx, *incoming):
@@ -196,6 +215,10 @@ class RegularizedObjective(nn.Module):
             each sample, target [B] int64.
         labels: target -> [B] int64 classes, for targets that hold more than them, beside a criterion that takes them.
         penalized: of several inputs the ones that are penalized, by position or name; None are all floating point ones.
+        head: the model's last layer, an nn.Linear or its name, to be taken without logits [B, C]: for very many classes
+            (:mod:`densreg.linear`). The model must return its output untouched, and criterion, output, fraction, path
+            and regularizer be the defaults. The output is a :class:`HeadOutput`. "auto": the layer that is the last in
+            the first batch, where all of that holds and its classes are at least ``densreg.head.AUTO_CLASSES``.
 
     Raises:
         TypeError, ValueError: what was given and what was expected.
@@ -211,6 +234,7 @@ class RegularizedObjective(nn.Module):
     output: Callable[[Any], Tensor] | None
     labels: Callable[[Any], Tensor]
     penalized: tuple[int | str, ...] | None
+    head: str | None
     central: bool
     compiled: bool
     mode: str | None
@@ -233,6 +257,7 @@ class RegularizedObjective(nn.Module):
         regularizer: str | Regularizer = "density",
         labels: Callable[[Any], Tensor] | None = None,
         penalized: int | str | Sequence[int | str] | None = None,
+        head: str | nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -249,6 +274,8 @@ class RegularizedObjective(nn.Module):
         options |= {"compiled": compile, "mode": mode, "backend": backend}
         self._set({name: _checked(name, given) for name, given in options.items()})
         self._set(_penalty_options(p, path, regularizer))
+        self._set({"head": check_name(self.model, head)})
+        self._head = self._head_to_take()
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = self._compile()
@@ -276,6 +303,8 @@ class RegularizedObjective(nn.Module):
             options = {"p": self.p, "path": self.path, name: value}
             options["regularizer"] = self.regularizer.name if anew else self.regularizer
             self._change(_penalty_options(**options))
+        elif name == "head":
+            self._change({name: check_name(self.model, value)})
         elif name in _OPTIONS:
             self._change({name: _checked(name, value)})
         else:
@@ -286,9 +315,11 @@ class RegularizedObjective(nn.Module):
         self._set(options)
         if "_compiled_step" in self.__dict__:
             try:
+                self._head = self._head_to_take()
                 self._compiled_step = self._compile()  # anew, so that nothing in it is of before
             except Exception:
                 self._set(before)
+                self._head = self._head_to_take()
                 raise
             self._checks = DifferenceChecks()
             self._value_checked = False
@@ -304,7 +335,34 @@ class RegularizedObjective(nn.Module):
         """The step as one graph, or None where it runs in eager."""
         if not self.compiled or self.path == "directional":
             return None
-        return CompiledStep(whole_step, self.mode, self.backend, penalized=self.interval is not None)
+        step: Any = whole_step if self._head in (None, "auto") else head_step
+        return CompiledStep(step, self.mode, self.backend, penalized=self.interval is not None)
+
+    def _head_to_take(self) -> str | None:
+        """The name of the layer that is taken without logits, "auto" where the first batch has to tell, or None."""
+        if self.head is None:
+            return None
+        for name, expected in (
+            *(("criterion", None), ("output", None), ("fraction", 1.0), ("path", "fused")),
+            ("regularizer", Density(self.p)),
+        ):
+            given = getattr(self, name)
+            if given != expected:
+                if self.head == "auto":
+                    return None
+                raise ValueError(f"head: expected {name}={expected!r} beside it, got {given!r}")
+        return check_name(self.model, self.head)
+
+    def _with_head(self, spec: StepSpec, batch: Batch) -> StepSpec:
+        """The spec with its head, if it has one."""
+        if self._head == "auto":
+            name = find_head(spec, batch)
+            large = name is not None and cast(nn.Linear, spec.model.get_submodule(name)).out_features >= AUTO_CLASSES
+            self._head = name if large else None
+            self._compiled_step = self._compile()
+        if self._head is None:
+            return spec
+        return spec._replace(head=cast(nn.Linear, spec.model.get_submodule(self._head)))
 
     def _spec(self) -> StepSpec:
         return StepSpec(
@@ -323,8 +381,12 @@ class RegularizedObjective(nn.Module):
     # Inside of a torch.compile'd function it is left to itself; with fullgraph=True that is an error with this reason.
     @torch.compiler.disable(reason="RegularizedObjective compiles its own step: call it outside of torch.compile")
     def forward(
-        self, x: Inputs | Mapping[str, Any], target: Any, loss_scale: float | Tensor | None = None
-    ) -> ObjectiveOutput:
+        self,
+        x: Inputs | Mapping[str, Any],
+        target: Any,
+        loss_scale: float | Tensor | None = None,
+        logits: bool = False,
+    ) -> ObjectiveOutput | HeadOutput:
         """The penalized loss of a batch.
 
         Args:
@@ -338,6 +400,7 @@ class RegularizedObjective(nn.Module):
                 :class:`torch.amp.GradScaler`, ``scaler.scale(torch.ones((), device=x.device))``, by which the loss is
                 multiplied before it is differentiated. ``out.loss`` and its gradients are unscaled by it again, so
                 that ``scaler.scale(out.loss).backward()`` follows as usual.
+            logits: with ``head``, whether to compute them too, without graph.
 
         Raises:
             TypeError, ValueError: what was given and what was expected.
@@ -348,8 +411,12 @@ class RegularizedObjective(nn.Module):
         for module in (self, self.model):  # fully_shard may have come after the constructor
             _check_unsharded(module)
         batch = _batch_of(x, self.penalized)
-        spec = self._spec()
+        spec = self._with_head(self._spec(), batch)
         if not torch.is_grad_enabled():
+            if spec.head is not None:
+                h, ce, correct = without_gradients(spec, batch, target)
+                given = F.linear(h, spec.head.weight, spec.head.bias) if logits else None
+                return HeadOutput(ce, given, ce, torch.full_like(ce, float("nan")), correct)
             outputs = classify(spec, batch)
             with torch.autocast(batch.xs[0].device.type, enabled=False):
                 ce = loss_of(spec, outputs, target)
@@ -384,7 +451,13 @@ class RegularizedObjective(nn.Module):
             values = [t.clone() for t in values]
             gradients = [g if g is None else g.clone() for g in gradients]
         loss = _AttachGradients.apply(values[0], factor, gradients, *spec.trained)
-        return ObjectiveOutput(loss, *_NoGradient.apply(values[1:], *spec.trained))
+        if spec.head is not None and logits:
+            with torch.no_grad():
+                values[1] = F.linear(values[1], spec.head.weight, spec.head.bias)
+        of_batch, ce, penalty, *correct = _NoGradient.apply(values[1:], *spec.trained)
+        if spec.head is None:
+            return ObjectiveOutput(loss, of_batch, ce, penalty)
+        return HeadOutput(loss, of_batch if logits else None, ce, penalty, correct[0])
 
     @torch.inference_mode(False)  # under which there are no gradients either
     @torch.enable_grad()
@@ -395,16 +468,20 @@ class RegularizedObjective(nn.Module):
             x: as in :meth:`forward`.
             target: as there; the density penalty needs none. What is random in others is drawn from a fixed seed.
         """
-        spec = self._spec()
         batch = leaves(detached_batch(_batch_of(x, self.penalized)))
+        spec = self._with_head(self._spec(), batch)
         target = tree_map(detached, target)
         saved = save_buffers(spec)
         try:
             if not trait(self.regularizer, "first_order"):
                 return _penalty_of_rival(spec, batch, target)
-            logits = classify(spec, batch, buffers_of(spec.model))[0][1]
-            with torch.autocast(logits.device.type, enabled=False):
-                score = score_without_graph(functional.log_density(logits), batch.xs, [*spec.trained, *batch.xs])
+            buffers = buffers_of(spec.model)
+            if spec.head is not None:
+                log_density = log_density_without_logits(spec, batch, buffers)
+            else:
+                log_density = functional.log_density(classify(spec, batch, buffers)[0][1])
+            with torch.autocast(log_density.device.type, enabled=False):
+                score = score_without_graph(log_density, batch.xs, [*spec.trained, *batch.xs])
                 return directional.dual_direction(score, self.p)[0].mean()
         finally:
             restore_buffers(saved)
@@ -461,17 +538,18 @@ class RegularizedObjective(nn.Module):
             self._interacting[mode] = samples_interact(spec, batch)
         return self._interacting[mode]
 
-    def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> StepResult:
+    def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> Any:
         if self._compiled_step is not None:
             return self._compiled_step(spec, *args, **kwargs)
         with _torch.without_gradient_hooks(spec.trained):
-            return (directional_step if self.path == "directional" else whole_step)(spec, *args, **kwargs)
+            step: Any = directional_step if self.path == "directional" else whole_step
+            return (step if spec.head is None else head_step)(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"head": None, "_head": None, "_one": None, **state})  # older ones have no head
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:

@@ -41,6 +41,7 @@ class StepSpec(NamedTuple):
         trained: the parameters whose gradients are computed.
         one_read: whether one read of the logits gives the cross-entropy and the penalty.
         checks: of the directional step.
+        head: the last layer, where it is taken without logits: see :mod:`densreg.head`.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class StepSpec(NamedTuple):
     central: bool
     trained: list[nn.Parameter]
     checks: DifferenceChecks
+    head: nn.Linear | None = None
 
 
 class StepResult(NamedTuple):

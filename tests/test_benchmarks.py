@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import densreg
 from benchmarks import __main__ as command
-from benchmarks import class_counts, compare, gpu, records, report, steps, test_epoch, test_growth, timing
+from benchmarks import class_counts, compare, gpu, linear_head, records, report, steps, test_epoch, test_growth, timing
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -112,6 +114,34 @@ def test_a_path_served_by_another_backend_is_not_timed(monkeypatch):
     monkeypatch.setattr(class_counts, "api", elsewhere)
     with pytest.raises(timing.WrongResult, match=r"api: expected \[.*softmax/cpu.*got .*softmax/torch"):
         class_counts.measure(4, 10, 0)
+
+
+@pytest.fixture
+def _without_inductor(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.mark.usefixtures("_without_inductor", "fresh_dynamo")
+def test_linear_heads(monkeypatch, tmp_path):
+    rows = [linear_head.measure("mlp", 3, classes, 0, features=8) for classes in (20, 40)]
+    rows += [linear_head.measure("none", 3, 30, None, ["head"], features=8, dtype=torch.bfloat16, bound=0.05)]
+    assert rows[0]["columns"].keys() == {*linear_head.COLUMNS, "products", "weight's gradient"}
+    for name in linear_head.COLUMNS:
+        assert rows[0]["columns"][name].keys() >= {"seconds", "ratio", "peak_bytes", "error"}
+        assert rows[0]["columns"][name]["error"] < 1e-6
+    assert "seconds" not in rows[2]["columns"]["head"]
+    assert rows[2]["case"]["dtype"] == "bfloat16"
+    assert "| mlp | 3 | 20 | 8 |" in "\n".join(records.tables(rows[:2]))
+    assert linear_head.picture(rows[:2]).startswith(b"\x89PNG")
+    # The gradient of the penalty alone lost: 1 of 3 terms of the weight's.
+    monkeypatch.setattr(
+        densreg, "linear_density_loss", lambda h, w, b, y, x, coeff: (F.cross_entropy(F.linear(h, w, b), y),)
+    )
+    with pytest.raises(timing.WrongResult, match=r"head: expected an error below 1e-04, got"):
+        linear_head.measure("mlp", 3, 20, 0, ["head"], features=8)
+    monkeypatch.setattr(linear_head, "free_bytes", lambda device: 30_000)
+    columns = linear_head.measure("none", 3, 200, 0, ["taylor"], features=8)["columns"]
+    assert columns["taylor"] == {"note": "B = 3, C = 200: left out, needs about 0 GiB"}
 
 
 def test_an_overflow_that_is_not_naives_fails(monkeypatch):
@@ -269,7 +299,8 @@ def test_every_command_says_what_it_does(name, capsys):
         command.main([name, "--help"])
     said = capsys.readouterr().out
     assert f"python -m benchmarks {name}" in said
-    module = {"class-counts": class_counts, "compare": compare, "gpu": gpu, "report": report, "steps": steps}.get(name)
+    module = {"class-counts": class_counts, "compare": compare, "gpu": gpu, "report": report, "steps": steps}
+    module = {**module, "linear-head": linear_head}.get(name)
     for option in module.SHARED if module else ("json",):
         assert f"--{option}" in said
 

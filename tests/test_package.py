@@ -35,6 +35,7 @@ LIBRARY = (
     "directional",
     "merge",
     "step",
+    "head",
     "compiling",
     "objective",
 )

@@ -1,0 +1,183 @@
+"""The step of a model whose last layer is linear, without its logits: :mod:`densreg.linear` takes the layer's input.
+
+The model runs as it is, in a mode in which that layer returns its input; the model must return that untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx.traceback
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from densreg import directional
+from densreg.linear import linear_log_density, linear_loss_and_correct, product_dtype
+from densreg.second_order import fast_second_order
+from densreg.step import Batch, Outputs, StepSpec, classify, loss_of, restore_buffers, save_buffers
+
+AUTO_CLASSES = 20_000
+"""From so many classes on ``head="auto"`` takes the head without logits: from there on it was measured to be faster."""
+
+
+class HeadResult(NamedTuple):
+    """:class:`densreg.step.StepResult` of a step without logits.
+
+    Attributes:
+        features: [B, D], what the head was given.
+        correct: [B] bool, whether the target's logit is larger than every other.
+    """
+
+    loss: Tensor
+    features: Tensor
+    ce: Tensor
+    penalty: Tensor
+    correct: Tensor
+    gradients: Sequence[Tensor | None]
+
+
+class _Linears(TorchFunctionMode):
+    """Context in which calls of the linear function are seen; with ``weight`` the one that has it returns its input.
+
+    Attributes:
+        calls: (weight, bias, output) of each call that counts: with ``weight`` those that have it.
+        changed: what the latest output was given to first, as ``logits.div_(2)``.
+    """
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.calls: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self.changed: list[str] = []
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.linear:
+            given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            weight = given["weight"]
+            if self.weight is None or weight is self.weight:
+                # An object of its own: the input itself may be used, and changed in place, elsewhere in the model.
+                output = func(*args, **kwargs) if self.weight is None else given["input"].view_as(given["input"])
+                self.calls.append((weight, given.get("bias"), output))
+                self.changed = []
+                return output
+        elif args and self.calls and args[0] is self.calls[-1][2] and func.__name__ != "__get__":  # .shape, .device
+            self.changed.append(func.__name__)
+        return func(*args, **kwargs)
+
+
+class Features(NamedTuple):
+    """What the head was given, [B, D], the auxiliary classifiers' outputs, and the dtype of the head's products."""
+
+    h: Tensor
+    auxiliary: Outputs
+    dtype: torch.dtype
+
+
+def _features(spec: StepSpec, batch: Batch, mode: _Linears, buffers: dict[str, Tensor] | None = None) -> Features:
+    """The model's features; to be called in the mode. Raises ValueError where the head is not the last layer."""
+    head = spec.head
+    assert head is not None
+    outputs = classify(spec, batch, buffers)
+    output, calls = outputs[0][1], mode.calls
+    expected = f"head: expected the model to call {head} once and to return its output; "
+    if len(calls) != 1:
+        raise ValueError(f"{expected}its weight was used {len(calls)} times")
+    if output is not calls[0][2]:
+        raise ValueError(f"{expected}it returns a tensor of another function (head=None takes the logits as they are)")
+    if mode.changed:
+        raise ValueError(f"{expected}it went through {mode.changed[0]} (head=None takes the logits as they are)")
+    if calls[0][1] is not head.bias:
+        raise ValueError(f"{expected}it was called with another bias")
+    # Autocast is off where gradients are taken, so the products are told what it would make of them.
+    return Features(output, outputs[1:], product_dtype(output, head.weight))
+
+
+def head_step(
+    spec: StepSpec, batch: Batch, target: Any, coeff: Tensor, scale: Tensor, penalized: bool = True
+) -> HeadResult:
+    """:func:`densreg.step.whole_step` with the head ``spec.head`` taken without logits."""
+    head, xs = spec.head, batch.xs
+    assert head is not None
+    mode = _Linears(head.weight)
+    with fast_second_order(), mode:  # to the end: a checkpoint runs the model again
+        h, auxiliary, dtype = _features(spec, batch, mode)
+        saved = [] if torch.compiler.is_compiling() else save_buffers(spec)
+        with torch.autocast(xs[0].device.type, enabled=False):
+            _, ce, penalty, correct = linear_loss_and_correct(
+                h, head.weight, head.bias, target, xs if penalized else None, coeff, spec.p, dtype=dtype
+            )
+            ce = ce + loss_of(spec, auxiliary, target)
+            loss = ce + coeff.to(penalty.dtype) * penalty if penalized else ce
+            with torch.fx.traceback.annotate({"phase": "backward"}):
+                gradients = torch.autograd.grad(loss * scale.to(loss.dtype), spec.trained, allow_unused=True)
+    restore_buffers(saved)
+    return HeadResult(loss.detach(), h.detach(), ce.detach(), penalty.detach(), correct, gradients)
+
+
+def without_gradients(spec: StepSpec, batch: Batch, target: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, cross-entropy, and whether the target is the largest, of the model as it is."""
+    head = spec.head
+    assert head is not None
+    with _Linears(head.weight) as mode:
+        h, auxiliary, dtype = _features(spec, batch, mode)
+    with torch.autocast(h.device.type, enabled=False):
+        ce, correct = linear_loss_and_correct(h, head.weight, head.bias, target, None, 0.0, spec.p, dtype=dtype)[1::2]
+        return h, ce + loss_of(spec, auxiliary, target), correct
+
+
+def log_density_without_logits(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor]) -> Tensor:
+    """The log density [B], differentiable once, with copies of these buffers in place of the model's own."""
+    head = spec.head
+    assert head is not None
+    with _Linears(head.weight) as mode:
+        h = _features(spec, batch, mode, buffers).h
+    return linear_log_density(h, head.weight, head.bias)
+
+
+def check_name(model: nn.Module, head: Any) -> str | None:
+    """The option ``head`` as it is kept: None, "auto", or the name of a linear layer of the model.
+
+    Raises:
+        TypeError, ValueError: it is none of these, or the layer's weight is computed from another tensor.
+    """
+    if head is None or head == "auto":
+        return head
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if isinstance(head, nn.Linear):
+        found = next((name for name, module in layers.items() if module is head), None)
+        if found is None:
+            raise ValueError(f"head: expected an nn.Linear of the model, got {head}, which is not in it")
+        head = found
+    if not isinstance(head, str):
+        raise TypeError(f'head: expected "auto", None, an nn.Linear or its name, got {type(head).__name__}')
+    if head not in layers:
+        modules = dict(model.named_modules())
+        what = f"{head!r}, a {type(modules[head]).__name__}" if head in modules else repr(head)
+        raise ValueError(f"head: expected the name of an nn.Linear of the model, got {what}")
+    if not isinstance(layers[head].weight, nn.Parameter):
+        raise ValueError(
+            f"head: expected an nn.Linear whose weight is a parameter, got {head!r}, whose weight is computed "
+            "(a parametrization): head=None takes the logits as they are"
+        )
+    return head
+
+
+def find_head(spec: StepSpec, batch: Batch) -> str | None:
+    """The name of the linear layer whose output is what the model returns, if there is one; the model is run once."""
+    device, saved = batch.xs[0].device, save_buffers(spec)
+    try:
+        with torch.no_grad(), directional.replayed(directional.random_states(device), device), _Linears() as mode:
+            output = classify(spec, batch)[0][1]
+    finally:
+        restore_buffers(saved)
+    if not mode.calls or mode.calls[-1][2] is not output or mode.changed or output.ndim != 2:
+        return None
+    weight, bias, _ = mode.calls[-1]
+    if sum(w is weight for w, _, _ in mode.calls) > 1:
+        return None
+    named = spec.model.named_modules()
+    return next((n for n, m in named if isinstance(m, nn.Linear) and m.weight is weight and m.bias is bias), None)

@@ -1,0 +1,246 @@
+"""RegularizedObjective with its last layer taken without logits, against itself with them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from reference import ORDERS
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import densreg
+from densreg import head
+from densreg.regularizers import Cure
+
+
+def network(dtype=torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(144, 9), nn.Tanh(), nn.Linear(9, 7)
+    ).to(dtype)
+
+
+def batch(dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.randn(6, 3, 8, 8, dtype=dtype), torch.tensor([0, 6, -100, 3, 3, 1])
+
+
+def steps(model, count=1, amp=None, data=None, **options):
+    """Losses, penalties and gradients of a few steps, and the buffers after them."""
+    objective = densreg.RegularizedObjective(model, 0.5, **{"compile": False, **options})
+    x, y = data or batch(next(model.parameters()).dtype)
+    found = []
+    for _ in range(count):
+        model.zero_grad()
+        with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
+            out = objective(x, y, loss_scale=1024.0 if amp == torch.float16 else None)
+        out.loss.backward()
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in model.parameters()]
+        found += [out.loss.detach(), out.ce.detach(), out.penalty.detach(), *gradients]
+    assert type(out).__name__ == ("ObjectiveOutput" if options.get("head") is None else "HeadOutput")
+    return found + [b.double() for b in model.buffers()]
+
+
+def assert_same(ours, expected, tolerance=1e-12):
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_as_with_logits(p):
+    assert_same(steps(network(), p=p, head="6"), steps(network(), p=p))
+
+
+def test_compiled(fresh_dynamo):
+    assert_same(steps(network(), 2, compile=True, backend="aot_eager", head="6"), steps(network(), 2))
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(fresh_dynamo):
+    assert_same(steps(network(), compile=True, head="6"), steps(network()), 1e-10)
+
+
+def test_interval():
+    ours, expected = (steps(network(), 4, interval=2, head=layer) for layer in ("6", None))
+    assert_same(ours, expected)
+    assert sum(math.isnan(t) for t in expected if t.ndim == 0) == 2, "two steps of four have no penalty"
+
+
+@pytest.mark.parametrize("part", ["trunk", "head"])
+def test_frozen(part):
+    results = []
+    for layer in ("6", None):
+        model = network()
+        (model[:-1] if part == "trunk" else model[-1]).requires_grad_(False)
+        results.append(steps(model, head=layer))
+    assert_same(*results)
+
+
+def test_penalty_alone_in_the_head():
+    """Its gradient in each layer, as the difference to a step of coefficient 0."""
+    results = []
+    for layer in ("6", None):
+        each = []
+        for coeff in (0.0, 1.0):
+            model = network()
+            densreg.RegularizedObjective(model, coeff, compile=False, head=layer)(*batch()).loss.backward()
+            each.append([w.grad for w in model.parameters()])
+        results.append([a - b for a, b in zip(each[1], each[0], strict=True)])
+    assert_same(*results)
+    assert results[0][-2].norm() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Both against float64, over all gradients: rounding in the trunk is most of it."""
+    x, y = batch()
+    expected = torch.cat([t.flatten() for t in steps(network())])
+    errors = []
+    for layer in ("6", None):
+        ours = steps(network(torch.float32), amp=dtype, head=layer, data=(x.float(), y))
+        errors.append((torch.cat([t.double().flatten() for t in ours]) - expected).norm() / expected.norm())
+    assert errors[0] <= max(1.5 * errors[1], 1e-3)
+    assert errors[0] < 0.05
+
+
+def test_a_checkpoint_and_a_hook_around_the_head():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    assert_same(steps(Checkpointed(), head="body.6"), steps(Checkpointed()))
+
+
+def test_output():
+    model, (x, y) = network(), batch()
+    objective = densreg.RegularizedObjective(model.eval(), 0.5, compile=False, head=model[-1])
+    out = objective(x, y)
+    assert out.logits is None
+    logits = model(x)
+    assert torch.equal(out.correct, logits.argmax(1) == y)
+    given = objective(x, y, logits=True).logits
+    torch.testing.assert_close(given.detach(), logits.detach())
+    with pytest.raises(RuntimeError, match="would train nothing"):
+        given.sum().backward()
+    with torch.no_grad():
+        quiet = objective(x, y)
+        assert quiet.logits is None
+        assert quiet.penalty.isnan()
+        torch.testing.assert_close(quiet.ce, out.ce.detach().as_subclass(torch.Tensor))
+        assert torch.equal(quiet.correct, out.correct)
+        torch.testing.assert_close(objective(x, y, logits=True).logits, logits)
+    assert list(objective.state_dict()) == list(
+        densreg.RegularizedObjective(network(), 0.5, compile=False).state_dict()
+    )
+
+
+def test_auto(monkeypatch):
+    """The last linear layer, from a number of classes on; found without a trace in the model."""
+
+    def run(model, **options):
+        objective = densreg.RegularizedObjective(model, 0.5, compile=False, head="auto", **options)
+        return type(objective(*batch())).__name__
+
+    assert run(network()) == "ObjectiveOutput", "of few classes the logits are faster"
+    monkeypatch.setattr("densreg.objective.AUTO_CLASSES", 7)
+    assert run(network()) == "HeadOutput"
+    assert_same(steps(network(), head="auto"), steps(network()))
+    assert run(nn.Sequential(network(), nn.Tanh())) == "ObjectiveOutput"
+    assert run(network(), fraction=0.5) == "ObjectiveOutput"
+    assert run(network(), path="taylor") == "ObjectiveOutput"
+    assert run(network(), criterion=lambda f, y: f.mean()) == "ObjectiveOutput"
+
+
+def test_auto_compiled(fresh_dynamo, monkeypatch):
+    monkeypatch.setattr("densreg.objective.AUTO_CLASSES", 7)
+    assert_same(steps(network(), 2, compile=True, backend="aot_eager", head="auto"), steps(network(), 2))
+
+
+def test_copies_and_assignment():
+    model = network()
+    objective = densreg.RegularizedObjective(model, 0.5, compile=False, head="6")
+    other = copy.deepcopy(objective)
+    file = io.BytesIO()
+    torch.save(objective, file)
+    file.seek(0)
+    for each in (other, torch.load(file, weights_only=False)):
+        assert each(*batch()).logits is None
+    objective.head = None
+    assert objective(*batch()).logits is not None
+    objective.head = model[-1]
+    assert objective.head == "6"
+    with pytest.raises(ValueError, match=r"head: expected fraction=1.0 beside it, got 0.5"):
+        objective.fraction = 0.5
+    assert objective.fraction == 1
+    assert objective(*batch()).logits is None
+
+
+class Scaled(nn.Module):
+    def __init__(self, twice=False, unused=False, in_place=False):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.twice, self.unused, self.in_place = twice, unused, in_place
+
+    def forward(self, x):
+        h = self.body(x)
+        if self.twice:
+            return self.head(self.head(h))
+        if self.in_place:
+            return self.head(h).mul_(2)
+        return h if self.unused else 2 * self.head(h)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Scaled(), "it returns a tensor of another function"),
+        (Scaled(twice=True), "its weight was used 2 times"),
+        (Scaled(unused=True), "its weight was used 0 times"),
+        (Scaled(in_place=True), "it went through (mul_|__imul__)"),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_does_not_return_its_head(model, message, compiled, fresh_dynamo):
+    objective = densreg.RegularizedObjective(model, 0.5, compile=compiled, backend="aot_eager", head="head")
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=message) as raised:
+        objective(x, y)
+    assert "\n" not in str(raised.value)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        objective(x, y)
+
+
+def test_errors():
+    model = network()
+    for options, kind, message in [
+        ({"head": "fc"}, ValueError, "head: expected the name of an nn.Linear of the model, got 'fc'"),
+        ({"head": "0"}, ValueError, "head: expected the name of an nn.Linear of the model, got '0', a Conv2d"),
+        ({"head": nn.Linear(9, 7)}, ValueError, "which is not in it"),
+        ({"head": 6}, TypeError, 'head: expected "auto", None, an nn.Linear or its name, got int'),
+        ({"head": "6", "fraction": 0.5}, ValueError, "head: expected fraction=1.0 beside it, got 0.5"),
+        ({"head": "6", "path": "taylor"}, ValueError, "head: expected path='fused' beside it, got 'taylor'"),
+        ({"head": "6", "path": "directional"}, ValueError, "head: expected path='fused'"),
+        ({"head": "6", "criterion": nn.CrossEntropyLoss()}, ValueError, "head: expected criterion=None beside it"),
+        ({"head": "6", "regularizer": Cure()}, ValueError, "head: expected regularizer=Density"),
+    ]:
+        with pytest.raises(kind, match=message):
+            densreg.RegularizedObjective(model, 0.5, compile=False, **options)
+
+
+def test_torchvision_models():
+    """The head of each kind of classifier is found; SqueezeNet, whose last layer is a convolution, has none."""
+    models = pytest.importorskip("torchvision").models
+    x = torch.randn(2, 3, 64, 64)
+    for name, expected in [("resnet18", "fc"), ("mobilenet_v3_small", "classifier.3"), ("squeezenet1_1", None)]:
+        model = models.get_model(name, num_classes=5).eval()
+        objective = densreg.RegularizedObjective(model, 0.5, compile=False)
+        found = head.find_head(objective._spec(), densreg.objective._batch_of(x, None))
+        assert found == expected, name
