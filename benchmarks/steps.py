@@ -78,10 +78,16 @@ def vgg11_bn() -> nn.Module:
     return nn.Sequential(make_layers(cfgs["A"], True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 100))
 
 
+def mlp_784() -> nn.Module:
+    """So small that Python is a part of the step that shows."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
 CASES = {
     "resnet18": Case(lambda: models.build("resnet18", 100, (3, 32, 32)), 32, (3, 32, 32), 100),
     "vgg11_bn": Case(vgg11_bn, 32, (3, 32, 32), 100),
     "mlp": Case(lambda: models.build("mlp", 10, (1, 56, 28)), 128, (1, 56, 28), 10),
+    "mlp-784": Case(mlp_784, 32, (1, 28, 28), 10),
     "resnet20": Case(lambda: models.build("resnet20", 100, (3, 32, 32)), 128, (3, 32, 32), 100),
     "wrn28-10": Case(lambda: models.build("wrn28-10", 100, (3, 32, 32)), 4, (3, 32, 32), 100),
 }

@@ -73,6 +73,8 @@ class CompiledStep:
         function = types.FunctionType(self._code, step.__globals__, argdefs=step.__defaults__)
         checked = CheckedBackend(mode, backend, penalized)
         self._compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=checked)
+        self._configure = _torch.dynamo_config(**DYNAMO_OPTIONS)
+        self._backend = checked
         self._warned = self._started = False
 
     def __call__(self, spec: StepSpec, batch: Batch, *args: Any, **kwargs: Any) -> StepResult:
@@ -86,8 +88,9 @@ class CompiledStep:
         first, self._started = not self._started, True
         if first:
             _inform("the first training step compiles, which can take minutes; compile=False starts at once")
-        start = time.perf_counter()
-        with _LOCK, _torch.dynamo_config(**DYNAMO_OPTIONS), hardsigmoid_under_compile():
+            start = time.perf_counter()
+        with _LOCK, hardsigmoid_under_compile():
+            restore = self._configure()
             try:
                 result = self._compiled(spec, batch, *args, **kwargs)
             except _torch.recompile_limit_error() as error:
@@ -97,10 +100,13 @@ class CompiledStep:
             else:
                 if first:
                     _inform(f"the first training step took {time.perf_counter() - start:.1f} s with its compilation")
-                if not self._warned and _torch.compiled_versions(self._code) > OFTEN:
+                often = not self._warned and self._backend.graphs > OFTEN
+                if often and _torch.compiled_versions(self._code) > OFTEN:
                     self._warned = True
                     warnings.warn(self._recompilations(), RuntimeWarning, stacklevel=2)
                 return result
+            finally:
+                restore()
         self._raise_error_in_eager(spec, batch, *args, **kwargs)
         raise_kept_tensor(spec, batch, failure)
         raise RuntimeError(
@@ -136,10 +142,13 @@ class CheckedBackend:
 
     def __init__(self, mode: str | None, backend: str | Callable, penalized: bool) -> None:
         self.penalized = penalized
+        self.graphs = 0
+        """How many were compiled."""
         self.stores = _torch.scoped_reductions if backend == "inductor" else contextlib.nullcontext
         self.inner = _torch.compiler_backend(backend, mode)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        self.graphs += 1
         if any(_overrides_functions(t) for t in inputs):
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
         graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]

@@ -96,9 +96,9 @@ class _AttachGradients(Function):
                 "were computed along with it. Use densreg.density_loss, whose graph goes on"
             )
         gradients = ctx.saved_tensors
-        factor = incoming * ctx.factor
+        factor = incoming if ctx.factor is None else incoming * ctx.factor
         # Reading the factor costs nothing on a CPU. Gradients that are not scaled are returned without a copy.
-        if factor.device.type != "cpu" or factor != 1:
+        if factor.device.type != "cpu" or factor.item() != 1:
             present = [g for g in gradients if g is not None]
             scaled = iter(_torch.scaled(present, factor))
             gradients = [None if g is None else next(scaled) for g in gradients]
@@ -113,7 +113,8 @@ class _NoGradient(Function):
     @staticmethod
     def forward(ctx, values, *parameters):
         ctx.set_materialize_grads(False)
-        return tuple(t.detach() for t in values)
+        logits, ce, penalty, *others = values
+        return logits.detach(), ce.as_subclass(_Scalar), penalty.as_subclass(_Scalar), *others
 
     @staticmethod
     def backward(ctx, *incoming):
@@ -280,6 +281,7 @@ class RegularizedObjective(nn.Module):
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
         self._value_checked = False
+        self._one: Tensor | None = None
         self._interacting: dict[tuple, bool] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -372,7 +374,7 @@ class RegularizedObjective(nn.Module):
             p=self.p,
             one_read=self.regularizer == Density(self.p) and self.criterion is None,
             central=self.central,
-            trained=[w for w in self.parameters() if w.requires_grad],
+            trained=_torch.trained_parameters(self),
             checks=self._checks,
         )
 
@@ -422,7 +424,8 @@ class RegularizedObjective(nn.Module):
         batch = detached_batch(batch)
         xs = batch.xs
         if self._compiled_step is not None:
-            target = tree_map(lambda v: _for_graph(v, xs[0].device), target)
+            plain = type(target) is Tensor
+            target = target if plain else tree_map(lambda v: _for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
         penalized, coeff = self.interval is not None, self.coeff
@@ -452,7 +455,6 @@ class RegularizedObjective(nn.Module):
             with torch.no_grad():
                 values[1] = F.linear(values[1], spec.head.weight, spec.head.bias)
         of_batch, ce, penalty, *correct = _NoGradient.apply(values[1:], *spec.trained)
-        ce, penalty = ce.as_subclass(_Scalar), penalty.as_subclass(_Scalar)
         if spec.head is None:
             return ObjectiveOutput(loss, of_batch, ce, penalty)
         return HeadOutput(loss, of_batch if logits else None, ce, penalty, correct[0])
@@ -494,7 +496,9 @@ class RegularizedObjective(nn.Module):
                     "float16 needs loss_scale, or small gradients underflow without a word: with a GradScaler, "
                     "objective(x, y, loss_scale=scaler.scale(torch.ones((), device=x.device)))"
                 )
-            return 1.0, torch.ones((), device=device)
+            if self._one is None or self._one.device != device:
+                self._one = torch.ones((), device=device)
+            return None, self._one
         scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device).detach()
         if scale.ndim:
             raise ValueError(f"loss_scale must be a number or a tensor of shape [], got shape {list(scale.shape)}")
@@ -545,7 +549,7 @@ class RegularizedObjective(nn.Module):
         return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"head": None, "_head": None, **state})  # older ones have no head
+        super().__setstate__({"head": None, "_head": None, "_one": None, **state})  # older ones have no head
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:
@@ -680,6 +684,8 @@ def _for_graph(value: Any, device: torch.device) -> Any:
 
 def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
     """What the model is called with; raises TypeError or ValueError where the penalized inputs have no score."""
+    if type(x) is Tensor and penalized is None and x.ndim > 1 and x.is_floating_point():
+        return Batch((x,), (0,), {})
     given: dict[int | str, Any]
     if isinstance(x, Mapping):
         given = dict(x)

@@ -121,12 +121,14 @@ def detached(value: Any) -> Any:
 
 def detached_batch(batch: Batch) -> Batch:
     others = {key: detached(v) for key, v in batch.others.items()}
-    return batch._replace(xs=tuple(detached(x) for x in batch.xs), others=others)
+    return Batch(tuple([detached(x) for x in batch.xs]), batch.keys, others)
 
 
 def leaves(batch: Batch) -> Batch:
-    """The batch with penalized inputs that are leaves and require grad."""
-    return batch._replace(xs=tuple(x.detach().requires_grad_() for x in batch.xs))
+    """A batch without graph, which is nobody else's: its penalized inputs are made to require grad."""
+    for x in batch.xs:
+        x.requires_grad_()
+    return batch
 
 
 # --------------------------------------------------------------------------------------------------------------------
