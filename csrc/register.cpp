@@ -49,6 +49,7 @@ extern "C" __attribute__((visibility("default"))) const char* densreg_counter(in
 STABLE_TORCH_LIBRARY_IMPL(densreg, CPU, m) {
   m.impl("softmax", TORCH_BOX(&densreg::cpu::softmax));
   m.impl("softmax_backward", TORCH_BOX(&densreg::cpu::softmax_backward));
+  m.impl("softmax_double_backward", TORCH_BOX(&densreg::cpu::softmax_double_backward));
   m.impl("pnorm", TORCH_BOX(&densreg::cpu::pnorm));
   m.impl("pnorm_backward", TORCH_BOX(&densreg::cpu::pnorm_backward));
 }

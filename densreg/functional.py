@@ -122,16 +122,27 @@ def _target_distribution(like: Tensor, target: Tensor, label_smoothing: float, i
     return q.scatter_add(1, index, torch.full_like(q[:, :1], 1 - label_smoothing)).masked_fill(ignored, 0)
 
 
+def _target_dot(v: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
+    """<q, v> of each row; anything where the target is ignored."""
+    dot = v.gather(1, target.masked_fill(target == ignore_index, 0).unsqueeze(1)).squeeze(1)
+    return torch.lerp(dot, v.mean(1), label_smoothing) if label_smoothing > 0 else dot
+
+
 def _counted(t: Any, target: Tensor, options: tuple[float, int]) -> Any:
     """A number for each row, 0 where its target is ignored."""
     return None if t is None else t.masked_fill(target == options[1], 0)
 
 
-def _save_source(ctx: Any, logits: Tensor, softmax: Tensor, statistics: Tensor, target: Tensor | None) -> None:
-    """Keep what P comes from, for the next order: the softmax if it was written unrounded, else the logits."""
+def _save_source(
+    ctx: Any, logits: Tensor, softmax: Tensor, statistics: Tensor, target: Tensor | None, keep: bool
+) -> None:
+    """Keep what P comes from, for the next order: the softmax if it was written unrounded, else the logits.
+
+    With ``keep`` both: the logits are what is differentiated, the softmax saves the exponentials.
+    """
     ctx.set_materialize_grads(False)
     written = ctx.need_softmax and softmax.dtype == statistics.dtype
-    tensors = (softmax, None, target) if written else (logits, statistics, target)
+    tensors = (softmax, None, target, None) if written else (logits, statistics, target, softmax if keep else None)
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
 
@@ -162,11 +173,11 @@ class _Softmax(_Function):
     """Order 0: (log_density, cross_entropy, scale * softmax) of the logits. See :func:`densreg.ops.softmax`."""
 
     @staticmethod
-    def forward(logits, target, label_smoothing, ignore_index, need_softmax, scale):
-        return ops.softmax(logits, target, label_smoothing, ignore_index, need_softmax, scale)
+    def forward(logits, target, label_smoothing, ignore_index, need_softmax, scale, keep):
+        return ops.softmax(logits, target, label_smoothing, ignore_index, need_softmax or keep, scale)
 
     @staticmethod
-    def plain(logits, target, label_smoothing, ignore_index, need_softmax, scale):
+    def plain(logits, target, label_smoothing, ignore_index, need_softmax, scale, keep):
         wide = logits.to(ops.accumulation_dtype(logits.dtype))
         cross_entropy = y = None
         if target is not None:
@@ -178,23 +189,22 @@ class _Softmax(_Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, *ctx.options, ctx.need_softmax, ctx.scale = inputs
+        logits, target, *ctx.options, ctx.need_softmax, ctx.scale, keep = inputs
         _, cross_entropy, softmax, statistics = output
-        _save_source(ctx, logits, softmax, statistics, target)
+        _save_source(ctx, logits, softmax, statistics, target, keep)
         absent = [t for t, here in ((cross_entropy, target is not None), (softmax, ctx.need_softmax)) if not here]
         ctx.mark_non_differentiable(statistics, *absent)
 
     @staticmethod
     def backward(ctx, l, a, u, _statistics):
         if l is None and a is None and u is None:
-            return (None,) * 6
-        backward: Callable[..., Tensor] = ops.softmax_backward if _undifferentiated() else _SoftmaxBackward.call
-        grad = backward(*ctx.saved_tensors, l, a, u, *ctx.options, ctx.scale)
-        return grad, None, None, None, None, None
+            return (None,) * 7
+        backward: Callable[..., Tensor] = _SoftmaxBackward.forward if _undifferentiated() else _SoftmaxBackward.call
+        return backward(*ctx.saved_tensors, l, a, u, *ctx.options, ctx.scale), *[None] * 6
 
     @staticmethod
     def jvp(ctx, logits, *_):
-        source, statistics, target = ctx.saved_tensors
+        source, statistics, target, _ = ctx.saved_tensors
         p = _probabilities(source, statistics, ctx.scale)
         log_density = (p * logits).sum(1)
         cross_entropy = y = None
@@ -206,10 +216,10 @@ class _Softmax(_Function):
         return log_density, cross_entropy, y, None
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, label_smoothing, ignore_index, need_softmax, scale):
+    def vmap(info, in_dims, logits, target, label_smoothing, ignore_index, need_softmax, scale, keep):
         logits, target = _fold(info, in_dims, (logits, target))
-        *outputs, statistics = _Softmax.call(logits, target, label_smoothing, ignore_index, need_softmax, scale)
-        outputs, out_dims = _unfold_present(info, outputs, (True, target is not None, need_softmax))
+        *outputs, statistics = _Softmax.call(logits, target, label_smoothing, ignore_index, need_softmax, scale, keep)
+        outputs, out_dims = _unfold_present(info, outputs, (True, target is not None, need_softmax or keep))
         return (*outputs, _unfold_statistics(info, statistics)), (*out_dims, 0)
 
 
@@ -231,11 +241,12 @@ class _SoftmaxBackward(_Function):
     """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`, also for l, a and U."""
 
     @staticmethod
-    def forward(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale):
+    def forward(source, statistics, target, softmax, l, a, u, label_smoothing, ignore_index, scale):
+        source, statistics = (source, statistics) if softmax is None else (softmax, None)
         return ops.softmax_backward(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale)
 
     @staticmethod
-    def plain(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale):
+    def plain(source, statistics, target, _softmax, l, a, u, label_smoothing, ignore_index, scale):
         inputs = _SoftmaxBackward._wide(source, statistics, target, l, a, u, (label_smoothing, ignore_index), scale)
         return _softmax_gradient(*inputs).to(source.dtype)
 
@@ -256,14 +267,25 @@ class _SoftmaxBackward(_Function):
     @staticmethod
     def backward(ctx, v):
         # out = (l + a) P - a q + P (U - <P, U>).
-        source, statistics, target, l, a, u = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * 9
+        source, statistics, target, softmax, l, a, u = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * 10
+        needs_source, needs_l, needs_a, needs_u = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
+        if u is None and statistics is not None and _undifferentiated():
+            p_source, p_statistics = (source, statistics) if softmax is None else (softmax, None)
+            of_p = (p_source, p_statistics, target, l, a)
+            grads[0], v_dot_p = ops.softmax_double_backward(*of_p, v, ctx.options[1])
+            if needs_l:
+                grads[4] = v_dot_p
+            if needs_a:
+                grads[5] = _counted(
+                    v_dot_p - _target_dot(v.to(v_dot_p.dtype), target, *ctx.options), target, ctx.options
+                )
+            return tuple(grads)
 
         def through_softmax(grad: Tensor) -> Tensor:
-            backward: Callable[..., Tensor] = ops.softmax_backward if _undifferentiated() else _SoftmaxBackward.call
-            return backward(source, statistics, None, None, None, grad, *ctx.options, ctx.scale)
+            backward: Callable[..., Tensor] = _SoftmaxBackward.forward if _undifferentiated() else _SoftmaxBackward.call
+            return backward(source, statistics, None, softmax, None, None, grad, *ctx.options, ctx.scale)
 
-        needs_source, needs_l, needs_a, needs_u = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
         if needs_l or needs_a or (needs_source and u is not None):  # else the operator has what is needed of P
             p, q, *_, wide_u = _SoftmaxBackward._wide(source, statistics, target, l, a, u, ctx.options, ctx.scale)
             v_dot_p = (p * v).sum(1)
@@ -285,16 +307,16 @@ class _SoftmaxBackward(_Function):
             else:
                 grads[0] = through_softmax(grad.to(source.dtype))
         if needs_l and l is not None:
-            grads[3] = v_dot_p
+            grads[4] = v_dot_p
         if needs_a and a is not None:
-            grads[4] = _counted(v_dot_p - (q * v).sum(1), target, ctx.options)
+            grads[5] = _counted(v_dot_p - (q * v).sum(1), target, ctx.options)
         if needs_u and u is not None:
-            grads[5] = through_softmax(v)
+            grads[6] = through_softmax(v)
         return tuple(grads)
 
     @staticmethod
-    def jvp(ctx, dsource, _statistics, _target, dl, da, du, *_):
-        source, statistics, target, l, a, u = ctx.saved_tensors
+    def jvp(ctx, dsource, _statistics, _target, _softmax, dl, da, du, *_):
+        source, statistics, target, _, l, a, u = ctx.saved_tensors
         p, q, l, a, u = _SoftmaxBackward._wide(source, statistics, target, l, a, u, ctx.options, ctx.scale)
         du = None if du is None else du.to(p.dtype) * ctx.scale
         tangent = _softmax_gradient(p, q, dl, _counted(da, target, ctx.options), du)
@@ -309,9 +331,9 @@ class _SoftmaxBackward(_Function):
 
     @staticmethod
     def vmap(info, in_dims, source, statistics, *args):
-        tensors = _fold(info, (in_dims[0], *in_dims[2:6]), (source, *args[:4]))
+        tensors = _fold(info, (in_dims[0], *in_dims[2:7]), (source, *args[:5]))
         statistics = _fold_statistics(info, statistics, in_dims[1])
-        return _unfold(info, _SoftmaxBackward.call(tensors[0], statistics, *tensors[1:], *args[4:])), 0
+        return _unfold(info, _SoftmaxBackward.call(tensors[0], statistics, *tensors[1:], *args[5:])), 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -495,9 +517,9 @@ def class_index(logits: Tensor, k: int | Tensor) -> Tensor:
         return torch.full(logits.shape[:1], k, device=logits.device)
     _check_class_index("k", logits, k)
     if k.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = k[(k < 0) | (k >= classes)]
-        if wrong.numel():
-            raise ValueError(f"expected classes in [0, {classes}) in k, got class {int(wrong[0])}")
+        for extreme in k.aminmax() if k.numel() else ():  # 4 operators otherwise, which take as long as the softmax
+            if not 0 <= (found := int(extreme)) < classes:
+                raise ValueError(f"expected classes in [0, {classes}) in k, got class {found}")
     return k
 
 
@@ -523,7 +545,11 @@ def softmax(
     The softmax is the cotangent of the input score's backward. Its own gradient, which the double backward brings,
     and those of the log density and the cross-entropy go into the logits together, in one pass.
     """
-    return _Softmax.call(logits, target, label_smoothing, ignore_index, need_softmax, scale)[:3]
+    # On a CPU the exponentials take longer than writing P and reading it twice; on a GPU it is the other way round.
+    keep = not need_softmax and torch.is_grad_enabled() and logits.requires_grad
+    keep = keep and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+    scale = scale if need_softmax else 1.0
+    return _Softmax.call(logits, target, label_smoothing, ignore_index, need_softmax, scale, keep)[:3]
 
 
 def log_density(logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from . import rows
 from .pnorm import pnorm, pnorm_backward
 from .rows import INTERPRETED
-from .softmax import softmax, softmax_backward
+from .softmax import softmax, softmax_backward, softmax_double_backward
 
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 """The types of device whose tensors the kernels take."""
@@ -31,5 +31,6 @@ __all__ = [
     "rows",
     "softmax",
     "softmax_backward",
+    "softmax_double_backward",
     "unavailable_reason",
 ]

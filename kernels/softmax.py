@@ -1,4 +1,4 @@
-"""softmax and softmax_backward in Triton. The mathematics is in densreg/ops/softmax.py.
+"""softmax and its two derivatives in Triton. The mathematics is in densreg/ops/softmax.py.
 
 In the names of the kernels' arguments: f the logits, p the softmax, u its upstream gradient; a_ptr, l_ptr those of the
 cross-entropy and of the log density. Lengths and strides come divided by ALIGN.
@@ -180,10 +180,12 @@ def _q(source, m, inverse, statistics_ptr, PRECISE: tl.constexpr):
 
 @triton.jit
 def _gradient(
-    q, u, column, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr,
+    q, u, column, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
     ALIGN: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q (c u + k) less a times the target's distribution."""
+    """q (c u + k) less a times the target's distribution; of the double backward weight q (u - dot)."""
+    if dots_ptr is not None:
+        return weight[:, None] * (q * (u - dot[:, None]))
     factor = tl.full(weight.shape, scale, ACC)
     # P (weight + scale U - <P, scale U>); with Q = scale P it is Q (U + (weight - <Q, U>) / scale).
     if statistics_ptr is None:
@@ -204,7 +206,7 @@ def _gradient(
 
 @triton.jit(do_not_specialize=_INTEGERS, debug=True)
 def softmax_backward_rows(
-    source_ptr, statistics_ptr, target_ptr, l_ptr, a_ptr, u_ptr, out_ptr, rows, units, stride, u_stride,
+    source_ptr, statistics_ptr, target_ptr, l_ptr, a_ptr, u_ptr, out_ptr, dots_ptr, rows, units, stride, u_stride,
     ignore_index: tl.int64, smoothing: tl.float64, scale: tl.float64,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
     PRECISE: tl.constexpr,
@@ -225,8 +227,26 @@ def softmax_backward_rows(
     dot = tl.zeros(row.shape, ACC)
     if u_ptr is not None:
         dot = tl.sum(tl.where(mask, q * u, 0.0), 1)
+    if dots_ptr is not None:
+        tl.store(dots_ptr + row, dot, mask=live)
     g = _gradient(
-        q, u, columns, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, ALIGN, SMOOTH, ACC
+        q,
+        u,
+        columns,
+        dot,
+        weight,
+        a,
+        y,
+        units,
+        smoothing,
+        scale,
+        statistics_ptr,
+        u_ptr,
+        a_ptr,
+        dots_ptr,
+        ALIGN,
+        SMOOTH,
+        ACC,
     )
     store(out_ptr + (row * units * ALIGN)[:, None] + columns, g, mask)
 
@@ -252,8 +272,8 @@ def softmax_backward_parts(
 
 @triton.jit(do_not_specialize=_INTEGERS, debug=True)
 def softmax_backward_columns(
-    source_ptr, statistics_ptr, target_ptr, l_ptr, a_ptr, u_ptr, out_ptr, partial_ptr, rows, units, stride, u_stride,
-    parts, ignore_index: tl.int64, smoothing: tl.float64, scale: tl.float64,
+    source_ptr, statistics_ptr, target_ptr, l_ptr, a_ptr, u_ptr, out_ptr, dots_ptr, partial_ptr, rows, units, stride,
+    u_stride, parts, ignore_index: tl.int64, smoothing: tl.float64, scale: tl.float64,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
     PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -274,8 +294,26 @@ def softmax_backward_columns(
         own, own >= 0, statistics_ptr, target_ptr, l_ptr, a_ptr, rows, units, ignore_index, ALIGN, ACC
     )
     q = _q(source, m, inverse, statistics_ptr, PRECISE)
+    if dots_ptr is not None and pid % parts == 0:
+        tl.store(dots_ptr + own, dot)
     g = _gradient(
-        q, u, column, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, ALIGN, SMOOTH, ACC
+        q,
+        u,
+        column,
+        dot,
+        weight,
+        a,
+        y,
+        units,
+        smoothing,
+        scale,
+        statistics_ptr,
+        u_ptr,
+        a_ptr,
+        dots_ptr,
+        ALIGN,
+        SMOOTH,
+        ACC,
     )
     store(out_ptr + row * units * ALIGN + column, g, mask)
 
@@ -362,8 +400,9 @@ def softmax_backward(
     label_smoothing: float,
     ignore_index: int,
     scale: float,
+    dots: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`densreg.ops.softmax_backward`."""
+    """See :func:`densreg.ops.softmax_backward`; with ``dots``, which is written, what makes the double backward."""
     source = _dense(source)
     rows, classes = source.shape
     dtype = accumulation_dtype(source.dtype)
@@ -382,7 +421,7 @@ def softmax_backward(
     smooth = a is not None and label_smoothing > 0
     sizes = (rows, classes // align, stride // align, u_stride // align)
     numbers = (ignore_index, label_smoothing, scale)
-    tensors = (source, statistics, target, l, a, u, out)
+    tensors = (source, statistics, target, l, a, u, out, dots)
     with on(source.device):
         if tile := tile_of(classes, source.element_size()):
             softmax_backward_rows[(triton.cdiv(rows, tile.rows),)](
@@ -406,3 +445,18 @@ def softmax_backward(
                 sanitize_overflow=False, **options,
             )  # fmt: skip
     return out
+
+
+def softmax_double_backward(
+    source: Tensor,
+    statistics: Tensor | None,
+    target: Tensor | None,
+    grad_log_density: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    v: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`densreg.ops.softmax_double_backward`."""
+    dot = source.new_empty(source.shape[0], dtype=accumulation_dtype(source.dtype))
+    upstream = (grad_log_density, grad_cross_entropy, v)
+    return softmax_backward(source, statistics, target, *upstream, 0.0, ignore_index, 1.0, dot), dot

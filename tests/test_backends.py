@@ -166,6 +166,7 @@ def test_every_element_is_written(dtype, classes):
         a = torch.ones(3)
         for source, statistics in ((outputs[2], None), (logits, outputs[3])):
             in_poisoned_memory(ops.softmax_backward, source, statistics, target, a, a, logits, 0.1)
+            in_poisoned_memory(ops.softmax_double_backward, source, statistics, target, a, a, logits)
         for p in ORDERS:
             norm, peak, total = in_poisoned_memory(ops.pnorm, logits, p)
             in_poisoned_memory(ops.pnorm_backward, norm, logits, peak, total, p)
@@ -203,6 +204,9 @@ def test_kernels_check_shapes_and_dtypes():
         (kernels.softmax_backward, (f, statistics, y[:2], None, three, None, *options)),
         (kernels.softmax_backward, (f, statistics, None, None, None, f[:2], *options)),
         (kernels.softmax_backward, (f, statistics, None, None, None, f.double(), *options)),
+        (kernels.softmax_double_backward, (f, statistics, y, two, None, f, -100)),
+        (kernels.softmax_double_backward, (f, statistics, y, three, three, f[:2], -100)),
+        (kernels.softmax_double_backward, (f, statistics, y, three, three, f.double(), -100)),
         (kernels.pnorm, (three, 2.0)),
         (kernels.pnorm_backward, (norm[:2], f, peak, total, 2.0)),
         (kernels.pnorm_backward, (norm, f, peak[:2], total, 2.0)),

@@ -1,4 +1,4 @@
-"""The operators softmax and softmax_backward, and the Functions on them."""
+"""The operators softmax, softmax_backward and softmax_double_backward, and the Functions on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from densreg import functional, ops
 
-pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.operators("softmax", "softmax_backward")]
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.operators("softmax", "softmax_backward", "softmax_double_backward"),
+]
 
 inf, nan = math.inf, math.nan
 
@@ -156,6 +159,72 @@ def test_backward_takes_any_of_the_gradients(backward, given_gradients):
     some = [g if given_gradients >> i & 1 else None for i, g in enumerate(full)]
     zeros = [g if given_gradients >> i & 1 else torch.zeros_like(g) for i, g in enumerate(full)]
     assert error(backward(logits, target, *some), _reference_gradient(logits, target, *zeros)) < 1e-14
+
+
+def _double_backward(logits, target, l, a, v, ignore_index=-100, from_logits=False):
+    _, _, y, statistics = ops.softmax(logits)
+    source = (logits, statistics) if from_logits else (y, None)
+    return ops.softmax_double_backward(*source, target, l, a, v, ignore_index)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "classes", "given"),
+    [
+        (torch.float32, 1, "l"),
+        (torch.float64, 5, "la"),
+        (torch.float16, 10, "a"),
+        (torch.float32, 33, "la"),
+        (torch.bfloat16, 1000, "l"),
+        (torch.float32, 40_003, "a"),
+        (torch.float64, 40_003, "l"),
+    ],
+)
+def test_double_backward_values(dtype, classes, given, from_logits):
+    """A quarter of the classes at -inf, an ignored target, and numbers of the rows that are expanded."""
+    logits = torch.randn(4, classes, dtype=torch.float64).mul(3).to(dtype)
+    logits[:, : classes // 4] = -inf
+    v, target = torch.randn(4, classes).to(dtype), torch.tensor([classes - 1] * 4)
+    target[2] = -1
+    row = ops.accumulation_dtype(dtype)
+    l = torch.tensor(1.5, dtype=row).expand(4) if "l" in given else None
+    a = torch.randn(4, dtype=row) if "a" in given else None
+    grad, dot = _double_backward(logits, target if a is not None else None, l, a, v, -1, from_logits)
+    assert (grad.dtype, dot.dtype) == (dtype, row)
+    p, weight = torch.softmax(logits.double(), 1), torch.zeros(4, dtype=torch.float64)
+    expected_dot = (p * v.double()).sum(1)
+    if l is not None:
+        weight += l
+    if a is not None:
+        weight += a.masked_fill(target == -1, 0)
+    expected = weight[:, None] * p * (v.double() - expected_dot[:, None])
+    bound = {torch.float64: 1e-14, torch.float32: 2e-6}.get(dtype, 32 * HALF_ULP[dtype])
+    size = (weight.abs().max() * v.abs().max()).item()  # what cancels in v - <P, v>
+    assert (dot.double() - expected_dot).abs().max() < (2e-6 if from_logits else bound) * v.abs().max()
+    assert (grad.double() - expected).abs().max() < bound * size
+    if dtype in (torch.float32, torch.float64) and classes > 1:
+        assert expected.abs().max() > 2 * bound * size, "the bound shows nothing"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_double_backward_of_extreme_rows(from_logits):
+    quiet = [0.5, 1.0, -1.0, 0.0]
+    logits = torch.tensor([row for extreme in ROWS.values() for row in (quiet, extreme)] + [quiet])
+    v = torch.tensor([[1.0, -2.0, 3.0, 0.5]]).expand(len(logits), 4)
+    grad, dot = _double_backward(logits, None, torch.ones(len(logits)), None, v, from_logits=from_logits)
+    p = torch.softmax(logits.double(), 1)
+    expected = (p * v).sum(1)
+    torch.testing.assert_close(dot.double(), expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+    expected = p * (v - expected.unsqueeze(1))
+    torch.testing.assert_close(grad.double(), expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+    assert grad[::2].isfinite().all(), "a row poisoned another"
+    for strided in (v.t().contiguous().t(), torch.stack([v, v], 2)[..., 0]):
+        same, _ = _double_backward(logits[:, :4], None, torch.ones(len(logits)), None, strided, from_logits=from_logits)
+        torch.testing.assert_close(same, grad, equal_nan=True)
+    empty, none = _double_backward(logits[:0], None, torch.ones(0), None, v[:0], from_logits=from_logits)
+    assert (empty.shape, none.shape) == ((0, 4), (0,))
 
 
 ROWS = {
@@ -317,6 +386,8 @@ def test_raw_operators_refuse_to_lose_a_gradient():
         ops.softmax(logits)
     with pytest.raises(NotImplementedError, match="densreg::softmax_backward is a raw operator"):
         ops.softmax_backward(logits, None, None, torch.ones(3), None, None)
+    with pytest.raises(NotImplementedError, match="densreg::softmax_double_backward is a raw operator"):
+        ops.softmax_double_backward(torch.ones(3, 4), None, None, torch.ones(3), None, logits)
 
 
 @pytest.mark.dispatcher
@@ -337,6 +408,8 @@ def test_opcheck(operator, dtype, need_softmax, with_target):
     for source in ((torch.softmax(logits, 1), None), (logits, statistics)):
         arguments = (*source, target, l, l if with_target else None, u, 0.1, -100, 2.0)
         torch.library.opcheck(operator("softmax_backward"), arguments)
+        arguments = (*source, target, l, l if with_target else None, u, -100)
+        torch.library.opcheck(operator("softmax_double_backward"), arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-// softmax and softmax_backward on CPU. The mathematics is in densreg/ops/softmax.py.
+// softmax, softmax_backward and softmax_double_backward on CPU. The mathematics is in densreg/ops/softmax.py.
 #include "softmax.h"
 
 #include <optional>
@@ -11,6 +11,7 @@ namespace {
 
 CallCounter softmax_calls("softmax", std::string("cpu-") + isa_name());
 CallCounter softmax_backward_calls("softmax_backward", std::string("cpu-") + isa_name());
+CallCounter softmax_double_backward_calls("softmax_double_backward", std::string("cpu-") + isa_name());
 
 // Up to so many classes a vector holds one class of many rows; beyond, many classes of one row.
 constexpr int64_t kAcrossRows = 32;
@@ -256,6 +257,15 @@ struct ForwardAcross {
   }
 };
 
+// A number for each row, or none: of an expanded scalar, which is what a sum's backward brings, the stride is 0.
+template <class Acc>
+struct PerRow {
+  const Acc* data;
+  int64_t stride;
+  DENSREG_INLINE operator bool() const { return data != nullptr; }
+  DENSREG_INLINE Acc operator[](int64_t row) const { return data[row * stride]; }
+};
+
 template <class S>
 struct BackwardArgs {
   using Raw = typename S::Raw;
@@ -265,15 +275,16 @@ struct BackwardArgs {
   const Acc* statistics;  // null where the source is the softmax
   int64_t rows;
   int64_t classes;
-  const int64_t* target;   // or null
-  const Acc* log_density;  // upstream gradients, or null
-  const Acc* cross_entropy;
-  const Raw* upstream;     // of the softmax
-  int64_t stride;          // between rows of upstream
+  const int64_t* target;    // or null
+  PerRow<Acc> log_density;  // upstream gradients, or none
+  PerRow<Acc> cross_entropy;
+  const Raw* upstream;  // of the softmax, or null
+  int64_t stride;       // between rows of upstream
   double label_smoothing;
   int64_t ignore_index;
   double scale;
   Raw* grad;
+  Acc* dots;  // null; of the double backward, whose upstream is v, where <P, v> goes
 };
 
 // What a row of the gradient is: Q (c U + k) - uniform, less `hit` at the target; Q is P, or the softmax scale P.
@@ -345,6 +356,13 @@ struct BackwardRows {
       r.k = static_cast<Acc>(LOGITS ? weight - a.scale * dot : (weight - dot) / a.scale);
       r.uniform = static_cast<Acc>(ce * a.label_smoothing / static_cast<double>(n));
       r.hit = static_cast<Acc>(ce * (1 - a.label_smoothing));
+      if (a.dots) {
+        a.dots[row] = static_cast<Acc>(dot);
+        r.c = static_cast<Acc>(weight);
+        r.k = static_cast<Acc>(-weight * dot);
+        r.uniform = 0;
+        r.counts = false;
+      }
       if (resident) {
         for (int64_t i = 0; i < n; i += W) {
           const int64_t at = i + W <= n ? i : n - W;
@@ -406,13 +424,19 @@ struct BackwardAcross {
         dot += q[j] * u[j];
       }
       const Acc scale = static_cast<Acc>(a.scale);
-      const Acc c = LOGITS ? scale : Acc(1);
-      const F k = LOGITS ? weight + ce - scale * dot : (weight + ce - dot) / scale;
-      const F uniform = ce * static_cast<Acc>(a.label_smoothing / static_cast<double>(n));
+      F c = splat<F>(LOGITS ? scale : Acc(1));
+      F k = LOGITS ? weight + ce - scale * dot : (weight + ce - dot) / scale;
+      F uniform = ce * static_cast<Acc>(a.label_smoothing / static_cast<double>(n));
       const F hit = ce * static_cast<Acc>(1 - a.label_smoothing);
+      if (a.dots) {
+        for (int lane = 0; lane < count; ++lane) a.dots[first + lane] = dot[lane];
+        c = weight + ce;
+        k = -c * dot;
+        uniform = F{};
+      }
       for (int64_t j = 0; j < n; ++j) {
         F g = q[j] * (u[j] * c + k) - uniform;
-        if (a.cross_entropy && a.target) {
+        if (a.cross_entropy && a.target && !a.dots) {
           for (int lane = 0; lane < count; ++lane) {
             if (a.target[first + lane] == j) g[lane] -= hit[lane];
           }
@@ -491,32 +515,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<
   return {log_density, cross_entropy, softmax, statistics};
 }
 
-Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::optional<Tensor> target,
-                        std::optional<Tensor> grad_log_density, std::optional<Tensor> grad_cross_entropy,
-                        std::optional<Tensor> grad_softmax, double label_smoothing, int64_t ignore_index,
-                        double scale) {
-  check_matrix("softmax_backward", "source", source, -1, -1);
+namespace {
+
+template <class Acc>
+PerRow<Acc> per_row(const std::optional<Tensor>& t) {
+  return t ? PerRow<Acc>{static_cast<const Acc*>(t->data_ptr()), t->stride(0)} : PerRow<Acc>{nullptr, 0};
+}
+
+std::optional<Tensor> as(const std::optional<Tensor>& t, ScalarType dtype) {
+  return !t || t->scalar_type() == dtype ? t : torch::stable::to(*t, dtype);
+}
+
+// The backward, or with `dots` the double backward.
+Tensor run_backward(const char* op, CallCounter& counter, Tensor source, const std::optional<Tensor>& statistics,
+                    const std::optional<Tensor>& target, const std::optional<Tensor>& grad_log_density,
+                    const std::optional<Tensor>& grad_cross_entropy, const std::optional<Tensor>& upstream,
+                    double label_smoothing, int64_t ignore_index, double scale, Tensor* dots) {
+  check_matrix(op, "source", source, -1, -1);
   const int64_t rows = source.size(0), classes = source.size(1);
   const auto dtype = source.scalar_type();
-  if (statistics) check_matrix("softmax_backward", "statistics", *statistics, 2, rows);
-  check_rows("softmax_backward", "grad_log_density", grad_log_density, rows);
-  check_rows("softmax_backward", "grad_cross_entropy", grad_cross_entropy, rows);
-  if (grad_softmax) {
-    check_matrix("softmax_backward", "grad_softmax", *grad_softmax, rows, classes);
-    STD_TORCH_CHECK(grad_softmax->scalar_type() == dtype,
-                    "densreg::softmax_backward: grad_softmax must have the dtype of the source");
+  if (statistics) check_matrix(op, "statistics", *statistics, 2, rows);
+  check_rows(op, "grad_log_density", grad_log_density, rows);
+  check_rows(op, "grad_cross_entropy", grad_cross_entropy, rows);
+  if (upstream) {
+    const char* name = dots ? "v" : "grad_softmax";
+    check_matrix(op, name, *upstream, rows, classes);
+    STD_TORCH_CHECK(upstream->scalar_type() == dtype, "densreg::", op, ": ", name,
+                    " must have the dtype of the source");
   }
   // Checked again: since the forward it may have changed.
-  const auto y = checked_target("softmax_backward", target, rows, classes, ignore_index);
-  softmax_backward_calls.add();
+  const auto y = checked_target(op, target, rows, classes, ignore_index);
+  counter.add();
   source = rows_contiguous(source);
   Tensor grad = empty<2>({rows, classes}, dtype);
+  if (dots) *dots = empty<1>({rows}, row_dtype(dtype));
   const auto stats = contiguous_as(statistics, row_dtype(dtype));
-  const auto l = contiguous_as(grad_log_density, row_dtype(dtype));
-  const auto a = contiguous_as(grad_cross_entropy, row_dtype(dtype));
+  const auto l = as(grad_log_density, row_dtype(dtype));
+  const auto a = as(grad_cross_entropy, row_dtype(dtype));
   std::optional<Tensor> u;
-  if (grad_softmax) u = rows_contiguous(*grad_softmax);
-  for_dtype(dtype, "softmax_backward", [&](auto storage) {
+  if (upstream) u = rows_contiguous(*upstream);
+  for_dtype(dtype, op, [&](auto storage) {
     using S = decltype(storage);
     using Raw = typename S::Raw;
     using Acc = typename S::Acc;
@@ -526,14 +564,15 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
                                rows,
                                classes,
                                data_or_null<int64_t>(y),
-                               data_or_null<Acc>(l),
-                               data_or_null<Acc>(a),
+                               per_row<Acc>(l),
+                               per_row<Acc>(a),
                                data_or_null<Raw>(u),
                                u && rows > 1 ? u->stride(0) : classes,
                                label_smoothing,
                                ignore_index,
                                scale,
-                               static_cast<Raw*>(grad.data_ptr())};
+                               static_cast<Raw*>(grad.data_ptr()),
+                               dots ? static_cast<Acc*>(dots->data_ptr()) : nullptr};
     if (classes <= kAcrossRows) {
       stats ? parallel_rows<BackwardAcross<true>, S>(args, rows, classes, 16)
             : parallel_rows<BackwardAcross<false>, S>(args, rows, classes, 16);
@@ -543,6 +582,27 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
     }
   });
   return grad;
+}
+
+}  // namespace
+
+Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::optional<Tensor> target,
+                        std::optional<Tensor> grad_log_density, std::optional<Tensor> grad_cross_entropy,
+                        std::optional<Tensor> grad_softmax, double label_smoothing, int64_t ignore_index,
+                        double scale) {
+  return run_backward("softmax_backward", softmax_backward_calls, source, statistics, target, grad_log_density,
+                      grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale, nullptr);
+}
+
+std::tuple<Tensor, Tensor> softmax_double_backward(Tensor source, std::optional<Tensor> statistics,
+                                                   std::optional<Tensor> target,
+                                                   std::optional<Tensor> grad_log_density,
+                                                   std::optional<Tensor> grad_cross_entropy, Tensor v,
+                                                   int64_t ignore_index) {
+  Tensor dots;
+  Tensor grad = run_backward("softmax_double_backward", softmax_double_backward_calls, source, statistics, target,
+                             grad_log_density, grad_cross_entropy, v, 0.0, ignore_index, 1.0, &dots);
+  return {grad, dots};
 }
 
 }  // namespace densreg::cpu

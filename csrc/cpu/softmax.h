@@ -16,5 +16,10 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
                         std::optional<Tensor> grad_log_density, std::optional<Tensor> grad_cross_entropy,
                         std::optional<Tensor> grad_softmax, double label_smoothing, int64_t ignore_index,
                         double scale);
+std::tuple<Tensor, Tensor> softmax_double_backward(Tensor source, std::optional<Tensor> statistics,
+                                                   std::optional<Tensor> target,
+                                                   std::optional<Tensor> grad_log_density,
+                                                   std::optional<Tensor> grad_cross_entropy, Tensor v,
+                                                   int64_t ignore_index);
 
 }  // namespace densreg::cpu

@@ -1,4 +1,4 @@
-// softmax and softmax_backward on CUDA. The mathematics is in densreg/ops/softmax.py.
+// softmax, softmax_backward and softmax_double_backward on CUDA. The mathematics is in densreg/ops/softmax.py.
 //
 // A row that fits in one tile is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: a
 // kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk again.
@@ -11,6 +11,7 @@ namespace {
 
 CallCounter softmax_calls("softmax", "cuda");
 CallCounter softmax_backward_calls("softmax_backward", "cuda");
+CallCounter softmax_double_backward_calls("softmax_double_backward", "cuda");
 
 // exp(f - m) for f <= m, also for m infinite as base() has it. In float32 and float64 the difference is taken exactly,
 // as x + low: at f - m = -80 its rounding alone would cost 4e-6 in float32. Half precision rounds P far more than that.
@@ -243,6 +244,7 @@ struct BackwardArgs {
   Raw* grad;
   Split split;
   A* partial;  // [rows * chunks]: <Q, U> of each chunk, or null without an upstream gradient of the softmax
+  A* dots;     // null; of the double backward, whose upstream is v, where <P, v> goes
 };
 
 // Q of a row: P from the logits, or the softmax, scale P.
@@ -288,6 +290,12 @@ struct Gradient {
     k = a.statistics ? weight - a.scale * dot : (weight - dot) / a.scale;
     uniform = ce * (a.label_smoothing / static_cast<A>(a.classes));
     hit = ce * (1 - a.label_smoothing);
+    if (a.dots) {
+      c = weight;
+      k = -weight * dot;
+      uniform = 0;
+      y = -1;
+    }
   }
 
   // q becomes the gradient; u is null without an upstream gradient. `begin` is where the chunk begins in its row.
@@ -335,6 +343,7 @@ __global__ void __launch_bounds__(Group<T>::kThreads, 1) softmax_backward_rows(B
   }
   if (upstream) dot = group_reduce<T>(dot, Sum{});
   if (!there) return;
+  if (a.dots && lane == 0) a.dots[row] = dot;
   const Gradient<Raw> gradient(a, row, upstream ? dot : A(0));
   Raw* g = a.grad + row * a.classes;
 #pragma unroll
@@ -390,6 +399,7 @@ __global__ void __launch_bounds__(Group<T>::kThreads, 1) softmax_backward_finish
   Raw* g = a.grad + row * a.classes + begin;
   const Cut cut{a.split.length(chunk, a.classes), Cut::shift_of(f)};
   const Source<Raw> source(a, row, true);
+  if (a.dots && lane == 0 && chunk == 0) a.dots[row] = dot;
   const Gradient<Raw> gradient(a, row, dot);
   for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
 #pragma unroll
@@ -468,33 +478,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<
   return {log_density, cross_entropy, softmax, statistics};
 }
 
-Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::optional<Tensor> target,
-                        std::optional<Tensor> grad_log_density, std::optional<Tensor> grad_cross_entropy,
-                        std::optional<Tensor> grad_softmax, double label_smoothing, int64_t ignore_index,
-                        double scale) {
-  const char* op = "softmax_backward";
+namespace {
+
+// The backward, or with `dots` the double backward.
+Tensor run_backward(const char* op, CallCounter& counter, Tensor source, const std::optional<Tensor>& statistics,
+                    const std::optional<Tensor>& target, const std::optional<Tensor>& grad_log_density,
+                    const std::optional<Tensor>& grad_cross_entropy, const std::optional<Tensor>& upstream,
+                    double label_smoothing, int64_t ignore_index, double scale, Tensor* dots) {
   check_matrix(op, "source", source, source, -1, -1);
   const int64_t rows = source.size(0), n = source.size(1);
   const auto dtype = source.scalar_type(), row = row_dtype(dtype);
   if (statistics) check_matrix(op, "statistics", *statistics, source, 2, rows);
   check_rows(op, "grad_log_density", grad_log_density, source);
   check_rows(op, "grad_cross_entropy", grad_cross_entropy, source);
-  if (grad_softmax) {
-    check_matrix(op, "grad_softmax", *grad_softmax, source, rows, n);
-    STD_TORCH_CHECK(grad_softmax->scalar_type() == dtype,
-                    "densreg::softmax_backward: grad_softmax must have the dtype of the source");
+  if (upstream) {
+    const char* name = dots ? "v" : "grad_softmax";
+    check_matrix(op, name, *upstream, source, rows, n);
+    STD_TORCH_CHECK(upstream->scalar_type() == dtype, "densreg::", op, ": ", name,
+                    " must have the dtype of the source");
   }
   check_target(op, target, source);
-  softmax_backward_calls.add();
+  counter.add();
   const OnDevice device(source);
   source = rows_contiguous(source);
   Tensor grad = empty<2>(source, {rows, n}, dtype);
+  if (dots) *dots = empty<1>(source, {rows}, row);
   const auto y = contiguous(target);
   const auto stats = contiguous_as(statistics, row);
   const auto l = contiguous_as(grad_log_density, row);
   const auto a = contiguous_as(grad_cross_entropy, row);
   std::optional<Tensor> u;
-  if (grad_softmax) u = rows_contiguous(*grad_softmax);
+  if (upstream) u = rows_contiguous(*upstream);
   for_dtype(dtype, op, [&](auto zero) {
     using Raw = decltype(zero);
     using A = Acc<Raw>;
@@ -513,7 +527,8 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
                            static_cast<A>(scale),
                            data<Raw>(grad),
                            {},
-                           nullptr};
+                           nullptr,
+                           dots ? data<A>(*dots) : nullptr};
     const bool aligned = is_aligned(args.source, args.source_stride);
     const bool held = with_tile_config<Raw, 2>(n, aligned, [&](auto threads, auto vectors) {
       device.launch<threads>(softmax_backward_rows<Raw, threads, vectors>, rows, args);
@@ -531,6 +546,27 @@ Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::op
     device.launch<T>(softmax_backward_finish<Raw, T, V>, rows, args, chunks);
   });
   return grad;
+}
+
+}  // namespace
+
+Tensor softmax_backward(Tensor source, std::optional<Tensor> statistics, std::optional<Tensor> target,
+                        std::optional<Tensor> grad_log_density, std::optional<Tensor> grad_cross_entropy,
+                        std::optional<Tensor> grad_softmax, double label_smoothing, int64_t ignore_index,
+                        double scale) {
+  return run_backward("softmax_backward", softmax_backward_calls, source, statistics, target, grad_log_density,
+                      grad_cross_entropy, grad_softmax, label_smoothing, ignore_index, scale, nullptr);
+}
+
+std::tuple<Tensor, Tensor> softmax_double_backward(Tensor source, std::optional<Tensor> statistics,
+                                                   std::optional<Tensor> target,
+                                                   std::optional<Tensor> grad_log_density,
+                                                   std::optional<Tensor> grad_cross_entropy, Tensor v,
+                                                   int64_t ignore_index) {
+  Tensor dots;
+  Tensor grad = run_backward("softmax_double_backward", softmax_double_backward_calls, source, statistics, target,
+                             grad_log_density, grad_cross_entropy, v, 0.0, ignore_index, 1.0, &dots);
+  return {grad, dots};
 }
 
 }  // namespace densreg::cuda

@@ -12,7 +12,7 @@ from densreg.ops.extension import build_info, instruction_set
 from densreg.ops.pnorm import pnorm, pnorm_backward
 from densreg.ops.registry import BACKENDS, OPERATORS, backend, calls, describe, preferred, routes, unavailable_reason
 from densreg.ops.rows import accumulation_dtype, per_row
-from densreg.ops.softmax import softmax, softmax_backward
+from densreg.ops.softmax import softmax, softmax_backward, softmax_double_backward
 
 __all__ = [
     "BACKENDS",
@@ -30,5 +30,6 @@ __all__ = [
     "routes",
     "softmax",
     "softmax_backward",
+    "softmax_double_backward",
     "unavailable_reason",
 ]

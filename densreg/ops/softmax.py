@@ -1,4 +1,4 @@
-"""softmax (log density, cross-entropy and softmax, in one pass over the logits) and softmax_backward."""
+"""softmax (log density, cross-entropy and softmax, in one pass over the logits) and its two derivatives."""
 
 from __future__ import annotations
 
@@ -153,6 +153,15 @@ def softmax_backward(
     )
 
 
+def _probabilities(source: Tensor, statistics: Tensor | None, scale: float = 1.0) -> Tensor:
+    """P [B, C] in the accumulation dtype."""
+    wide = source.to(accumulation_dtype(source.dtype))
+    if statistics is None:
+        return wide / scale
+    m, s = statistics.unsqueeze(2)
+    return (wide - m).exp_() / s
+
+
 @fallback("softmax_backward")
 def _softmax_backward_torch(
     source: Tensor,
@@ -166,11 +175,7 @@ def _softmax_backward_torch(
     scale: float,
 ) -> Tensor:
     dtype = accumulation_dtype(source.dtype)
-    if statistics is None:
-        p = source.to(dtype) / scale
-    else:
-        m, s = statistics.unsqueeze(2)
-        p = (source.to(dtype) - m).exp_() / s
+    p = _probabilities(source, statistics, scale)
     weight = torch.zeros_like(p[:, :1])
     if grad_log_density is not None:
         weight = weight + grad_log_density.to(dtype).unsqueeze(1)
@@ -192,3 +197,64 @@ def _softmax_backward_torch(
 @fake("softmax_backward")
 def _softmax_backward_fake(source, *_):
     return torch.empty_like(source, memory_format=torch.contiguous_format)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+define(
+    "softmax_double_backward(Tensor source, Tensor? statistics, Tensor? target, Tensor? grad_log_density,"
+    " Tensor? grad_cross_entropy, Tensor v, int ignore_index) -> (Tensor grad, Tensor dot)"
+)
+
+
+def softmax_double_backward(
+    source: Tensor,
+    statistics: Tensor | None,
+    target: Tensor | None,
+    grad_log_density: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    v: Tensor,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """Gradient in the logits of ``<v, (l + a) P - a q>``, what :func:`softmax_backward` gives for l and a alone.
+
+    Args:
+        source: as of :func:`softmax_backward`, with scale 1.
+        v: [B, C], the cotangent of that gradient, in its dtype.
+
+    Returns:
+        ``(grad [B, C], dot [B])``: ``grad = (l + a) P (v - <P, v>)`` in the dtype of the logits, a counted as 0 where
+        the target is ignored; ``dot = <P, v>``, the gradient in l, in float32 (float64 for float64 logits).
+    """
+    require_no_grad("softmax_double_backward", source, grad_log_density, grad_cross_entropy, v)
+    arguments = (source, statistics, target, grad_log_density, grad_cross_entropy, v, ignore_index)
+    return call("softmax_double_backward", *arguments)
+
+
+@fallback("softmax_double_backward")
+def _softmax_double_backward_torch(
+    source: Tensor,
+    statistics: Tensor | None,
+    target: Tensor | None,
+    grad_log_density: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    v: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    p = _probabilities(source, statistics)
+    wide = v.to(p.dtype)
+    dot = (p * wide).sum(1)
+    weight = torch.zeros_like(dot)
+    if grad_log_density is not None:
+        weight = weight + grad_log_density
+    if grad_cross_entropy is not None and target is not None:
+        _check_target(target, p.shape[1], ignore_index)
+        weight = weight + grad_cross_entropy.masked_fill(target == ignore_index, 0)
+    out = torch.empty_like(source, memory_format=torch.contiguous_format)
+    return out.copy_(weight.unsqueeze(1) * p * (wide - dot.unsqueeze(1))), dot
+
+
+@fake("softmax_double_backward")
+def _softmax_double_backward_fake(source, *_):
+    grad = torch.empty_like(source, memory_format=torch.contiguous_format)
+    return grad, source.new_empty(source.shape[0], dtype=accumulation_dtype(source.dtype))

@@ -31,8 +31,11 @@ def test_threads_in_any_order():
                 library.densreg_reverse(reverse)
                 outputs = ops.softmax(logits, torch.arange(2) % classes, 0.1)
                 backward = ops.softmax_backward(logits, outputs[3], None, torch.ones(2), None, u)
+                double = ops.softmax_double_backward(logits, outputs[3], None, torch.ones(2), None, u)
                 norm, peak, total = ops.pnorm(u, 3.0)
-                results.append((*outputs, backward, norm, peak, total, ops.pnorm_backward(norm, u, peak, total, 3.0)))
+                results.append(
+                    (*outputs, backward, *double, norm, peak, total, ops.pnorm_backward(norm, u, peak, total, 3.0))
+                )
             library.densreg_reverse(0)
             for one, other in zip(*results, strict=True):
                 assert torch.equal(one, other)
@@ -73,6 +76,7 @@ def test_kernels_check_shapes_and_dtypes():
         (k.softmax_backward, (f, statistics, y, None, three[:2], None, *options)),
         (k.softmax_backward, (f, statistics, None, None, None, f[:2], *options)),
         (k.softmax_backward, (f, statistics, None, None, None, f.double(), *options)),
+        (k.softmax_double_backward, (f, statistics, y, three, None, f[:2], -100)),
         (k.pnorm, (three, 2.0)),
         (k.pnorm_backward, (norm[:2], f, peak, total, 2.0)),
     ]:

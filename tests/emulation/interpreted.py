@@ -49,6 +49,7 @@ def test_every_element_is_written(classes, dtype, p):
     for source, statistics in ((outputs[2], None), (f, outputs[3])):
         twice(kernels.softmax_backward, source, statistics, y, a, a, f, 0.1, -100, 1.0)
         twice(kernels.softmax_backward, source, statistics, y, a, a, None, 0.1, -100, 1.0)
+        twice(kernels.softmax_double_backward, source, statistics, y, a, a, f, -100)
     norm, peak, total = twice(kernels.pnorm, f, p)
     transposed = f.t().contiguous().t()
     twice(kernels.pnorm, transposed, p)
