@@ -111,6 +111,7 @@ def launches(dtype: str, all_tiles: bool = False) -> list[Launch]:
                 new.clear()
                 statistics = None
             kernels.softmax_backward(f, statistics, y, density, ce, p, 0.1, -100, 1.0)
+            kernels.softmax_double_backward(f, statistics, y, density, ce, p, -100)
         found.update({key: launch for key, launch in new.items() if key not in found})
 
     def rows_of(rows: int, length: int, p: float) -> None:

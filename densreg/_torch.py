@@ -167,7 +167,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Those of ``module.parameters()`` that require grad, in that order, found in a tenth of the time."""
+    """Those of ``module.parameters()`` that require grad, in that order, found in 0.4 times the time."""
     found: dict[int, nn.Parameter] = {}
     seen = set()
     pending: list[nn.Module | None] = [module]

@@ -100,6 +100,7 @@ class CompiledStep:
             else:
                 if first:
                     _inform(f"the first training step took {time.perf_counter() - start:.1f} s with its compilation")
+                # Dynamo's own count takes longer than the rest of this function: only where there can be so many.
                 often = not self._warned and self._backend.graphs > OFTEN
                 if often and _torch.compiled_versions(self._code) > OFTEN:
                     self._warned = True

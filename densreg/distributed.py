@@ -341,10 +341,12 @@ class _ShardedDensity(_Function):
 # public
 
 
-def _local(weight: Tensor, bias: Tensor | None, group: Any) -> tuple[Tensor, Tensor | None, Any, int | None]:
-    """(weight, bias, group, classes): of DTensors, this process's part, the mesh's group, and their whole length."""
+def _shard(
+    weight: Tensor, bias: Tensor | None, classes: int | None, group: Any
+) -> tuple[Tensor, Tensor | None, int | None, str]:
+    """(weight, bias, classes, group's name): of DTensors, this process's part, their length, and the mesh's group."""
     if not (paths._is_dtensor(weight) or paths._is_dtensor(bias)):  # type: ignore[arg-type]
-        return weight, bias, group, None
+        return weight, bias, classes, _name_of(group)
     from torch.distributed.tensor import Shard
 
     given: dict[str, Any] = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -362,7 +364,8 @@ def _local(weight: Tensor, bias: Tensor | None, group: Any) -> tuple[Tensor, Ten
     if group is not None and group is not mesh_group:
         raise ValueError("group: expected None or the group of the weight's mesh, got another")
     local = {name: t.to_local(grad_placements=[Shard(0)]) for name, t in given.items()}
-    return local["weight"], local.get("bias"), mesh_group, len(weight)
+    classes = len(weight) if classes is None else classes
+    return local["weight"], local.get("bias"), classes, _name_of(mesh_group)
 
 
 def _checked(name: str, check: Callable[[], Any]) -> Any:
@@ -407,22 +410,19 @@ def linear_density_cross_entropy(
     Returns:
         ``(cross_entropy [B], log_density [B], correct [B])`` of this process's rows.
     """
-    weight, bias, group, whole = _local(weight, bias, group)
-    name = _name_of(group)
+    weight, bias, classes, name = _shard(weight, bias, classes, group)
 
     def check():
         linear.check_head(h, weight, bias, tile, least_classes=0)
         functional.check_target(h, target, label_smoothing, ignore_index)
 
     _checked(name, check)
-    classes = whole if classes is None else classes
     rest, own, mean, _, correct, numbers = _head(
         h, weight, bias, target, ignore_index, False, label_smoothing > 0, classes, tile, name
     )
     ignored, dtype = target == ignore_index, linear.row_dtype(h, weight)
     ce = linear.cross_entropy_rows(rest, own, mean, ignored, numbers[1], label_smoothing, margin)
-    log_density = torch.where(ignored, rest, linear.logsumexp(rest, own))
-    return ce.to(dtype), log_density.to(dtype), correct
+    return ce.to(dtype), linear.density_rows(rest, own, ignored).to(dtype), correct
 
 
 def linear_density_loss(
@@ -474,8 +474,7 @@ def linear_density_loss(
         RuntimeError: there is no process group; another process failed; a collective failed, at the latest after the
             group's timeout.
     """
-    weight, bias, group, whole = _local(weight, bias, group)
-    name = _name_of(group)
+    weight, bias, classes, name = _shard(weight, bias, classes, group)
 
     def check():
         penalty._check_coeff(coeff)
@@ -487,7 +486,6 @@ def linear_density_loss(
         return order, xs
 
     p, xs = _checked(name, check)
-    classes = whole if classes is None else classes
     rest, own, mean, score, _, numbers = _head(
         h, weight, bias, target, ignore_index, True, label_smoothing > 0, classes, tile, name
     )

@@ -101,6 +101,7 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def finite(ref: Tensor) -> Tensor:
+    """[B], with 0 for -inf, the reference of a row without a finite logit: -inf - (-inf) would be NaN."""
     return ref.masked_fill(ref == -math.inf, 0)
 
 
@@ -532,8 +533,13 @@ def row_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def logsumexp(a: Tensor, b: Tensor) -> Tensor:
-    """Not logaddexp, whose second derivative is NaN where one is above the other by more than exp can hold."""
+    """[B], of two. Not logaddexp: its second derivative is NaN where they differ by more than exp can hold."""
     return torch.logsumexp(torch.stack([a, b]), 0)
+
+
+def density_rows(rest: Tensor, own: Tensor, ignored: Tensor) -> Tensor:
+    """The log density [B], float64: of an ignored target, all is in ``rest``."""
+    return torch.where(ignored, rest, logsumexp(rest, own))
 
 
 def cross_entropy_rows(
@@ -591,9 +597,8 @@ def linear_density_cross_entropy(
     rest, own, mean, _, correct = _head(h, weight, bias, target, ignore_index, need_mean=label_smoothing > 0, tile=tile)
     ignored = target == ignore_index
     ce = cross_entropy_rows(rest, own, mean, ignored, len(weight), label_smoothing, margin)
-    log_density = torch.where(ignored, rest, logsumexp(rest, own))
     dtype = row_dtype(h, weight)
-    return ce.to(dtype), log_density.to(dtype), correct
+    return ce.to(dtype), density_rows(rest, own, ignored).to(dtype), correct
 
 
 def linear_density_loss(

@@ -230,24 +230,9 @@ def softmax_backward_rows(
     if dots_ptr is not None:
         tl.store(dots_ptr + row, dot, mask=live)
     g = _gradient(
-        q,
-        u,
-        columns,
-        dot,
-        weight,
-        a,
-        y,
-        units,
-        smoothing,
-        scale,
-        statistics_ptr,
-        u_ptr,
-        a_ptr,
-        dots_ptr,
-        ALIGN,
-        SMOOTH,
-        ACC,
-    )
+        q, u, columns, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
+        ALIGN, SMOOTH, ACC,
+    )  # fmt: skip
     store(out_ptr + (row * units * ALIGN)[:, None] + columns, g, mask)
 
 
@@ -297,24 +282,9 @@ def softmax_backward_columns(
     if dots_ptr is not None and pid % parts == 0:
         tl.store(dots_ptr + own, dot)
     g = _gradient(
-        q,
-        u,
-        column,
-        dot,
-        weight,
-        a,
-        y,
-        units,
-        smoothing,
-        scale,
-        statistics_ptr,
-        u_ptr,
-        a_ptr,
-        dots_ptr,
-        ALIGN,
-        SMOOTH,
-        ACC,
-    )
+        q, u, column, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
+        ALIGN, SMOOTH, ACC,
+    )  # fmt: skip
     store(out_ptr + row * units * ALIGN + column, g, mask)
 
 

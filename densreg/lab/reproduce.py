@@ -217,32 +217,29 @@ def choose(table: Sequence[Mapping[str, Any]], attack: Measure) -> dict[str, dic
     where none is, and "best" among all.
     """
     columns = [c for c in table[0] if any(fnmatchcase(c, attack.column(shown)) for shown in attack.shown)]
-    tried: dict[str, dict[str, dict[float, list[tuple[float, float]]]]] = {}
-    clean: dict[str, list[float]] = {}
+    measured: dict[tuple[str, str, float | str], list[tuple[float, float]]] = {}  # (under attack, clean), by seed
     for row in table:
-        of = f"{row['data']} {row['model']}"
-        if row["coeff"] == "":
-            if row["method"] == "standard":
-                clean.setdefault(of, []).append(row["accuracy clean"])
-            continue
         attacked = statistics.mean(row[column] for column in columns)
-        own = tried.setdefault(of, {}).setdefault(row["method"], {}).setdefault(row["coeff"], [])
-        own.append((attacked, row["accuracy clean"]))
+        key = (f"{row['data']} {row['model']}", row["method"], row["coeff"])
+        measured.setdefault(key, []).append((attacked, row["accuracy clean"]))
+    means = {key: tuple(map(statistics.mean, zip(*seeds, strict=True))) for key, seeds in measured.items()}
     result: dict[str, dict[str, dict[str, float]]] = {}
-    for of, methods in tried.items():
-        for method, values in methods.items():
-            means = {c: [statistics.mean(each) for each in zip(*pairs, strict=True)] for c, pairs in values.items()}
-            found = {"best": max(means, key=lambda c: means[c][0])}
-            if of in clean:
-                least = statistics.mean(clean[of]) - WITHIN
-                gentle = [c for c in means if means[c][1] >= least]
-                found |= {"gentle": max(gentle, key=lambda c: means[c][0])} if gentle else {}
-            result.setdefault(of, {})[method] = found
+    for of, method in dict.fromkeys(key[:2] for key in means if key[2] != ""):
+        tried = {float(coeff): found for (*own, coeff), found in means.items() if own == [of, method]}
+        found = {"best": max(tried, key=lambda coeff: tried[coeff][0])}
+        standard = means.get((of, "standard", ""))
+        gentle = [coeff for coeff in tried if standard and tried[coeff][1] >= standard[1] - WITHIN]
+        if gentle:
+            found["gentle"] = max(gentle, key=lambda coeff: tried[coeff][0])
+        result.setdefault(of, {})[method] = found
     return result
 
 
 def read_chosen(folder: str) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The coefficients that a ``reproduce --val-size`` left in its folder, gentle ones first, for :class:`Budget`.
+    """The coefficients that a ``reproduce --val-size`` chose, the smaller first, for :class:`Budget`.
+
+    Args:
+        folder: its ``--out``.
 
     Raises:
         ValueError: there are none that can be read.
