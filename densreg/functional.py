@@ -545,7 +545,8 @@ def softmax(
     The softmax is the cotangent of the input score's backward. Its own gradient, which the double backward brings,
     and those of the log density and the cross-entropy go into the logits together, in one pass.
     """
-    # On a CPU the exponentials take longer than writing P and reading it twice; on a GPU it is the other way round.
+    # On a CPU the exponentials take longer than writing P and reading it twice. A GPU, where this was not measured, and
+    # half precision, in which P would be rounded, keep the logits.
     keep = not need_softmax and torch.is_grad_enabled() and logits.requires_grad
     keep = keep and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
     scale = scale if need_softmax else 1.0
