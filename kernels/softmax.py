@@ -183,9 +183,10 @@ def _gradient(
     q, u, column, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
     ALIGN: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q (c u + k) less a times the target's distribution; of the double backward weight q (u - dot)."""
+    """q (c u + k) less a times the target's distribution; of the double backward q (weight u - weight dot)."""
     if dots_ptr is not None:
-        return weight[:, None] * (q * (u - dot[:, None]))
+        k = -weight * dot
+        return q * (u * weight[:, None] + k[:, None])
     factor = tl.full(weight.shape, scale, ACC)
     # P (weight + scale U - <P, scale U>); with Q = scale P it is Q (U + (weight - <Q, U>) / scale).
     if statistics_ptr is None:
@@ -279,8 +280,11 @@ def softmax_backward_columns(
         own, own >= 0, statistics_ptr, target_ptr, l_ptr, a_ptr, rows, units, ignore_index, ALIGN, ACC
     )
     q = _q(source, m, inverse, statistics_ptr, PRECISE)
-    if dots_ptr is not None and pid % parts == 0:
-        tl.store(dots_ptr + own, dot)
+    if dots_ptr is not None:
+        # Summed once more: a dot that is stored has a layout that is broadcast through shared memory.
+        part = tl.arange(0, PARTS)
+        whole = tl.sum(tl.load(partial_ptr + row * parts + part, mask=part < parts, other=0.0))
+        tl.store(dots_ptr + row, whole, mask=pid % parts == 0)
     g = _gradient(
         q, u, column, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
         ALIGN, SMOOTH, ACC,
