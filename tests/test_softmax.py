@@ -340,7 +340,7 @@ def test_scale_keeps_what_fp16_would_lose():
         torch.randn(0, 9),
         torch.randn(4, 1),
     ],
-    ids=["transposed", "strided", "expanded rows", "expanded classes", "long part", "part", "no rows", "one class"],
+    ids=["transposed", "strided", "expanded rows", "expanded classes", "long_part", "part", "no rows", "one class"],
 )
 def test_strides_and_empty(logits):
     outputs = ops.softmax(logits)
