@@ -293,9 +293,9 @@ if block:  # longer rows over programs of so many entries
 """
 
 # The interpreter takes some 10 ms a launch of a program: rows of many parts are left to the long run.
-_LONG = "long_rows or fill_a_tile or million or 50000 or 100000 or shape3 or strides"
+_LONG = "long_rows or fill_a_tile or million or 50000 or 100000 or 1-n200000 or strides"
 # Without the longest rows, which would be thousands of programs there.
-_SPLIT = "not (1000 or 50000 or 40003 or shape3 or long_rows or long_part)"
+_SPLIT = "not (1000 or 50000 or 40003 or n200000 or long_rows or long_part)"
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ SHAPES = ((4, 1), (4, 7), (3, 3, 8, 8), (2, 100_000))
 @pytest.mark.parametrize(
     ("dtype", "p", "shape"),
     [(DTYPES[(i + j) % 4], p, shape) for i, p in enumerate(ORDERS) for j, shape in enumerate(SHAPES)],
+    ids=lambda value: f"n{math.prod(value)}" if isinstance(value, tuple) else None,
 )
 def test_values(dtype, p, shape):
     g = torch.randn(shape).to(dtype)
