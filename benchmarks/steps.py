@@ -69,6 +69,7 @@ class Case(NamedTuple):
     batch: int
     image_shape: tuple[int, int, int]
     classes: int
+    memory_format: torch.memory_format = torch.channels_last
 
 
 def vgg11_bn() -> nn.Module:
@@ -89,6 +90,9 @@ CASES = {
     "mlp": Case(lambda: models.build("mlp", 10, (1, 56, 28)), 128, (1, 56, 28), 10),
     "mlp-784": Case(mlp_784, 32, (1, 28, 28), 10),
     "resnet20": Case(lambda: models.build("resnet20", 100, (3, 32, 32)), 128, (3, 32, 32), 100),
+    "resnet20-nchw": Case(
+        lambda: models.build("resnet20", 100, (3, 32, 32)), 128, (3, 32, 32), 100, torch.contiguous_format
+    ),
     "wrn28-10": Case(lambda: models.build("wrn28-10", 100, (3, 32, 32)), 4, (3, 32, 32), 100),
 }
 
@@ -96,8 +100,8 @@ CASES = {
 def problem(case: Case, device: str = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
     """Model, images and labels."""
     torch.manual_seed(0)
-    model = case.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.rand(case.batch, *case.image_shape).to(device, memory_format=torch.channels_last)
+    model = case.build().to(device, memory_format=case.memory_format)  # type: ignore[call-overload]
+    x = torch.rand(case.batch, *case.image_shape).to(device, memory_format=case.memory_format)
     return model, x, torch.randint(case.classes, (case.batch,)).to(device)
 
 

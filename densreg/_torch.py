@@ -230,6 +230,11 @@ def inductor_pass(own: CustomGraphPass) -> AbstractContextManager:
     return torch._inductor.config.patch(post_grad_custom_pre_pass=own)
 
 
+def lays_out_convolutions() -> bool:
+    """Whether inductor makes channels_last of images around convolutions on a CPU, as it does by default."""
+    return bool(torch._inductor.config.layout_optimization and torch.backends.mkldnn.enabled)
+
+
 def function_of(node: torch.fx.Node) -> type | None:
     """The Function marked ``allow_in_graph`` that a node of Dynamo's graph calls, through a local function."""
     if getattr(node.target, "__name__", None) != "trampoline_autograd_apply":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from densreg import _torch, directional, ops
 from densreg.functional import _Function
-from densreg.merge import MergeProducts
+from densreg.graph_passes import GraphPasses
 from densreg.second_order import hardsigmoid_under_compile, of_a_graph
 from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, restore_buffers, save_buffers
 
@@ -161,7 +161,7 @@ class CheckedBackend:
                 "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
                 "its class with torch.compiler.allow_in_graph"
             )
-        with self.stores(), _torch.inductor_pass(MergeProducts()), _cacheable(graphs, inputs):
+        with self.stores(), _torch.inductor_pass(GraphPasses()), _cacheable(graphs, inputs):
             return self.inner(graph, inputs)
 
     def __getattr__(self, name: str) -> Any:  # name, configuration, reset

@@ -33,7 +33,7 @@ LIBRARY = (
     "second_order",
     "regularizers",
     "directional",
-    "merge",
+    "graph_passes",
     "step",
     "head",
     "compiling",

@@ -268,7 +268,7 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
         Lines that say what is done, while it goes on; the table is the last of them.
 
     Raises:
-        As :func:`densreg.lab.training.fit` and the metrics.
+        As :func:`densreg.lab.training.fit` and the metrics; one that diverges has no row, but a line in table.md.
     """
     if name == "fig2a":
         yield from _fig2a(budget, out)
@@ -284,22 +284,34 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     for measure in chosen.measures:
         _outside_images(_options(measure, budget), budget.download)
     table: list[dict[str, Any]] = []
+    done: list[Row] = []
+    diverged: dict[str, str] = {}
     with runs.open_run(out, True) as folder:
         for i, row in enumerate(rows, 1):
             yield f"{i}/{len(rows)}: {row.config.out}"
             begun = any((Path(row.config.out) / file).exists() for file in runs.FILES)
             torch.compiler.reset()  # or the limit of compilations of one function is met
-            training.fit(row.config, resume="auto" if begun else False)
-            table.append(_describe(row) | measured(row, chosen.measures, budget))
-            paper = chosen.figures.get(row.key, (None,) * len(chosen.columns))
-            table[-1] |= {f"paper: {column}": value for column, value in zip(chosen.columns, paper, strict=True)}
-            _write(folder, name, chosen, budget, table, rows)
+            try:
+                training.fit(row.config, resume="auto" if begun else False)
+            except runs.NotFiniteError as error:  # one of several coefficients may be too large
+                diverged[Path(row.config.out).name] = str(error)
+                yield f"diverged, without a row: {error}"
+            else:
+                done.append(row)
+                table.append(_describe(row) | measured(row, chosen.measures, budget))
+                paper = chosen.figures.get(row.key, (None,) * len(chosen.columns))
+                table[-1] |= {f"paper: {column}": value for column, value in zip(chosen.columns, paper, strict=True)}
+            if not table:
+                continue
+            _write(folder, name, chosen, budget, table, done, diverged)
             attack = next((measure for measure in chosen.measures if measure.metric == "pgd"), None)
             if budget.val_size and attack and any(measure.metric == "accuracy" for measure in chosen.measures):
                 text = json.dumps(choose(table, attack), indent=2) + "\n"
                 runs.write_atomically(folder / CHOSEN, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        if not table:
+            raise runs.NotFiniteError(f"every training diverged, the last: {[*diverged.values()][-1]}")
         if chosen.picture:
-            runs.save_picture(folder / f"{name}.png", _draw(chosen, rows, table, budget))
+            runs.save_picture(folder / f"{name}.png", _draw(chosen, done, table, budget))
     yield f"results: {folder}"
     yield markdown(chosen, table)
 
@@ -493,9 +505,10 @@ def _write(
     budget: Budget,
     table: Sequence[dict[str, Any]],
     rows: Sequence[Row],
+    diverged: Mapping[str, str],
 ) -> None:
     local = ("data_dir", "out", "download")
-    configs = [{k: v for k, v in row.config.describe().items() if k not in local} for row in rows[: len(table)]]
+    configs = [{k: v for k, v in row.config.describe().items() if k not in local} for row in rows]
     asked = {k: v for k, v in dataclasses.asdict(budget).items() if k not in (*local, "runs")}
     about = {
         "experiment": name,
@@ -510,10 +523,12 @@ def _write(
             for measure in chosen.measures
         },
         "versions": {"densreg": __version__, "torch": str(torch.__version__)},
-        "runs": dict(zip((Path(row.config.out).name for row in rows), configs, strict=False)),
+        "runs": dict(zip((Path(row.config.out).name for row in rows), configs, strict=True)),
+        "diverged": diverged,
     }
     text = json.dumps(_plain(about), indent=2) + "\n"
-    page = f"# {chosen.what}\n\n{markdown(chosen, table)}\n"
+    notes = "".join(f"\n{run}: {error}\n" for run, error in diverged.items())
+    page = f"# {chosen.what}\n\n{markdown(chosen, table)}\n{notes}"
     try:
         runs.write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
         runs.write_atomically(folder / TABLE, lambda file: file.write(page.encode()))

@@ -38,6 +38,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line for the user."""
 
 
+class NotFiniteError(TrainingError):
+    """A loss or gradient is not finite: the training diverged."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: "; did you mean X?", or nothing where none is like it."""
     near = difflib.get_close_matches(name, sorted(known), n=3)

@@ -151,15 +151,6 @@ def test_batches_from_the_middle_and_from_workers_are_the_same(workers):
     assert torch.equal(torch.get_rng_state(), before), "random classes come from the global generator"
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """torchvision's own readers on files of our making: its checksums are those of the whole data sets."""
-    for place in ("utils", "cifar", "svhn"):
-        monkeypatch.setattr(f"torchvision.datasets.{place}.check_integrity", lambda file, md5=None: Path(file).exists())
-    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.SVHN._check_integrity", lambda self: True)
-
-
 def _write_cifar(folder, train, test, key, labels, meta, names):
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import json
 import math
+import pickle
 import shutil
 import struct
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -118,6 +120,67 @@ def test_coefficients_are_chosen_on_held_out_images_and_measured_on_others(comma
             ("standard", ""),
             *(("density", f"{c:g}") for c in chosen["blockmnist mlp"]["density"].values()),
         }
+
+
+@pytest.mark.slow
+def test_the_tables_of_cifar100_with_the_small_budget(unchecked, tmp_path, monkeypatch, capsys):
+    """The command of docs/paper.md for a GPU, at its smallest: search, trainings and measurements, interrupted once."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 24), ("test", 8)):
+        images = {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "fine_labels": list(range(n))}
+        (folder / name).write_bytes(pickle.dumps(images))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    common = (*("--budget", "30-epochs", "--models", "resnet20", "--data-dir", ".", "--config", "batch_size=8"),)
+    common += (*("--set", "pgd.steps=1"), "--epochs", "1", "--threads", "1")
+
+    def reproduce(*arguments):
+        status = cli.main(["reproduce", *arguments, *common])
+        said = capsys.readouterr()
+        assert status == 0, said
+        return said.out
+
+    methods = ("standard", "density", "input_gradient", "loss_gradient", "score_matching")
+    tried = [f"{method}=0.1,1" for method in methods[1:]]
+    reproduce("table4", "--val-size", "8", "--methods", *methods, "--coeff", *tried, "--out", "search")
+    chosen = ("--coeff-from", "search", "--methods", *methods)
+    evaluate, epochs = training.loop.evaluate, []
+
+    def third_is_interrupted(*args):
+        epochs.append(len(epochs) + 1)
+        if epochs[-1] == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(training.loop, "evaluate", third_is_interrupted)
+    assert cli.main(["reproduce", "table4", "table5", *chosen, *common]) == 130
+    first = tmp_path / "runs" / "reproduce" / "table4"
+    assert len(_table(first)) == 2, "whole rows"
+    reproduce("table4", "table5", *chosen)
+    assert len(epochs) == len(_table(first)) + 1, "the tables share their trainings"
+    for folder, norm in ((first, "linf"), (first.with_name("table5"), "l2")):
+        rows = _table(folder)
+        assert {row["method"] for row in rows} == set(methods)
+        assert all(sum(column.startswith(f"pgd {norm}_") for column in row) == 3 for row in rows)
+
+
+def test_a_coefficient_that_diverges_has_no_row(command, tmp_path):
+    sizes = ("--set", "pgd.eps=0.5", "pgd.steps=2", "leakage.steps=2", "--val-size", "40", "--out", "search")
+    arguments = ("table1", *SMALL, *sizes, "--methods", "density", "--config", "optimizer=sgd", "--coeff")
+    status, said = command(*arguments, "density=0.1,1e30")
+    assert status == 0, said
+    assert "diverged, without a row: step 2 is the first" in said
+    assert [row["coeff"] for row in _table(tmp_path / "search")] == ["0.1"]
+    assert "c1e+30-e1-n256-v40-optimizer=sgd-s0: step 2 is" in (tmp_path / "search" / "table.md").read_text()
+    about = json.loads((tmp_path / "search" / "config.json").read_text())
+    assert ([len(about[kind]) for kind in ("runs", "diverged")]) == [1, 1]
+    assert json.loads((tmp_path / "search" / "chosen.json").read_text())["blockmnist mlp"]["density"]["best"] == 0.1
+
+    status, said = command(*arguments, "density=1e30")
+    assert status == 1
+    assert "every training diverged, the last: step 2 is" in said
 
 
 def test_the_choice_of_a_coefficient():

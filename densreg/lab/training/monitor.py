@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from densreg.lab import runs
-from densreg.lab.runs import RunError, TrainingError
+from densreg.lab.runs import NotFiniteError, RunError
 from densreg.lab.training.problem import Problem, StepOutput
 
 _PICTURE_SECONDS = 60.0
@@ -166,7 +166,7 @@ class Monitor:
         return {"step": step, "epoch": epoch, **self.window.means(), **seen, **self.problem.rates(max(step - 1, 0))}
 
     def check_finite(self, kept: str) -> None:
-        """Raise TrainingError for a step that was not finite, or warn of it once, as on_nonfinite says.
+        """Raise NotFiniteError for a step that was not finite, or warn of it once, as on_nonfinite says.
 
         Args:
             kept: what the message says of the last checkpoint.
@@ -177,7 +177,7 @@ class Monitor:
         report = self.watch.report(penalty)
         if report and config.on_nonfinite == "stop":
             other = "" if rival or config.path == "fused" or config.coeff == 0 else ", or use --path fused"
-            raise TrainingError(f"{report}: lower --lr or --coeff{other}; {kept}")
+            raise NotFiniteError(f"{report}: lower --lr or --coeff{other}; {kept}")
         if report and not self.warned:
             self.warn(f"{report}; going on")
             self.warned = True

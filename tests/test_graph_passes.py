@@ -1,4 +1,4 @@
-"""Sums of two matrix products merged into one, in graphs and in the objective's compiled step."""
+"""The passes over graphs, and what they do to the objective's compiled step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import by_autograd, gradients, nothing
@@ -15,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import densreg
 from benchmarks.second_order import relative_error
-from densreg.merge import MergeProducts
+from densreg.graph_passes import GraphPasses, lay_out_images
 
 aten = torch.ops.aten
 
@@ -23,7 +24,7 @@ aten = torch.ops.aten
 def _merged(function, *inputs):
     """The function's graph, merged; and how many matrix products it has then."""
     module = make_fx(function, tracing_mode="fake")(*inputs)
-    MergeProducts()(module.graph)
+    GraphPasses()(module.graph)
     module.graph.lint()
     module.recompile()
     return module, sum(node.target == aten.mm.default for node in module.graph.nodes)
@@ -147,3 +148,57 @@ def test_a_pass_of_the_users_stays(fresh_dynamo):
     with torch._inductor.config.patch(post_grad_custom_pre_pass=users, force_disable_caches=True):
         objective(torch.rand(3, 60, dtype=torch.float64), torch.zeros(3).long())
     assert (users.calls, _merges()) == (1, 0)
+
+
+def _laid_out(function, *inputs):
+    """The function's graph after the pass, and the names of its images that are channels_last."""
+    module = make_fx(function, tracing_mode="fake")(*inputs)
+    lay_out_images(module.graph)
+    values = {node.name: node.meta.get("val") for node in module.graph.nodes}
+    images = {name: v for name, v in values.items() if isinstance(v, torch.Tensor) and v.ndim == 4}
+    return images, {name for name, v in images.items() if v.is_contiguous(memory_format=torch.channels_last)}
+
+
+def test_images_between_convolutions_are_channels_last():
+    def attend_and_convolve(x, weight, gy):
+        h = F.conv2d(F.conv2d((x - 0.5) / 2, weight).relu(), weight)
+        pixels = h.flatten(2)
+        attention = (pixels.unflatten(2, (4, 9)).transpose(1, 2) * 2).softmax(-1) + 1  # [B, 4, 5, 9]
+        gx, gw, _ = aten.convolution_backward(
+            gy * h, x.exp(), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
+        )
+        return attention, gx.sum(0), gw * 2, h.exp()
+
+    images, laid_out = _laid_out(
+        attend_and_convolve, torch.rand(2, 5, 10, 10), torch.rand(5, 5, 3, 3), torch.rand(2, 5, 6, 6)
+    )
+    assert laid_out == {"sub", "div", "convolution", "relu", "convolution_1", "mul_1", "exp", "getitem"}
+    assert {"mul", "add", "getitem_1", "mul_2", "exp_1"} <= set(images)  # attention, the weight, a result
+
+
+class _Tutorial(nn.Module):
+    """As people write them: contiguous images, and a view of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, bias=False)
+        self.norm, self.last = nn.BatchNorm2d(6), nn.Linear(6 * 3 * 3, 7)
+
+    def forward(self, x):
+        h = F.softplus(self.norm(self.second(F.softplus(self.first(x)))))
+        return self.last(h.view(len(x), -1))
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)])
+def test_contiguous_images_in_the_objective(dtype, fresh_dynamo):
+    """Alone, the penalty's gradients in a convolutional network are what autograd gives in float64."""
+    torch.manual_seed(0)
+    wide, x, y = _Tutorial().double(), torch.rand(5, 3, 8, 8, dtype=torch.float64), torch.randint(7, (5,))
+    model = copy.deepcopy(wide).to(dtype)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        densreg.RegularizedObjective(model, 1.0, criterion=nothing)(x.to(dtype), y).loss.backward()
+    expected = by_autograd(wide, x, y, 1.0, criterion=nothing)[1]
+    assert relative_error(gradients(model), expected) < (1e-12 if dtype == torch.float64 else 2e-5)
+    assert torch._dynamo.utils.counters["densreg"]["images laid out"] > 10
