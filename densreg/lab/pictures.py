@@ -40,6 +40,14 @@ def draw_budgets(table: Rows) -> Any:
     return figure
 
 
+def _draw_standard(axes: Any, columns: Sequence[str], plain: Rows) -> None:
+    """Dashed, beside each line of a column, what the training without the penalty has."""
+    for line, column in zip(axes.get_lines(), columns, strict=True):
+        if plain:
+            height = statistics.mean(row[column] for row in plain)
+            axes.axhline(height, linestyle="--", linewidth=0.8, color=line.get_color())
+
+
 def draw_norms(table: Rows) -> Any:
     """Leakage, its share, and accuracies over the order of the norm; without the penalty: the dashed line."""
     plain = [row for row in table if row["p"] == ""]
@@ -58,11 +66,39 @@ def draw_norms(table: Rows) -> Any:
             for column in columns
         }
         report.draw_lines(axes, lines, legend="x-small", title=title, xlabel="p (dashed: without the penalty)")
-        for line, column in zip(axes.get_lines(), columns, strict=True):
-            if plain:
-                height = statistics.mean(row[column] for row in plain)
-                axes.axhline(height, linestyle="--", linewidth=0.8, color=line.get_color())
+        _draw_standard(axes, columns, plain)
         axes.set_xticks(range(len(orders)), [f"{p:g}" for p in orders])
+    return figure
+
+
+def searched(table: Rows) -> dict[tuple[str, str, str], list[float]]:
+    """The coefficients of each (data, model, method) that was trained with several."""
+    found: dict[tuple[str, str, str], set[float]] = {}
+    for row in table:
+        if row["coeff"] != "":
+            found.setdefault((row["data"], row["model"], row["method"]), set()).add(row["coeff"])
+    return {key: sorted(coeffs) for key, coeffs in found.items() if len(coeffs) > 1}
+
+
+def draw_coefficients(table: Rows) -> Any:
+    """Accuracies over the coefficient, clean and under PGD, one panel for each method that was trained with several.
+
+    The dashed lines are those of the training without a penalty.
+    """
+    panels = searched(table)
+    columns = [column for column in table[0] if column == "accuracy clean" or column.startswith("pgd l")]
+    figure, (row_of_axes,) = report.panels(1, len(panels), 5 * len(panels), 3.8)
+    for axes, ((data, model, method), coeffs) in zip(row_of_axes, panels.items(), strict=True):
+        own = [row for row in table if (row["data"], row["model"]) == (data, model)]
+        of_coeff = [[row for row in own if (row["method"], row["coeff"]) == (method, coeff)] for coeff in coeffs]
+        plain = [row for row in own if row["method"] == "standard"]
+        lines = {
+            column: (coeffs, [statistics.mean(row[column] for row in rows) for rows in of_coeff]) for column in columns
+        }
+        title = f"{METHODS[method].label}, {data}, {model}"
+        report.draw_lines(axes, lines, legend="x-small", title=title, xlabel="coefficient (dashed: standard)")
+        _draw_standard(axes, columns, plain)
+        axes.set_xscale("log")
     return figure
 
 

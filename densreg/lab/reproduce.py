@@ -31,6 +31,7 @@ from densreg.version import __version__
 __all__ = ["EXPERIMENTS", "FIG2A", "METHODS", "NAMES", "Budget", "Row", "experiment", "measured", "rows_of", "run"]
 
 TABLE, ROWS, CONFIG, MEASURED, CHOSEN = "table.md", "table.csv", "config.json", "measured.json", "chosen.json"
+SEARCH = "coefficients.png"
 
 # --------------------------------------------------------------------------------------------------------------------
 # what is asked for
@@ -264,6 +265,8 @@ def read_chosen(folder: str) -> dict[str, dict[str, tuple[float, ...]]]:
 def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     """Do an experiment: leaves table.md, table.csv (a row for each training), config.json and NAME.png in ``out``.
 
+    And coefficients.png, where a method was trained with several.
+
     Returns:
         Lines that say what is done, while it goes on; the table is the last of them.
 
@@ -312,6 +315,8 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
             raise runs.NotFiniteError(f"every training diverged, the last: {[*diverged.values()][-1]}")
         if chosen.picture:
             runs.save_picture(folder / f"{name}.png", _draw(chosen, done, table, budget))
+        if pictures.searched(table):
+            runs.save_picture(folder / SEARCH, pictures.draw_coefficients(table))
     yield f"results: {folder}"
     yield markdown(chosen, table)
 

@@ -67,7 +67,8 @@ def test_table(command, tmp_path):
     status, said = command(*arguments)
     assert status == 0
     folder = tmp_path / "runs" / "reproduce" / "table1"
-    assert {path.name for path in folder.iterdir()} == {"table.md", "table.csv", "config.json", "table1.png"}
+    files = {"table.md", "table.csv", "config.json", "table1.png", "coefficients.png"}
+    assert {path.name for path in folder.iterdir()} == files
     rows = _table(folder)
     assert [(row["method"], row["coeff"], row["seed"]) for row in rows] == [
         *(("standard", "", seed) for seed in "01"),
