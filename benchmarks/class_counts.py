@@ -7,7 +7,9 @@ h = (dP/df)^T U = P (U - <P, U>) for a given U, which is what the double backwar
 
 API  `densreg.input_score(f, f)` and torch.autograd.grad of it, in eager mode, against the paper's "taylor" expression
      under autograd: f_k - log_softmax_k(f), torch.autograd.grad of that, and torch.autograd.grad of that. "floor" is
-     the same pair of autograd Functions with nothing in them: what any kernel in eager mode has to pay.
+     the same pair of autograd Functions with nothing in them: what any kernel in eager mode has to pay. And the log
+     density itself differentiated twice, by `densreg.log_density`, by `densreg.density_cross_entropy`, which has the
+     cross-entropy as well, and by torch.logsumexp.
 raw  the operators softmax and softmax_backward against the same closed formula (log density, P, h) in ATen calls, and
      under torch.compile (inductor; the time holds the check of its guards, as a user's call does).
 
@@ -55,6 +57,9 @@ MOST_CLASSES = {"per_class": 200}
 MOVED = {"raw": 5, "aten": 5, "compiled": 5, "copy": 2, "clone": 2}
 """Tensors of the logits' size that must at least be read or written."""
 
+ORDINARY = ("log_density", "density_cross_entropy")
+"""Functions that their caller differentiates."""
+
 OVERFLOW = "not finite with the logits times 100; all others right"
 
 
@@ -87,6 +92,12 @@ def taylor(f: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def api(f: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     p = densreg.input_score(f, f)
+    return p, torch.autograd.grad(p, f, u)[0]
+
+
+def twice(log_density: Callable[[Tensor], Tensor], f: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The ordinary way: torch.autograd.grad of a function, and of that."""
+    (p,) = torch.autograd.grad(log_density(f).sum(), f, create_graph=True)
     return p, torch.autograd.grad(p, f, u)[0]
 
 
@@ -217,12 +228,15 @@ def measure(
     overload = ops.BACKENDS[preferred].overload or "default"
     columns: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "api": api,
+        "log_density": functools.partial(twice, densreg.log_density),
+        "density_cross_entropy": functools.partial(twice, lambda f: densreg.density_cross_entropy(f, k[:, 0])[1]),
+        "logsumexp": functools.partial(twice, lambda f: torch.logsumexp(f, 1)),
         "taylor": lambda f, u: taylor(f, k, u),
         "raw": lambda f, u: raw(f.detach(), u, overload),
         "aten": lambda f, u: aten(f.detach(), u),
         "compiled": lambda f, u: compiled(f.detach(), u),
     }
-    served = {"api": preferred, "raw": preferred}
+    served = dict.fromkeys(("api", "raw", *ORDINARY), preferred)
     if papers:
         for name in others:
             column = "fallback" if name == "torch" else name
@@ -237,7 +251,8 @@ def measure(
         errors[name] = _error(call(leaf, u), f, u)
         # Torch's running sums lose digits at many classes; ours may not.
         _require(name, errors[name], 2e-6 if name in served else 1e-3, shape)
-        require_served(name, before, kernels(served[name], "softmax", "softmax_backward") if name in served else set())
+        operators = ("softmax", "softmax_backward", *(["softmax_double_backward"] if name in ORDINARY else []))
+        require_served(name, before, kernels(served[name], *operators) if name in served else set())
         if papers:
             large = (100 * f).requires_grad_()
             error = _error(call(large, u), large, u, least=1.0)  # h is what is left of a difference of u

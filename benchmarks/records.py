@@ -103,7 +103,8 @@ SUITES = {
     "logits": Suite(
         "At the logits: forward and double backward",
         "Through autograd, in eager mode: api (`densreg.input_score` and its double backward), fallback (the same in "
-        "plain torch) and triton, the paper's paths, and floor (a pair of empty autograd Functions). Without autograd: "
+        "plain torch) and triton, log_density, density_cross_entropy and torch's logsumexp differentiated twice, the "
+        "paper's paths, and floor (a pair of empty autograd Functions). Without autograd: "
         "raw (the two operators), aten and compiled (the same closed formula), copy and clone of as many values.",
     ),
     "head": Suite(

@@ -113,7 +113,7 @@ def page(name: str, runs: Sequence[Run]) -> str:
 COLOURS = {
     **{"api": "tab:blue", "raw": "tab:cyan", "compiled": "tab:green", "taylor": "tab:orange", "stable": "tab:red"},
     **{"naive": "tab:brown", "max_shift": "tab:pink", "per_class": "tab:purple", "fallback": "tab:gray"},
-    **{"copy": "black", "clone": "tab:gray"},
+    **{"copy": "black", "clone": "tab:gray", "log_density": "tab:olive", "logsumexp": "tab:gray"},
 }
 LABELS = {
     **{"api": "densreg, fused (eager)", "raw": "densreg, operators", "compiled": "closed formula, torch.compile"},

@@ -1,6 +1,9 @@
-"""Is the penalty's gradient in the parameters right? Every path, eager and compiled, against float64.
+"""Is the penalty's gradient in the parameters right? Every route, eager and compiled, against float64.
 
     python -m benchmarks second-order [--backend inductor] [--json FILE]
+
+Beside the paths, the log density differentiated by its caller: log_density, density_cross_entropy and
+log_softmax_difference, with torch.autograd.grad for the score and densreg.pnorm for its norm.
 
 The penalty stands alone: beside a cross-entropy nobody notices that its gradient is gone. The network has a
 convolution, BatchNorm in training mode (the samples see each other), a smooth and a piecewise linear activation. The
@@ -56,8 +59,27 @@ def torch_penalty(p: float) -> Penalty:
     return penalty
 
 
-def densreg_penalty(p: float, path: str) -> Penalty:
-    return lambda logits, x: densreg.density_penalty(logits, x, p, path)
+def _classes(logits: Tensor) -> Tensor:
+    return torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+
+
+LOG_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "log_density": densreg.log_density,
+    "density_cross_entropy": lambda logits: densreg.density_cross_entropy(logits, _classes(logits))[1],
+    "log_softmax_difference": lambda logits: densreg.log_softmax_difference(logits, _classes(logits)),
+}
+
+
+def densreg_penalty(p: float, route: str) -> Penalty:
+    """By a path, or from one of the LOG_DENSITIES."""
+    if route not in LOG_DENSITIES:
+        return lambda logits, x: densreg.density_penalty(logits, x, p, route)
+
+    def penalty(logits: Tensor, x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(LOG_DENSITIES[route](logits).sum(), x, create_graph=True)
+        return densreg.pnorm(g, p).mean()
+
+    return penalty
 
 
 def parameter_gradient(model: nn.Module, x: Tensor, penalty: Penalty, backend: str | None = None) -> list[Tensor]:
@@ -96,9 +118,9 @@ def reference(p: float, classes: int = CLASSES) -> list[Tensor]:
     return parameter_gradient(*problem(torch.float64, classes=classes), torch_penalty(p))
 
 
-def measure(path: str, p: float, dtype: torch.dtype, backend: str | None, classes: int = CLASSES) -> float:
-    """Relative error of one path's gradient."""
-    grads = parameter_gradient(*problem(dtype, classes=classes), densreg_penalty(p, path), backend)
+def measure(route: str, p: float, dtype: torch.dtype, backend: str | None, classes: int = CLASSES) -> float:
+    """Relative error of one route's gradient."""
+    grads = parameter_gradient(*problem(dtype, classes=classes), densreg_penalty(p, route), backend)
     return relative_error(grads, reference(p, classes))
 
 
@@ -116,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
         wide = reference(p)
         for dtype in (torch.float64, torch.float32):
             for backend in (None, options.backend):
-                columns = {path: {"error": measure(path, p, dtype, backend)} for path in PATHS}
+                columns = {route: {"error": measure(route, p, dtype, backend)} for route in (*PATHS, *LOG_DENSITIES)}
                 if backend is None:
                     own = parameter_gradient(*problem(dtype), torch_penalty(p))
                     columns["torch"] = {"error": relative_error(own, wide)}
