@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import densreg
 from benchmarks.second_order import relative_error
-from densreg.graph_passes import GraphPasses, lay_out_images
+from densreg.graph_passes import GraphPasses, lay_out_images, split_sums
 
 aten = torch.ops.aten
 
@@ -176,6 +176,45 @@ def test_images_between_convolutions_are_channels_last():
     assert {"mul", "add", "getitem_1", "mul_2", "exp_1"} <= set(images)  # attention, the weight, a result
 
 
+def _split(function, images):
+    """The function's graph after the pass, and over which dimensions it sums, in turn."""
+    module = make_fx(function, tracing_mode="fake")(images)
+    split_sums(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module, [node.args[1] for node in module.graph.nodes if node.target == aten.sum.dim_IntList]
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize(
+    ("side", "steps"), [(4, [[2, 3], [0, 2, 3]]), (33, [[3], [2], [0, 2, 3]])], ids=["small", "large"]
+)
+def test_sums_over_a_batch_of_images_take_each_image_first(keepdim, side, steps):
+    def total(images):
+        return (images * 2).sum((0, 2, -1), keepdim=keepdim)
+
+    images = torch.randn(3, 5, side, side, dtype=torch.float64).to(memory_format=torch.channels_last)
+    module, dims = _split(total, images)
+    assert [sorted(d % 4 for d in each) for each in dims] == steps
+    torch.testing.assert_close(module(images), total(images))
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        lambda images: images.contiguous().sum((0, 2, 3)),
+        lambda images: images.sum((0, 2)),
+        lambda images: images.sum((0, 2, 3), dtype=torch.float64),
+        lambda images: images[:, :, 0, 0].sum(0),
+        lambda images: images[:, ::2].sum((0, 2, 3)),
+    ],
+    ids=["contiguous", "other dimensions", "dtype", "no image", "strided"],
+)
+def test_other_sums_stay(total):
+    images = torch.randn(3, 5, 4, 4).to(memory_format=torch.channels_last)
+    assert len(_split(total, images)[1]) == 1
+
+
 class _Tutorial(nn.Module):
     """As people write them: contiguous images, and a view of them."""
 
@@ -201,4 +240,6 @@ def test_contiguous_images_in_the_objective(dtype, fresh_dynamo):
         densreg.RegularizedObjective(model, 1.0, criterion=nothing)(x.to(dtype), y).loss.backward()
     expected = by_autograd(wide, x, y, 1.0, criterion=nothing)[1]
     assert relative_error(gradients(model), expected) < (1e-12 if dtype == torch.float64 else 2e-5)
-    assert torch._dynamo.utils.counters["densreg"]["images laid out"] > 10
+    counted = torch._dynamo.utils.counters["densreg"]
+    assert counted["images laid out"] > 10
+    assert counted["sums split"] >= 4
