@@ -65,9 +65,9 @@ def uniform_in_ball(x: Tensor, norm: float, eps: float, generator: torch.Generat
 
 
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:
-    """``log((1 - P_y) / P_y)`` [B] of the classes y; the cross-entropy is its softplus, to all digits and gradients.
+    """``log((1 - P_y) / P_y)`` [B] of the classes y; the cross-entropy is its softplus, in all digits and gradients.
 
-    From the softmax it would be lost: 1 - P_y is 0 in float32 once y leads by 17.
+    Computed from the softmax it would be lost: 1 - P_y is 0 in float32 once y leads by 17.
 
     Args:
         logits: [B, C], any floating dtype.
@@ -97,8 +97,8 @@ def perturb(
 ) -> Tensor:
     """Images near x on which the cross-entropy is higher (Madry et al., ICLR 2018); the last iterate.
 
-    What is ascended is :func:`log_odds`. For a sample by itself its gradient has the direction of the cross-entropy's,
-    but that one is 0 in float32 where the classifier is sure, which would make it look robust.
+    The ascent is on :func:`log_odds`. For each sample its gradient has the direction of the cross-entropy's gradient,
+    which however is 0 in float32 where the classifier is very confident, and would make it look robust.
 
     Each step goes ``step_size`` along the sign (inf) or the direction (2) of the gradient, then back into the ball,
     then back into [0, 1]. FGSM (Goodfellow et al., ICLR 2015) is one step of size eps without a random start. The model
@@ -109,12 +109,13 @@ def perturb(
         x: [B, ...], pixels in [0, 1]; y: [B] int64.
         norm: 2 or inf.
         eps: radius of the ball, >= 0.
-        step_size: in the same unit; see :func:`default_step_size`.
+        steps: number of gradient steps, >= 1.
+        step_size: in the unit of eps, >= 0; see :func:`default_step_size`.
         random_start: begin at a random point of the ball, instead of at x.
-        generator: where it is drawn from, on x's device; None is torch's global one.
+        generator: draws the random start, on x's device; None: torch's global one.
         unit: of eps and step_size in pixels, to be broadcast with x: for a ball in normalised space, the standard
             deviation of each channel, [channels, 1, 1].
-        start: begin at x + unit * start, [B, ...], instead of at a point that is drawn here.
+        start: begin at x + unit * start, [B, ...], instead of at a random point.
 
     Returns:
         [B, ...] without graph, in the ball (up to rounding) and in [0, 1].

@@ -9,18 +9,18 @@ the weight, or logits, as a whole. With the notation of :mod:`densreg.linear`:
     backward   all_gather of the upstream: r, g, q, U, d_b = U_b . G_b
                reduce_scatter of c W                   dh of its own rows; dW and db stay where they are
 
-What travels are arrays of [N B, D]: the logits and the weight never do. All of it is inside of two operators, so that
-the trunk sees an ordinary layer, its double backward runs as in one process, and torch.compile may have the whole step
-as one graph. The backward can be taken once: no derivative of it.
+Only arrays of [N B, D] are sent, never the logits or the weight. All of it is inside of two operators, so that the
+trunk sees an ordinary layer, its double backward runs as in one process, and torch.compile can compile the whole step
+as one graph. The backward itself cannot be differentiated.
 
 **Scaling.** The loss that a process returns belongs to its own rows, scaled so that the mean over the processes is the
-loss of the joined batch, as one process would have it. Let DistributedDataParallel average the trunk's gradients, or
-divide their sum by N; the shard's gradients are those of that mean as they are: keep weight and bias out of
+loss of the whole batch, as one process would compute it. Let DistributedDataParallel average the trunk's gradients, or
+divide their sum by N. The shard's gradients already are those of that mean: keep weight and bias out of
 DistributedDataParallel.
 
-**Errors.** At each forward the processes first exchange what they were given, a few numbers in host memory. Where that
-does not fit, or one was given something wrong, each raises an error. On GPUs the group needs gloo for it, beside NCCL:
-``init_process_group("cpu:gloo,cuda:nccl")``.
+**Errors.** At each forward the processes first exchange what they were given, a few numbers in host memory. If these do
+not fit together, or one process was given something wrong, each raises an error. On GPUs the group needs gloo for this,
+beside NCCL: ``init_process_group("cpu:gloo,cuda:nccl")``.
 """
 
 from __future__ import annotations
@@ -405,10 +405,11 @@ def linear_density_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`densreg.linear_density_cross_entropy` with the classes split over processes.
 
-    Arguments as for :func:`linear_density_loss`. Its gradients can be taken once.
+    Arguments and errors as for :func:`linear_density_loss`. The results can be differentiated once.
 
     Returns:
-        ``(cross_entropy [B], log_density [B], correct [B])`` of this process's rows.
+        ``(cross_entropy [B], log_density [B], correct [B])`` of this process's rows: float32 (float64 for float64),
+        and bool.
     """
     weight, bias, classes, name = _shard(weight, bias, classes, group)
 
@@ -446,31 +447,31 @@ def linear_density_loss(
         h = trunk(x.requires_grad_())  # [B, D]; the trunk's gradients are averaged over the processes
         loss, ce, penalty = densreg.distributed.linear_density_loss(h, weight_shard, bias_shard, y, x, coeff=0.1)
 
-    Every process calls it with as many rows, and takes the backward. The mean over the processes of what they return
-    is what one process returns for the joined batch. So with the gradients: average the trunk's over the processes, as
-    DistributedDataParallel does; the shards' need nothing. They can be differentiated once: with
+    Every process calls it with the same number of rows, and runs the backward. The mean of what the processes return is
+    what one process would return for the whole batch. The trunk's gradients must be averaged over the processes, as
+    DistributedDataParallel does; the shards' gradients are right as they are. The loss can be differentiated once: with
     ``create_graph=True`` the backward raises an error.
 
     Args:
         h: [B, D], this process's features, computed from x; fp16, bf16, fp32 or fp64.
-        weight: [C_r, D], the rows of this process; the shards are taken in the order of the ranks, and may differ in
-            size, or be empty. Or a DTensor [C, D] with placements ``[Shard(0)]``, on a mesh of one dimension, whose
-            gradient is a DTensor too.
+        weight: [C_r, D], the rows of this process; the shards follow each other in the order of the ranks, and may
+            differ in size, or be empty. Or a DTensor [C, D] with placements ``[Shard(0)]``, on a one-dimensional mesh;
+            its gradient is a DTensor too.
         bias: [C_r], of the same kind, or None. A class at -inf is masked.
         target: [B] int64 classes in [0, C), counted over all shards, or ``ignore_index``.
         x, coeff, p, label_smoothing, ignore_index, margin: as in :func:`densreg.linear_density_loss`. There are no
             class weights.
-        classes: C, which the shards' sizes are then compared with; None for their sum. A DTensor says it itself.
-        tile: how many classes are taken at a time; None for as many as suit the caches.
-        group: the process group; None for all processes, or for that of the DTensor's mesh.
+        classes: C, with which the sum of the shards' sizes is compared; None: that sum, or the length of a DTensor.
+        tile: how many classes are processed at a time; None: as many as suit the caches.
+        group: the process group; None: all processes, or the group of the DTensor's mesh.
 
     Returns:
         ``(loss, cross_entropy, penalty)``, scalars; float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: what was given and what was expected, in the process that was given it.
-        ValueError: shards, or what several processes were given, do not fit together, or a target is out of range:
-            in every process. On CUDA a target out of range is a device assert.
+        TypeError, ValueError: what was given and what was expected, in the process whose arguments are wrong.
+        ValueError: in every process, if the shards or other arguments of the processes do not fit together, or a
+            target is out of range. On CUDA a target out of range is a device assert.
         RuntimeError: there is no process group; another process failed; a collective failed, at the latest after the
             group's timeout.
     """

@@ -1,8 +1,8 @@
 """Differentiable functions on logits and scores, right to every order, eager and under ``torch.compile``.
 
 Each order of differentiation is a Function of its own on a raw operator of :mod:`densreg.ops`. They are marked
-``allow_in_graph``: Dynamo would otherwise trace a Function's forward and backward separately and drop the second order
-without a word, whenever ``torch.autograd.grad`` is called inside the compiled region (seen on torch 2.11 to 2.15).
+``allow_in_graph``. Otherwise Dynamo would trace a Function's forward and backward separately and silently lose the
+second derivative, whenever ``torch.autograd.grad`` is called inside the compiled region (seen on torch 2.11 to 2.15).
 AOTAutograd then differentiates them as it finds them.
 """
 
@@ -554,7 +554,7 @@ def softmax(
 
 
 def log_density(logits: Tensor) -> Tensor:
-    """Log marginal density of each input up to a constant: ``logsumexp(logits, 1)``, that is log p(x) + log Z.
+    """Log marginal density of each input up to a constant: ``logsumexp(logits, 1) = log p(x) + log Z``.
 
     Differentiable to every order, under ``torch.func`` (grad, jvp, vmap, in any nesting) and ``is_grads_batched`` too.
 
@@ -624,10 +624,10 @@ def pnorm(g: Tensor, p: float = 2) -> Tensor:
         p: 1 <= p <= inf.
 
     Returns:
-        [B], float32 (float64 for float64 g). Differentiable to every order. A zero row, where there is no derivative,
-        has derivatives 0; beside it the gradient has dual norm 1, however small the row. p = 1 has gradient 0 at 0, and
-        p = inf shares the gradient between ties, as in torch. For 1 < p < 2 the second derivative is not finite where
-        an entry is 0 and its row is not.
+        [B], float32 (float64 for float64 g). Differentiable to every order. At a zero row, where the norm has no
+        derivative, all derivatives are 0; near it the gradient has dual norm 1, however small the row is. For p = 1 the
+        gradient is 0 at entries of 0, and for p = inf ties share it, as in torch. For 1 < p < 2 the second derivative
+        is not finite where an entry is 0 and its row is not.
 
     Raises:
         TypeError, ValueError: what was expected and what was given.

@@ -509,14 +509,14 @@ def _head(
 def linear_log_density(h: Tensor, weight: Tensor, bias: Tensor | None = None, tile: int | None = None) -> Tensor:
     """``logsumexp(h W^T + b, 1)`` without the logits: the log density of a linear classifier's inputs, up to log Z.
 
-    Differentiable to every order. What differentiates a gradient through the head once more (``create_graph=True``),
-    forward mode, ``torch.func`` and ``is_grads_batched`` hold whole logits in memory; the penalty needs none of them.
+    Differentiable to every order. Differentiating a gradient of the head once more (``create_graph=True``), forward
+    mode, ``torch.func`` and ``is_grads_batched`` hold whole logits in memory; the penalty needs none of these.
 
     Args:
         h: [B, D], the features; fp16, bf16, fp32 or fp64.
         weight: [C, D], of the dtype of h (of any under autocast).
         bias: [C], or None. A class at -inf is masked.
-        tile: how many classes are taken at a time; None for as many as suit the caches.
+        tile: how many classes are processed at a time; None: as many as suit the caches.
 
     Returns:
         [B], float32 (float64 for float64).
@@ -574,16 +574,17 @@ def linear_density_cross_entropy(
     margin: Callable[[Tensor], Tensor] | None = None,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, log density, and whether the target is the largest, of each row, without the logits.
+    """Cross-entropy, log density, and whether the target's logit is the largest, of each row, without the logits.
 
     Args:
         h, weight, bias, tile: as in :func:`linear_log_density`.
         target: [B] int64 classes in [0, C), or ``ignore_index``.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: a target with this value has cross-entropy 0, and is not correct.
-        margin: what the cross-entropy has in place of the target's logit: a differentiable function from [B] float64
-            to [B] (``lambda s: s - 0.35`` is CosFace's). The log density has none. The gradients are
-            right for margins up to 80 (700 in float64): beyond, they are cut off where a sample is surer than that.
+        margin: a differentiable function of the targets' logits, [B] float64 to [B], whose value the cross-entropy uses
+            in their place (``lambda s: s - 0.35`` is CosFace's). The log density is without margin. The gradients are
+            right for margins up to 80 (700 in float64); beyond that, they are cut off for samples whose target leads by
+            more than that.
 
     Returns:
         ``(cross_entropy [B], log_density [B], correct [B])``: float32 (float64 for float64), and bool: the target's
@@ -628,8 +629,8 @@ def linear_density_loss(
         coeff: weight of the penalty, >= 0.
         p: order of the norm, 1 <= p <= inf.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
-        ignore_index: as there.
-        class_weight: [C], or None, as ``weight`` there; not together with label smoothing.
+        ignore_index: as in :func:`torch.nn.functional.cross_entropy`.
+        class_weight: [C], or None, as its ``weight``; not together with label smoothing.
         margin: as in :func:`linear_density_cross_entropy`; the penalty is that of the logits without margin.
 
     Returns:

@@ -43,11 +43,10 @@ from densreg.step import (
 
 
 class ObjectiveOutput(NamedTuple):
-    """What a step of :class:`RegularizedObjective` gives. Only ``loss`` can be differentiated.
+    """What a step of :class:`RegularizedObjective` returns. Only ``loss`` can be differentiated.
 
-    The others are there to be looked at. A term of a loss that is made of them would train nothing, and raises in the
-    backward: such a term is part of a ``criterion``. ``.detach()`` makes constants of them; the logits need it before
-    ``.numpy()``.
+    The other fields are for inspection. A loss term made of them would train nothing, so its backward raises an error:
+    put such a term into ``criterion``. ``.detach()`` turns them into constants; the logits need it before ``.numpy()``.
 
     Attributes:
         loss: scalar, ``ce + coeff * penalty``.
@@ -63,7 +62,7 @@ class ObjectiveOutput(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """:class:`ObjectiveOutput` of an objective with ``head``, whose last layer is taken without logits.
+    """:class:`ObjectiveOutput` of an objective with ``head``, whose last layer is computed without logits.
 
     Attributes:
         loss, ce, penalty: as there.
@@ -163,10 +162,10 @@ def _unalias(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 class RegularizedObjective(nn.Module):
     """Cross-entropy and density penalty of a model: ``out = objective(x, y); out.loss.backward()``.
 
-    Only ``out.loss`` has gradients: the logits, the cross-entropy and the penalty are there to be looked at. The
-    forward, the input score, its double backward, the loss and the parameters' gradients are one step, by default one
-    compiled graph; ``backward()`` hands the gradients out. So the loss cannot be differentiated a second time, and
-    parameters must not change between the two calls. ``x.grad`` is not touched.
+    Only ``out.loss`` has gradients: the logits, the cross-entropy and the penalty are for inspection. The call itself
+    computes the forward, the input score, its double backward, the loss and the parameters' gradients, by default as
+    one compiled graph; ``backward()`` then attaches these gradients. So the loss cannot be differentiated a second
+    time, and parameters must not change between the two calls. ``x.grad`` is not touched.
 
         objective = densreg.RegularizedObjective(model, coeff=0.1)
         for x, y in loader:
@@ -175,50 +174,53 @@ class RegularizedObjective(nn.Module):
             out.loss.backward()
             optimizer.step()
 
-    With F a forward of the model, a plain step costs 3F, and this one 6F. What makes it cheaper changes what is
-    optimized: with ``interval=k`` the penalty is part of every k-th step only, times k: (3 + 3/k) F on average. With
-    ``fraction=s`` it is taken of a random part of the batch, which goes through the model apart from the rest: (3 + 3s)
-    F, an unbiased estimate. Where a layer uses batch statistics (BatchNorm in training mode) the part goes through the
-    model once more, so that the cross-entropy and the running statistics stay those of the whole batch: (3 + 6s) F,
-    which saves time for s < 1/2; and the penalty is biased, that of a smaller batch.
+    With F the cost of one forward pass, a plain step costs 3F, and this one 6F. Two options are cheaper, but change
+    what is optimized. With ``interval=k`` the penalty is part of every k-th step only, with k times the weight:
+    (3 + 3/k) F on average. With ``fraction=s`` it is computed on a random part of the batch, which goes through the
+    model apart from the rest: (3 + 3s) F, an unbiased estimate. Where a layer uses batch statistics (BatchNorm in
+    training mode) the part goes through the model once more, so that the cross-entropy and the running statistics stay
+    those of the whole batch: (3 + 6s) F, which saves time for s < 1/2. The penalty is then biased: it is that of a
+    smaller batch.
 
-    Under no_grad the output is the cross-entropy alone, by the model as it is, in eager.
+    Under ``torch.no_grad()`` only the cross-entropy is computed, by the model as it is, in eager mode.
 
-    Every option is an attribute too (``compile`` as ``compiled``): what is assigned to it is checked and counts from
-    the next step on, which is compiled anew.
+    Every option is an attribute too (``compile`` as ``compiled``): an assigned value is checked and takes effect in the
+    next step, which compiles again.
 
-    A sample whose score is exactly 0 is not penalized, so a model whose head is zero when it is made (torchvision's
-    ViT) has penalty 0 in the first step: :func:`densreg.density_penalty` says what the gradient is at 0 and beside it.
+    A sample whose score is exactly 0 is not penalized, so a model whose head is initialized to zero (torchvision's ViT)
+    has penalty 0 in the first step: :func:`densreg.density_penalty` says what the gradient is at 0 and near it.
 
     Args:
-        model: [B, ...] -> logits [B, C], with its parameters on one device; anything torch.nn. torchvision's GoogLeNet
-            and Inception return auxiliary logits in training: these enter the cross-entropy at their usual weights. A
-            compiled model is unwrapped. It stays what it is, as ``objective.model``.
+        model: [B, ...] -> logits [B, C], with its parameters on one device; any ``torch.nn.Module``. torchvision's
+            GoogLeNet and Inception return auxiliary logits in training: these enter the cross-entropy at their usual
+            weights. A compiled model is unwrapped. The model is not changed, and stays available as
+            ``objective.model``.
         coeff: weight of the penalty, >= 0. ``objective.coeff`` is a tensor buffer: ``objective.coeff.fill_(0.2)``,
-            or ``objective.coeff = 0.2``, changes it without a recompilation. It is no part of the state_dict.
+            or ``objective.coeff = 0.2``, changes it without a recompilation. It is not part of the state_dict.
         p: order of the norm, 1 <= p <= inf.
-        path: a name in the table of :mod:`densreg.paths`; or "directional", a finite difference by first-order kernels
-            alone for models that cannot be differentiated twice (:func:`densreg.check_model` tells): see ``central``.
-            It runs in eager.
-        compile: whether the step is compiled, as one graph; where that is impossible the first call raises.
-        interval: k above; None leaves the penalty out of every step, which then is a plain one.
+        path: a name in the table of :mod:`densreg.paths`; or "directional", a finite difference that needs first-order
+            kernels only, for models that cannot be differentiated twice (which :func:`densreg.check_model` finds out):
+            see ``central``. It runs in eager mode.
+        compile: whether the step is compiled, as one graph; where that is impossible the first call raises an error.
+        interval: k above; None leaves the penalty out of every step, which is then a plain one.
         fraction: s above, 0 < s <= 1, rounded to at least one sample.
         criterion: (logits, target) -> scalar loss; None is the mean cross-entropy of [B] int64 classes. If it is a
             module its parameters are trained too.
-        output: model output -> logits [B, C], for models that return something else than a tensor. A module's
-            parameters are trained too; those of one that a function merely calls are not the objective's.
+        output: model output -> logits [B, C], for models that do not return a tensor. If it is a module its parameters
+            are trained too; those of a module that a function merely calls are not.
         central: for path "directional": two perturbed forwards instead of one, 10F instead of 7F, with an error that
             is quadratic in the step instead of linear.
         mode, backend: of :func:`torch.compile`.
-        regularizer: what the penalty is: a name in the table of :mod:`densreg.regularizers`, with p where it has an
-            order, or one with options of its own, ``regularizers.Cure(h=3)``. All but the density's need a class for
-            each sample, target [B] int64.
-        labels: target -> [B] int64 classes, for targets that hold more than them, beside a criterion that takes them.
-        penalized: of several inputs the ones that are penalized, by position or name; None are all floating point ones.
-        head: the model's last layer, an nn.Linear or its name, to be taken without logits [B, C]: for very many classes
-            (:mod:`densreg.linear`). The model must return its output untouched, and criterion, output, fraction, path
-            and regularizer be the defaults. The output is a :class:`HeadOutput`. "auto": the layer that is the last in
-            the first batch, where all of that holds and its classes are at least ``densreg.head.AUTO_CLASSES``.
+        regularizer: the penalty: a name in the table of :mod:`densreg.regularizers`, with ``p`` as its order if it has
+            one; or a regularizer with its own options, ``regularizers.Cure(h=3)``. All but the density penalty need a
+            class for each sample, target [B] int64.
+        labels: target -> [B] int64 classes, for targets that are not just classes, together with a criterion for them.
+        penalized: which of several inputs are penalized, by position or name; None: all floating-point ones.
+        head: the model's last layer, an nn.Linear or its name, to be computed without logits [B, C]: for very many
+            classes (:mod:`densreg.linear`). The model must return its output untouched, and criterion, output,
+            fraction, path and regularizer must be the defaults. The output is a :class:`HeadOutput`. "auto": the layer
+            that comes last in the first batch, if all of that holds and it has at least ``densreg.head.AUTO_CLASSES``
+            classes; otherwise as without ``head``.
 
     Raises:
         TypeError, ValueError: what was given and what was expected.
@@ -391,16 +393,17 @@ class RegularizedObjective(nn.Module):
 
         Args:
             x: [B, ...], floating point, or several inputs: a sequence, ``model(*x)``, or a mapping, ``model(**x)``. Of
-                several the joint norm is taken of those that are floating point, or that ``penalized`` names; the rest
-                (masks, token numbers, flags) is passed on, tensors of length B being taken to have a row for each
-                sample. The model gets copies, which it may change in place; no gradient reaches what x came from.
+                several inputs the floating-point ones, or those that ``penalized`` names, are penalized by their joint
+                norm. The others (masks, token ids, flags) are passed on; tensors of length B among them are assumed to
+                have a row for each sample. The model gets copies, which it may change in place. No gradient reaches
+                what x was computed from.
             target: [B] int64 classes, or what the criterion takes. In a compiled step a float in it becomes a tensor of
-                shape [], as each other value of a Python number would be compiled anew.
+                shape [], because each new value of a Python number would cause a new compilation.
             loss_scale: needed in float16, where gradients underflow: the scale of
                 :class:`torch.amp.GradScaler`, ``scaler.scale(torch.ones((), device=x.device))``, by which the loss is
-                multiplied before it is differentiated. ``out.loss`` and its gradients are unscaled by it again, so
-                that ``scaler.scale(out.loss).backward()`` follows as usual.
-            logits: with ``head``, whether to compute them too, without graph.
+                multiplied before it is differentiated. ``out.loss`` and its gradients are returned unscaled, so that
+                ``scaler.scale(out.loss).backward()`` follows as usual.
+            logits: with ``head``, whether to compute the logits too, without a graph.
 
         Raises:
             TypeError, ValueError: what was given and what was expected.
@@ -462,11 +465,12 @@ class RegularizedObjective(nn.Module):
     @torch.inference_mode(False)  # under which there are no gradients either
     @torch.enable_grad()
     def penalty(self, x: Inputs | Mapping[str, Any], target: Any = None) -> Tensor:
-        """The penalty's value, a scalar without graph; the model's buffers (running statistics) stay as they are.
+        """The penalty's value, a scalar without a graph; the model's buffers (running statistics) stay as they are.
 
         Args:
             x: as in :meth:`forward`.
-            target: as there; the density penalty needs none. What is random in others is drawn from a fixed seed.
+            target: as in :meth:`forward`; the density penalty needs none. Penalties that draw random numbers use a
+                fixed seed.
         """
         batch = leaves(detached_batch(_batch_of(x, self.penalized)))
         spec = self._with_head(self._spec(), batch)

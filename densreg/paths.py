@@ -13,10 +13,10 @@ a plain training step costs 3F, the step with the penalty
     taylor      f_k - log_softmax_k(f), random k             6F         never
     fused       vector-Jacobian product with softmax(f)      6F         never
 
-The second order of log s and of 1 / s has the square of s, which overflows at half the logits: from there on naive's
-gradient in the parameters is wrong and still finite (by 30% in a test at 60), and inverse's is NaN. The paper names
-"inverse" and does not define it: this is our reading. Half-precision logits are converted to float32 first; "fused"
-takes them as they are, and its operator sums in float32.
+The second derivatives of log s and of 1 / s contain the square of s, which overflows already at logits half as large.
+From there on the gradient in the parameters is wrong though finite for naive (by 30% in a test at 60), and NaN for
+inverse. The paper names "inverse" but does not define it: this is our reading. Half-precision logits are converted to
+float32 first; "fused" reads them as they are, and its operator sums in float32.
 """
 
 from __future__ import annotations
@@ -252,8 +252,8 @@ def input_score(
 def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor | None = None) -> Score:
     """The input score ``grad_x log p(x) = J(x)^T softmax(f)``, differentiable once more.
 
-    Where samples see each other (BatchNorm in training mode) the row of sample b is the gradient of the batch's summed
-    log density in x_b.
+    Where samples depend on each other (BatchNorm in training mode) the row of sample b is the gradient of the batch's
+    summed log density with respect to x_b.
 
     Args:
         logits: [B, C], computed from x; fp16, bf16, fp32 or fp64.
@@ -267,8 +267,8 @@ def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor 
         backward runs on a scaled cotangent, which is divided out in float32.
 
     Raises:
-        TypeError, ValueError: what was given and what was expected, among it an x that does not require grad and logits
-            that do not depend on x.
+        TypeError, ValueError: what was given and what was expected; also for an x that does not require grad, and for
+            logits that do not depend on x.
         RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice.
     """
     xs = check_inputs(logits, x)

@@ -56,11 +56,11 @@ def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused"
         loss = F.cross_entropy(logits, y) + 0.1 * densreg.density_penalty(logits, x, p=2)
         loss.backward()  # x.grad is filled too: ignore it
 
-    At a score g of exactly 0 the norm has no derivative, and the gradient here is 0, as torch's: the sample is not
-    penalized. So a network whose head is zero when it is made (torchvision's ViT) has penalty 0, and no gradient of it,
-    until the cross-entropy has moved the head. Beside 0 the gradient is that of <u, g>, u = g / ||g||_2 held fixed (for
-    p = 2), which does not become small with g. What is left of g where the classes' gradients cancel bears their
-    rounding: in float32 the penalty and its gradient have a relative error of about 6e-8 max_i ||grad f_i|| / ||g||.
+    At a score g of exactly 0 the norm has no derivative. The gradient is then 0, as in torch: the sample is not
+    penalized. So a network whose head is initialized to zero (torchvision's ViT) has penalty 0, with gradient 0, until
+    the cross-entropy has moved the head. Near 0 the gradient (for p = 2) is that of <u, g> with u = g / ||g||_2 held
+    fixed, and does not become small with g. Where the classes' gradients cancel in g, the rest carries their rounding
+    errors: in float32 the penalty and its gradient have a relative error of about 6e-8 max_i ||grad f_i|| / ||g||.
 
     Args:
         logits: [B, C], computed from x; fp16, bf16, fp32 or fp64.
@@ -90,7 +90,7 @@ def density_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``cross_entropy(f, y) + coeff * R``: the penalized loss, for which the logits are read once.
+    """``cross_entropy(f, y) + coeff * R``: the penalized loss, from one read of the logits.
 
     Args:
         logits: [B, C], computed from x; fp16, bf16, fp32 or fp64.
@@ -99,7 +99,7 @@ def density_loss(
         coeff: weight of the penalty, >= 0; a tensor of shape [] can change without recompiling a compiled step.
         p: order of the norm, 1 <= p <= inf.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
-        ignore_index: as there.
+        ignore_index: as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
         ``(loss, cross_entropy, penalty)``, scalars; float32 (float64 for float64).

@@ -1,10 +1,10 @@
-"""The density penalty's rivals, behind one interface: each is what ``coeff`` is multiplied with in the loss.
+"""The density penalty and its rivals, behind one interface: each is what ``coeff`` is multiplied with in the loss.
 
 A regularizer is called as ``regularizer(classify, logits, xs, target)`` and gives one value for each sample, [B],
-differentiable in the parameters. ``logits`` [B, C] come from ``xs``, a tuple of inputs [B, ...] that require grad;
-``target`` is [B] int64 classes, -100 for a sample without one, whose penalty is then that of a label logit or
-cross-entropy of 0; ``classify`` is the model once more: a tuple of inputs to logits, with the buffers (running
-statistics) left as they are.
+differentiable in the parameters. ``logits`` [B, C] come from ``xs``, a tuple of inputs [B, ...] that require grad.
+``target`` is [B] int64 classes, or -100 for a sample without one, whose label logit or cross-entropy then counts as 0.
+``classify`` runs the model once more: a tuple of inputs to logits, with the buffers (running statistics) left as they
+are.
 
 With F a forward of the model, a plain training step costs 3F, and the step with
 
@@ -18,10 +18,10 @@ With F a forward of the model, a plain training step costs 3F, and the step with
     cure            ||grad ce(x + h z) - grad ce(x)||_2^2, z along sign(grad ce)     12F         Moosavi-Dezfooli 2019
 
 Gradients and Hessians are in x, f_y is the label's logit, ce the cross-entropy, and the cost that of the default
-options. Each class says where it departs from its paper, and what is assumed. Where samples see each other (BatchNorm
-in training mode) a gradient is that of the batch's sum, and every call of ``classify`` takes the statistics of its own
-batch; dropout draws its masks anew, so those that take a difference of two forwards refuse modules that
-drop (a call of F.dropout they cannot see).
+options. Each class says where it departs from its paper, and what is assumed. Where samples depend on each other
+(BatchNorm in training mode) a gradient is that of the batch's sum, and every call of ``classify`` uses the statistics
+of its own batch. Dropout draws new masks in every call, so the regularizers that take a difference of two forwards
+refuse models with active dropout modules (they cannot see a call of F.dropout).
 """
 
 from __future__ import annotations
@@ -205,17 +205,18 @@ class ScoreMatching(Traits):
     a Taylor expansion, ``h = 2 / sigma^2 E[f_y(x + v) - f_y(x)]`` for v ~ N(0, sigma^2 I), and the square of h keeps it
     from running to minus infinity.
 
-    Departs: v comes with -v, ``h = E[f_y(x + v) + f_y(x - v) - 2 f_y(x)] / sigma^2``. The expectation is the same, and
-    the noise of the expansion's first term, about 2 ||grad f_y|| / sigma, is gone; ``antithetic=False`` is as
+    Departs: each v is used with -v, ``h = E[f_y(x + v) + f_y(x - v) - 2 f_y(x)] / sigma^2``. The expectation is the
+    same, and the noise of the expansion's first term, about 2 ||grad f_y|| / sigma, is gone; ``antithetic=False`` is as
     published. sigma is the default of the authors' code, here in pixels; mu and samples are ours (there: 0 and 10). The
     value may be negative.
 
-    Costs 6F, and for each sample 6F more (3F where not antithetic).
+    Costs 6F, and 6F more for each sample of v (3F if not antithetic).
 
     Args:
         sigma: standard deviation of v, in pixels.
-        samples: of v, for each image.
+        samples: how many v are drawn for each image.
         mu: weight of h^2.
+        antithetic: whether each v is used with -v.
     """
 
     name: ClassVar[str] = "score_matching"
@@ -250,16 +251,17 @@ class IGSum(Traits):
 
     IG-SUM-NORM of Chen et al., *Robust Attribution Regularization* (NeurIPS 2019): IG are the integrated gradients of
     the cross-entropy from x to x', whose sum is ce(x') - ce(x), so that with coeff 1 the whole loss is ce(x') + beta
-    ||IG||_1. x' is found by projected gradient ascent on just that, in the infinity norm, from a random start, and then
+    ||IG||_1. x' is found by projected gradient ascent on this sum, in the infinity norm, from a random start, and then
     held fixed. beta and eps are those of the authors' configuration for MNIST.
 
     Departs, for its cost: 5 segments of the path, by the midpoint rule, and one in the attack (the authors'
     configuration has 50, and 5 times fewer in the attack); 5 steps of the attack of size 2.5 eps / steps (40 of 0.01
-    there). The points of the path go through the model as one batch, which shows where samples see each other.
+    there). The points of the path go through the model as one batch, which matters where samples depend on each other.
 
     Costs 6F + 6F segments + (2F + 4F attack_segments) steps: 66F. A compiled graph holds all steps: it is long.
 
     Args:
+        beta: weight of ||IG||_1.
         eps: radius of the ball in the infinity norm, in pixels; x' is in [0, 1], as x must be.
         segments, attack_segments: of the path from x to x'.
         steps: of the attack.
@@ -322,14 +324,14 @@ class Hessian(Traits):
     Dombrowski et al., *Towards robust explanations for deep neural networks* (Pattern Recognition 2022), where the
     Hessian of the network is minimized. Assumed: that it is the Hessian of the label's logit, and one sample of v.
 
-    The product is exact, by differentiating twice, and so the parameters' gradient is of third order. It classifies
-    anew, with LayerNorm, BatchNorm and InstanceNorm as their formulas (:class:`densreg.second_order.third_order`);
-    ``check_model(model, x, order=3)`` looks at the other layers. In a piecewise linear network (ReLU) the Hessian is 0
+    The product is exact, by differentiating twice, and so the parameters' gradient is of third order. It runs the model
+    once more, with LayerNorm, BatchNorm and InstanceNorm as their formulas (:class:`densreg.second_order.third_order`);
+    ``check_model(model, x, order=3)`` checks the other layers. In a piecewise linear network (ReLU) the Hessian is 0
     wherever it exists: it needs SoftPlus, as in the paper. RegularizedObjective refuses a penalty that is exactly 0 at
-    the first step; a call of the regularizer itself does not look.
+    the first step; a direct call of the regularizer does not check this.
 
     Args:
-        samples: of v, for each image.
+        samples: how many v are drawn for each image.
     """
 
     name: ClassVar[str] = "hessian"
@@ -364,9 +366,10 @@ class Cure(Traits):
     """``|| grad_x ce(x + h z) - grad_x ce(x) ||_2^2`` with ``z = sign(grad_x ce(x)) / || sign(grad_x ce(x)) ||_2``.
 
     Moosavi-Dezfooli et al., *Robustness via curvature regularization, and vice versa* (CVPR 2019): a finite difference
-    of the loss's Hessian along z, whose 1 / h^2 is part of the coefficient. z is held fixed; both gradients are
-    differentiated in the parameters. Departs: the model stays in the mode it is in (the authors' code penalizes in eval
-    mode, and the norm itself, not its square); h does not rise over the first epochs, and its default is ours.
+    of the loss's Hessian along z, without its factor 1 / h^2, which is left to the coefficient. z is held fixed; both
+    gradients are differentiated in the parameters. Departs: the model stays in the mode it is in (the authors' code
+    penalizes in eval mode, and the norm itself, not its square); h does not rise over the first epochs, and its default
+    is ours.
 
     Args:
         h: length of the step, in pixels (2-norm over the image).
@@ -408,9 +411,9 @@ def make(name: str, p: float = 2, path: str = "fused", **options: float) -> Regu
 
     Args:
         name: in the table above.
-        p: order of the norm of those that have one; p = 2 says nothing to the others.
-        path: of the density penalty, :mod:`densreg.paths`.
-        options: of its class.
+        p: order of the norm, for regularizers that have one; the others accept only the default.
+        path: how the density penalty computes the score, see :mod:`densreg.paths`.
+        options: options of the regularizer's class.
 
     Raises:
         TypeError, ValueError: what was given and what was expected.

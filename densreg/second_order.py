@@ -255,22 +255,22 @@ def _inside(function: Callable) -> Callable:
 
 
 class fast_second_order(_Mode):
-    """Context in which a model is run so that its gradients can be differentiated again, fast.
+    """Context manager under which a model's gradients can be differentiated again, fast.
 
         with densreg.fast_second_order():
             logits = model(x)
             penalty = densreg.density_penalty(logits, x)  # or any other gradient penalty
 
-    Values and first derivatives are torch's, and so is the model with its state_dict. What it replaces:
+    Values and first derivatives stay torch's, and the model and its state_dict are not changed. What it replaces:
 
     - convolutions (1d, 2d, 3d, transposed): every derivative of theirs is an ordinary forward, grad-input or
       grad-weight kernel, and ``torch.autograd.grad(..., inputs=[x])`` computes no weight gradient;
     - ``hardsigmoid`` (MobileNetV3), ``scaled_dot_product_attention`` and ``MultiheadAttention`` (ViT), whose backward
       torch cannot differentiate, and ``normalize`` (Swin V2), whose second derivative is NaN at 0 in torch.
 
-    The forward must be inside; the backward may be, and must be where activations are checkpointed (not reentrantly),
-    as it runs the forward again. Works inside torch.compile, in eager, and under autocast. Under torch.func, forward
-    mode and vmap the convolutions are torch's own, with all of its derivatives and at its speed.
+    The forward must be inside. The backward may be inside, and must be with (non-reentrant) activation checkpoints,
+    because it runs the forward again. Works inside torch.compile, in eager mode, and under autocast. Under torch.func,
+    forward mode and vmap the convolutions are torch's own, with all of its derivatives and at its speed.
     """
 
     def _call(self, func, args, kwargs):
@@ -413,18 +413,18 @@ _FORMULA = "Write the layer as its formula, in torch's elementary operations"
 def check_model(model: nn.Module, *example: Any, order: int = 2) -> list[Finding]:
     """The layers of a model that :class:`densreg.RegularizedObjective` cannot differentiate twice, or only to NaN.
 
-    Runs the model once, and then each of its modules by itself on what it was given there: gradients, and gradients of
-    gradients. Of nested modules the innermost is named. Nothing in the model changes.
+    Runs the model once, and then each of its modules by itself on the inputs that it had in that run: gradients, and
+    gradients of gradients. Of nested modules the innermost is named. Nothing in the model changes.
 
-    It sees a missing second derivative, one that is NaN at the example's values, a backward that loses its dependence
-    on the incoming gradient, and a module that keeps a tensor of an earlier forward's graph. It does not see one that
-    is there and wrong in some other way, unless asked for ``order=3``.
+    It finds a missing second derivative, one that is NaN at the example's values, a backward that loses its dependence
+    on the incoming gradient, and a module that keeps a tensor of an earlier forward's graph. It does not find a second
+    derivative that is wrong in some other way, except with ``order=3``.
 
     Args:
         model: in the mode in which it is trained.
         example: its inputs, as few as two samples, of which the floating-point tensors are differentiated; or one
             mapping of names to inputs, for a model that is called by keyword.
-        order: 2; or 3 for what differentiates once more, the regularizer "hessian": the model then runs in float64,
+        order: 2; or 3 for the regularizer "hessian", which differentiates once more. The model then runs in float64,
             under :class:`third_order`, and second and third derivatives are compared with finite differences.
 
     Returns:

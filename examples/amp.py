@@ -37,7 +37,7 @@ for epoch in range(3):
     for x, y in loader:
         x, y = x.to(device), y.to(device)
         with torch.autocast(device, dtype):
-            # The gradients are computed in this call, and so it needs the scale; bfloat16 alone would not.
+            # The gradients are computed in this call, so float16 needs the scale here. bfloat16 would not need it.
             out = objective(x, y, loss_scale=scaler.scale(one))
         optimizer.zero_grad()
         scaler.scale(out.loss).backward()

@@ -1,4 +1,4 @@
-"""A Hugging Face text classifier: the score is that of the word embeddings, by keyword, beside an attention mask."""
+"""A Hugging Face text classifier: the score with respect to the word embeddings, passed by keyword beside a mask."""
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import densreg
 
 torch.manual_seed(0)
-# Synthetic sentences: which of the words 5 and 6 does it hold? Position 0 is [CLS], and what follows the end is masked.
+# Synthetic sentences: which of the words 5 and 6 is in it? Position 0 is [CLS]; what follows the end is masked.
 tokens, labels = torch.randint(7, 50, (1024, 12)), torch.randint(2, (1024,))
 lengths = torch.randint(4, 13, (1024, 1))
 tokens[:, 0] = 1
@@ -23,8 +23,8 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 for epoch in range(5):
     correct = 0
     for input_ids, attention_mask, y in loader:
-        # RegularizedObjective takes its inputs to be penalized and detached. The functions do not: x may be computed,
-        # here from weights that are trained too. fast_second_order gives attention a second derivative.
+        # RegularizedObjective detaches its inputs. The functions do not, so x may be computed, here from weights that
+        # are trained too. fast_second_order gives attention a second derivative.
         with densreg.fast_second_order():
             x = embedding(input_ids)
             output = model(inputs_embeds=x, attention_mask=attention_mask, labels=y)

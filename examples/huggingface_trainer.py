@@ -1,4 +1,4 @@
-"""A Hugging Face model and its Trainer: keyword inputs through a small module, logits out of the output by output=."""
+"""A Hugging Face model and its Trainer: a small module takes keyword inputs, and output= picks the logits."""
 
 import tempfile
 

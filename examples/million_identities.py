@@ -38,7 +38,7 @@ trunk = Recognition(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, args.features
 ddp = DistributedDataParallel(trunk)  # averages the trunk's gradients; the shards stay out of it
 identities = torch.randint(args.classes, (args.seen,), device=device)  # those that these few steps see
 faces = torch.randn(args.seen, 256, device=device)
-torch.manual_seed(1 + rank)  # each its part of the head, and of the data
+torch.manual_seed(1 + rank)  # each process has its own part of the head, and of the data
 first, end = (args.classes * r // world for r in (rank, rank + 1))
 shard = nn.Parameter(torch.randn(end - first, args.features, device=device))
 optimizer = torch.optim.SGD([*ddp.parameters(), shard], lr=1.0)
