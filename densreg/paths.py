@@ -5,7 +5,7 @@ paper derives as an approximation is an identity. They differ in cost and in ove
 a plain training step costs 3F, the step with the penalty
 
     path        log density that is differentiated           cost       overflow in float32
-    naive       log(sum(exp f))                              6F         from f ~ 88, its second order from ~ 44
+    naive       log(sum(exp f))                              6F         from f ~ 88, its second order from ~ 46
     inverse     -log(1 / sum(exp f))                         6F         from f ~ 88, its second order from ~ 44
     max_shift   m + log(sum(exp(f - m))), m = max f          6F         never
     per_class   sum_i w_i grad f_i, w = softmax(f)           (3C + 3)F  never
