@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import shlex
 import shutil
 import sys
@@ -282,6 +284,21 @@ def _reproduce(options: dict) -> int:
     return 0
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, where it is glibc's and no MALLOC_ variable says otherwise.
+
+    By default a training step on a CPU gives the memory of its images back to the system, which clears it for the next
+    one: a tenth of a ResNet-20's step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a training that broke off, 2 for a bad request."""
     options = vars(_parser().parse_args(argv))
@@ -294,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
     try:
+        keep_freed_memory()
         run = {"train": _train, "evaluate": _evaluate, "reproduce": _reproduce, "stability": _stability}[command]
         return run(options)
     except ModuleNotFoundError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import platform
 import subprocess
 import sys
 
@@ -25,6 +27,28 @@ def test_run(tmp_path):
     assert lines[-1] == "run directory: run"
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept(keep):
+    """The system has to provide and clear each page once; without it, once for each use."""
+    program = """
+import resource, torch
+from densreg.lab import cli
+if KEEP:
+    cli.keep_freed_memory()
+def use():
+    images = [torch.ones(5 << 20) for _ in range(3)]  # 3 * 20 MiB
+use(), use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use(), use()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() >> 20)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", program.replace("KEEP", str(keep))]
+    provided = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert (int(provided.stdout) < 6) == keep, f"{provided.stdout} MiB"
 
 
 def test_default_run_directory(tmp_path, monkeypatch):
