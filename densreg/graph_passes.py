@@ -69,9 +69,10 @@ def lay_out_images(graph: Graph) -> None:
                 pending.append(near)
     for node in seen - results:
         value = node.meta["val"]
-        if _is_image(value) and not value.is_contiguous(memory_format=torch.channels_last):
-            with value.fake_mode:
-                node.meta["val"] = value.contiguous(memory_format=torch.channels_last)
+        if _is_image(value) and _is_whole(value) and not any(map(_reads_strides, node.users)):
+            strides = torch.empty(value.shape, device="meta", memory_format=torch.channels_last).stride()
+            with value.fake_mode:  # of the same memory still: from it inductor knows what is a view of what
+                node.meta["val"] = value.as_strided(value.shape, strides)
             _torch.count("images laid out")
 
 
@@ -83,10 +84,28 @@ def _joined(node: Node) -> bool:
     return known and _is_image(node.meta.get("val"))
 
 
+def _is_whole(value: torch.Tensor) -> bool:
+    """Whether it is contiguous, no view of something larger, and not channels_last."""
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return whole and value.is_contiguous() and not value.is_contiguous(memory_format=torch.channels_last)
+
+
+_STRIDED = {"as_strided", "as_strided_copy", "as_strided_scatter", "resize", "resize_as", "set"}
+
+
+def _reads_strides(user: Node) -> bool:
+    """Whether an operation's result may depend on how its operands lie in memory."""
+    target: Any = user.target
+    if getattr(target, "namespace", "") not in ("aten", "prims", "densreg"):
+        return True
+    return str(target.overloadpacket).split(".")[-1] in _STRIDED or torch.Tag.needs_fixed_stride_order in target.tags
+
+
 def _is_image(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 4 and value.device.type == "cpu"
 
 
+_WIDE = (torch.float32, torch.float64)  # in half precision an image's sum would be rounded
 MOST_PIXELS = 1024
 """So many float32 values are summed up in a row: of more the sum would lose digits."""
 
@@ -96,7 +115,12 @@ def split_sums(graph: Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         image, dims = node.args[:2]
         value = image.meta["val"]
-        if not _is_image(value) or sorted(dim % 4 for dim in dims or ()) != [0, 2, 3] or node.kwargs:
+        if (
+            not _is_image(value)
+            or value.dtype not in _WIDE
+            or sorted(dim % 4 for dim in dims or ()) != [0, 2, 3]
+            or node.kwargs
+        ):
             continue
         (_, channels, *pixels), strides = value.shape, value.stride()
         if strides[1] != 1 or strides[3] != channels or math.prod(pixels) == 1:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from densreg import directional
+from densreg._torch import tree_leaves
 from densreg.linear import linear_log_density, linear_loss_and_correct, product_dtype
 from densreg.second_order import fast_second_order
 from densreg.step import Batch, Outputs, StepSpec, classify, loss_of, restore_buffers, save_buffers
@@ -48,7 +49,7 @@ class _Linears(TorchFunctionMode):
 
     Attributes:
         calls: (weight, bias, output) of each call that counts: with ``weight`` those that have it.
-        changed: what the latest output was given to first, as ``logits.div_(2)``.
+        changed: what the latest output was given to, as ``logits.div_(2)``; what returns no tensor does not count.
     """
 
     def __init__(self, weight: Tensor | None = None) -> None:
@@ -63,14 +64,16 @@ class _Linears(TorchFunctionMode):
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
             weight = given["weight"]
             if self.weight is None or weight is self.weight:
-                # An object of its own: the input itself may be used, and changed in place, elsewhere in the model.
-                output = func(*args, **kwargs) if self.weight is None else given["input"].view_as(given["input"])
+                # A copy: the input itself may be used, and changed in place, elsewhere in the model.
+                output = func(*args, **kwargs) if self.weight is None else given["input"].clone()
                 self.calls.append((weight, given.get("bias"), output))
                 self.changed = []
                 return output
-        elif args and self.calls and args[0] is self.calls[-1][2] and func.__name__ != "__get__":  # .shape, .device
-            self.changed.append(func.__name__)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        seen = self.calls and any(t is self.calls[-1][2] for t in tree_leaves((args, kwargs)))
+        if seen and any(isinstance(t, Tensor | None) for t in tree_leaves(result)):  # not .shape, .device, .size()
+            self.changed.append("a property, as .T or .data" if func.__name__ == "__get__" else func.__name__)
+        return result
 
 
 class Features(NamedTuple):
@@ -131,6 +134,24 @@ def without_gradients(spec: StepSpec, batch: Batch, target: Any) -> tuple[Tensor
     with torch.autocast(h.device.type, enabled=False):
         ce, correct = linear_loss_and_correct(h, head.weight, head.bias, target, None, 0.0, spec.p, dtype=dtype)[1::2]
         return h, ce + loss_of(spec, auxiliary, target), correct
+
+
+def check_head(spec: StepSpec, batch: Batch) -> None:
+    """Raises ValueError where the head is not the last layer. The model is run once, in eager mode.
+
+    Dynamo does not show the mode everything that is done to a tensor (``logits.data``, ``torch._foreach_mul_``).
+    """
+    assert spec.head is not None
+    device, saved = batch.xs[0].device, save_buffers(spec)
+    try:
+        with (
+            torch.no_grad(),
+            directional.replayed(directional.random_states(device), device),
+            _Linears(spec.head.weight) as mode,
+        ):
+            _features(spec, batch, mode)
+    finally:
+        restore_buffers(saved)
 
 
 def log_density_without_logits(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,15 @@ from torch.autograd import Function
 from densreg import _torch, directional, functional, paths, regularizers
 from densreg._torch import tree_map
 from densreg.compiling import CompiledStep
-from densreg.head import AUTO_CLASSES, check_name, find_head, head_step, log_density_without_logits, without_gradients
+from densreg.head import (
+    AUTO_CLASSES,
+    check_head,
+    check_name,
+    find_head,
+    head_step,
+    log_density_without_logits,
+    without_gradients,
+)
 from densreg.paths import Inputs
 from densreg.regularizers import REGULARIZERS, Density, Regularizer, trait
 from densreg.second_order import fast_second_order
@@ -282,7 +290,7 @@ class RegularizedObjective(nn.Module):
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
-        self._value_checked = False
+        self._value_checked = self._head_checked = False
         self._one: Tensor | None = None
         self._interacting: dict[tuple, bool] = {}
 
@@ -324,7 +332,7 @@ class RegularizedObjective(nn.Module):
                 self._head = self._head_to_take()
                 raise
             self._checks = DifferenceChecks()
-            self._value_checked = False
+            self._value_checked = self._head_checked = False
             self._interacting = {}
 
     def _set(self, options: dict[str, Any]) -> None:
@@ -544,6 +552,9 @@ class RegularizedObjective(nn.Module):
 
     def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> Any:
         if self._compiled_step is not None:
+            if spec.head is not None and not self._head_checked:
+                check_head(spec, args[0])
+                self._head_checked = True
             return self._compiled_step(spec, *args, **kwargs)
         with _torch.without_gradient_hooks(spec.trained):
             step: Any = directional_step if self.path == "directional" else whole_step
@@ -553,7 +564,8 @@ class RegularizedObjective(nn.Module):
         return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"head": None, "_head": None, "_one": None, **state})  # older ones have no head
+        new = {"head": None, "_head": None, "_head_checked": False, "_one": None}  # older ones have none of these
+        super().__setstate__({**new, **state})
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:

@@ -74,7 +74,8 @@ def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused"
 
     Raises:
         TypeError, ValueError: what was given and what was expected.
-        RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice.
+        RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice
+            (a backward in Python that detaches what it uses is not noticed: :func:`densreg.check_model` finds it).
     """
     _check_reduction(reduction)
     p = functional.check_order(p)

@@ -540,21 +540,35 @@ def _problem(module: nn.Module, args: tuple, kwargs: dict, order: int) -> tuple[
             return None
         if not all(g.requires_grad for g in present):
             return "its backward runs outside of autograd, so its gradient is a constant", _ADVICE
-        along = torch.stack([(g * torch.randn_like(g)).sum() for g in present]).sum()
-        seconds = torch.autograd.grad(along, [*cotangents, *inputs], allow_unused=True)
+        sizes = [g.detach().double().abs().sum().clamp_min(1e-30) for g in present]
+        largest = torch.stack(sizes).max()
+        # What is smaller by far is nothing but rounding, as a bias before BatchNorm.
+        weights = [(largest / size).clamp_max(1e3).to(g.dtype) for g, size in zip(present, sizes, strict=True)]
+        seconds = []
+        for _ in range(3):  # as what is lost of one gradient may cancel what is lost of another
+            shares = [w * (g * _along(g)).sum() for w, g in zip(weights, present, strict=True)]
+            along = torch.stack(shares).sum()
+            seconds.append((along, torch.autograd.grad(along, [*cotangents, *inputs], None, True, allow_unused=True)))
     except RuntimeError as error:
         if "compile" in str(error):
             return "it is compiled by itself, and torch differentiates that once only", "Leave compiling to densreg"
         return f"it cannot be differentiated twice: {str(error).splitlines()[0]}", _ADVICE
-    if all(g.isfinite().all() for g in present) and not all(t is None or t.isfinite().all() for t in seconds):
+    finite = all(g.isfinite().all() for g in present)
+    if finite and not all(t is None or t.isfinite().all() for _, of_all in seconds for t in of_all):
         return "its second derivative is not finite at these inputs, and its first is", _ADVICE
-    # The gradient is linear in the cotangents: by Euler's theorem their own derivative gives it back.
-    again = sum((s.double() * u.double()).sum() for s, u in zip(seconds, cotangents, strict=False) if s is not None)
-    size = sum(g.double().abs().sum() for g in present)
-    if not (along.double() - again).abs() <= 1e-2 * size:
-        return "its second derivative is wrong: it loses the incoming gradient", _ADVICE
+    # The gradient is linear in the cotangents: by Euler's theorem their own derivative gives it back. Each input has a
+    # share of one size in the sum, or the gradients of large weights would hide that of the module's input.
+    for along, of_all in seconds:
+        again = sum((s.double() * u.double()).sum() for s, u in zip(of_all, cotangents, strict=False) if s is not None)
+        if not (along.double() - again).abs() <= 1e-2 * len(present) ** 0.5 * largest:
+            return "its second derivative is wrong: it loses the incoming gradient", _ADVICE
     given = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
     return _wrong_third(module, run, given, inputs) if order == 3 and given else None
+
+
+def _along(g: Tensor) -> Tensor:
+    """A random direction along or against a gradient, in which nothing of it cancels."""
+    return g.detach().sign() * torch.rand_like(g) * (1 - 2 * torch.randint(2, (), device=g.device))
 
 
 def _wrong_third(

@@ -501,6 +501,38 @@ class _Loses(torch.autograd.Function):
         return grad + grad.detach()
 
 
+class _Detaches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad.detach() * x.detach().cos()
+
+
+class _OneBranch(nn.Module):
+    """Beside a branch that is right, and weights whose gradients are far larger than that of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = 10 * self.first(x)
+        return self.last(F.softplus(self.second(F.softplus(h) + _Detaches.apply(h))).mean((2, 3)))
+
+
+def test_check_model_sees_what_is_lost_on_one_branch_of_a_forward():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        (finding,) = densreg.check_model(_OneBranch(), torch.randn(3, 2, 8, 8))
+        assert "loses the incoming gradient" in finding.problem
+
+
 class _Layer(nn.Module):
     def __init__(self, function):
         super().__init__()

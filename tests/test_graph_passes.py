@@ -176,6 +176,49 @@ def test_images_between_convolutions_are_channels_last():
     assert {"mul", "add", "getitem_1", "mul_2", "exp_1"} <= set(images)  # attention, the weight, a result
 
 
+@torch.library.custom_op("densreg_test::first_in_memory", mutates_args=(), tags=(torch.Tag.needs_fixed_stride_order,))
+def _first_in_memory(images: torch.Tensor) -> torch.Tensor:
+    return images.clone(memory_format=torch.preserve_format)
+
+
+@_first_in_memory.register_fake
+def _(images):
+    return images.clone(memory_format=torch.preserve_format)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda images: images.as_strided((2, 4, 3), (180, 36, 1)),
+        lambda images: torch.as_strided_scatter(images, images[:, 0], (2, 6, 6), (180, 6, 1)),
+        lambda images: _first_in_memory(images),
+    ],
+    ids=["as_strided", "as_strided_scatter", "an operator that needs its strides"],
+)
+def test_an_image_stays_whose_memory_is_looked_at(use):
+    def convolve(x, weight):
+        h = F.conv2d(F.conv2d(x - 1, weight).relu(), weight)
+        return use(h.cos()), h.sin().sum()
+
+    _, laid_out = _laid_out(convolve, torch.rand(2, 5, 10, 10), torch.rand(5, 5, 3, 3))
+    assert laid_out == {"sub", "convolution", "relu", "convolution_1", "sin"}
+
+
+def test_what_is_a_view_of_an_image_stays_one():
+    """inductor asks the memory of two values whether one may be overwritten while the other is in use."""
+
+    def convolve(x, weight):
+        h = F.conv2d(x, weight)
+        return h.permute(0, 2, 3, 1) + 1, h.relu().sum()
+
+    module = make_fx(convolve, tracing_mode="fake")(torch.rand(2, 5, 10, 10), torch.rand(5, 5, 3, 3))
+    lay_out_images(module.graph)
+    (image,) = module.graph.find_nodes(op="call_function", target=aten.convolution.default)
+    (view,) = module.graph.find_nodes(op="call_function", target=aten.permute.default)
+    assert image.meta["val"].is_contiguous(memory_format=torch.channels_last)
+    assert image.meta["val"].untyped_storage()._cdata == view.meta["val"].untyped_storage()._cdata
+
+
 def _split(function, images):
     """The function's graph after the pass, and over which dimensions it sums, in turn."""
     module = make_fx(function, tracing_mode="fake")(images)
@@ -207,8 +250,10 @@ def test_sums_over_a_batch_of_images_take_each_image_first(keepdim, side, steps)
         lambda images: images.sum((0, 2, 3), dtype=torch.float64),
         lambda images: images[:, :, 0, 0].sum(0),
         lambda images: images[:, ::2].sum((0, 2, 3)),
+        lambda images: images.bfloat16().sum((0, 2, 3)),  # the sum of each image would be rounded
+        lambda images: images.sum().sum([]),
     ],
-    ids=["contiguous", "other dimensions", "dtype", "no image", "strided"],
+    ids=["contiguous", "other dimensions", "dtype", "no image", "strided", "half precision", "a number"],
 )
 def test_other_sums_stay(total):
     images = torch.randn(3, 5, 4, 4).to(memory_format=torch.channels_last)
@@ -216,15 +261,23 @@ def test_other_sums_stay(total):
 
 
 class _Tutorial(nn.Module):
-    """As people write them: contiguous images, and a view of them."""
+    """As people write them: contiguous images, a view of them; one by its strides, one that is changed in place."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, bias=False)
+        self.third = nn.Conv2d(4, 4, 3, padding=1)
         self.norm, self.last = nn.BatchNorm2d(6), nn.Linear(6 * 3 * 3, 7)
+        self.register_buffer("masked", torch.tensor([0, 2]))
 
     def forward(self, x):
-        h = F.softplus(self.norm(self.second(F.softplus(self.first(x)))))
+        h = F.softplus(self.first(x)).contiguous()
+        patch = h.as_strided((len(x), 4, 3, 3), (256, 64, 8, 1))
+        rows = h.permute(0, 2, 3, 1).clone()
+        rows[:, self.masked] = 0.5
+        gate = self.third(rows.permute(0, 3, 1, 2)).mean((2, 3)) + self.third(patch).mean((2, 3))
+        h = self.third(F.softplus(h) * gate.sigmoid()[:, :, None, None])
+        h = F.softplus(self.norm(self.second(h)))
         return self.last(h.view(len(x), -1))
 
 

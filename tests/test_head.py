@@ -364,23 +364,69 @@ def test_a_scaled_loss_and_accumulation():
     assert_same(*results, 2e-5)
 
 
-def test_hidden_changes_of_the_logits_are_seen():
-    """What changes the returned tensor in place is no head, though it is the tensor that the layer returned."""
+def _times(logits):
+    logits *= 2
 
-    class Scales(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(4, 4)
 
-        def forward(self, x):
-            logits = self.head(x)
-            logits *= 2
-            assert logits.shape[1] == 4
-            return logits
+_CHANGES = {
+    "imul": (_times, "(mul_|__imul__)"),
+    "setitem": (lambda logits: logits.__setitem__(0, 1.0), "__setitem__"),
+    "data": (lambda logits: logits.data.mul_(2), "a property, as .T or .data"),
+    "T": (lambda logits: logits.T.mul_(2), "a property, as .T or .data"),
+    "foreach": (lambda logits: torch._foreach_mul_([logits], 2.0), "_foreach_mul_"),
+    "out": (lambda logits: torch.mul(logits.detach(), 2, out=logits.detach()), "detach"),
+}
 
-    objective = densreg.RegularizedObjective(Scales(), 0.5, compile=False)
+
+class _Changed(nn.Module):
+    """Returns the very tensor that its last layer returned, after a change in place."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.head, self.change = nn.Linear(4, 4), change
+
+    def forward(self, x):
+        logits = self.head(x)
+        self.change(logits)
+        assert logits.shape[1] == logits.size(1) == 4
+        return logits
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("change", _CHANGES)
+def test_hidden_changes_of_the_logits_are_seen(change, compiled, fresh_dynamo):
+    function, name = _CHANGES[change]
+    options = {"compile": compiled, "backend": "aot_eager"}
+    objective = densreg.RegularizedObjective(_Changed(function), 0.5, **options)
     x = torch.randn(3, 4)
     assert head.find_head(objective._spec(), densreg.objective._batch_of(x, None)) is None
     objective.head = "head"
-    with pytest.raises(ValueError, match=r"it went through (mul_|__imul__)"):
+    with pytest.raises(ValueError if not compiled else (ValueError, RuntimeError), match=rf"it went through {name}"):
         objective(x, torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("gradients_", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_features_that_change_after_the_head(compiled, gradients_, fresh_dynamo):
+    """A model may use its features further, in place: the logits are those of the call."""
+
+    class Reuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head = nn.Linear(4, 5), nn.Linear(5, 7)
+            self.head.requires_grad_(False)  # or autograd raises
+
+        def forward(self, x):
+            h = self.trunk(x)
+            logits = self.head(h)
+            h.mul_(3)
+            return logits
+
+    torch.manual_seed(0)
+    model, x, y = Reuses().double(), torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 6])
+    found = []
+    for options in ({"compile": False}, {"head": "head", "compile": compiled, "backend": "aot_eager"}):
+        with torch.set_grad_enabled(gradients_):
+            out = densreg.RegularizedObjective(model, 0.5, **options)(x, y)
+        found.append([out.ce, *([out.penalty] if gradients_ else [])])
+    assert_same([t.detach() for t in found[1]], [t.detach() for t in found[0]])
