@@ -146,8 +146,8 @@ def check_score(
 
     Looks through its graph: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
     ``backward(inputs=...)``) stops at a node that cannot be differentiated. And through that of the outputs, of which a
-    sharded model's is not part of the score's. What a Function's own backward detaches leaves no node. What ``head`` was computed from is not looked at: the score's cotangent
-    comes from it, but no gradient of a gradient goes through it.
+    sharded model's is not part of the score's. What a Function's own backward detaches leaves no node. What ``head``
+    was computed from is not looked at: the score's cotangent comes from it, but no gradient of a gradient goes through.
     """
     if _compiling():
         if not all(g.requires_grad for g in score):
