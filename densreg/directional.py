@@ -282,9 +282,13 @@ def step_size(xs: Sequence[Tensor], direction: Sequence[Tensor], central: bool) 
     was tried, and an MLP both did well. One h for the whole batch, as BatchNorm couples its samples.
     """
     eps = torch.finfo(xs[0].dtype).eps
-    elements = sum(x.numel() for x in xs)
-    size = torch.stack([x.detach().square().sum() for x in xs]).sum().sqrt().clamp_min(SMALLEST_INPUT * elements**0.5)
-    length = torch.stack([v.square().sum() for v in direction]).sum().sqrt().clamp_min(torch.finfo(xs[0].dtype).tiny)
+    elements = max(1, sum(x.numel() for x in xs))
+    # In half precision squares overflow. Where all scores are 0 there is no direction, and h is as good as any.
+    wide = ops.accumulation_dtype(xs[0].dtype)
+    size = torch.stack([x.detach().to(wide).square().sum() for x in xs]).sum().sqrt()
+    size = size.clamp_min(SMALLEST_INPUT * elements**0.5)
+    length = torch.stack([v.to(wide).square().sum() for v in direction]).sum().sqrt()
+    length = length.masked_fill(length == 0, 1)
     return (0.2 * eps ** (1 / 3) if central else 0.3 * eps**0.5) * size / length
 
 

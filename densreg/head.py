@@ -50,6 +50,7 @@ class _Linears(TorchFunctionMode):
     Attributes:
         calls: (weight, bias, output) of each call that counts: with ``weight`` those that have it.
         changed: what the latest output was given to, as ``logits.div_(2)``; what returns no tensor does not count.
+        watching: whether that is noted.
     """
 
     def __init__(self, weight: Tensor | None = None) -> None:
@@ -57,6 +58,7 @@ class _Linears(TorchFunctionMode):
         self.weight = weight
         self.calls: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self.changed: list[str] = []
+        self.watching = True
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,7 +72,7 @@ class _Linears(TorchFunctionMode):
                 self.changed = []
                 return output
         result = func(*args, **kwargs)
-        seen = self.calls and any(t is self.calls[-1][2] for t in tree_leaves((args, kwargs)))
+        seen = self.watching and self.calls and any(t is self.calls[-1][2] for t in tree_leaves((args, kwargs)))
         if seen and any(isinstance(t, Tensor | None) for t in tree_leaves(result)):  # not .shape, .device, .size()
             self.changed.append("a property, as .T or .data" if func.__name__ == "__get__" else func.__name__)
         return result
@@ -90,6 +92,7 @@ def _features(spec: StepSpec, batch: Batch, mode: _Linears, buffers: dict[str, T
     assert head is not None
     outputs = classify(spec, batch, buffers)
     output, calls = outputs[0][1], mode.calls
+    mode.watching = False  # the step itself may use its features
     expected = f"head: expected the model to call {head} once and to return its output; "
     if len(calls) != 1:
         raise ValueError(f"{expected}its weight was used {len(calls)} times")

@@ -18,6 +18,7 @@ float32; a CPU takes them in float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,7 +117,8 @@ def whole_score(
         own: the target's logit [B].
         here: [B], the rows whose target is one of the classes here; None without targets.
     """
-    score *= (finite(ref) - density).exp().to(score.dtype).unsqueeze(1)
+    others = (ref - density).exp()  # 0 where all other classes are at -inf, whatever the target's logit is
+    score *= others.masked_fill(ref == -math.inf, 0).to(score.dtype).unsqueeze(1)
     if target is not None and here is not None:
         w_y = weight[target].to(score.dtype)
         score.addcmul_(w_y, ((own - density).exp() * here).to(score.dtype).unsqueeze(1))
@@ -376,6 +378,18 @@ torch.library.register_fake("densreg::linear_density_backward", _backward_fake, 
 # the Function
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """A function that keeps the dtypes of what it is given, whose first argument has, or is, a tensor."""
+
+    @functools.wraps(function)
+    def call(first, *args):
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
+        with torch.autocast(device, enabled=False):
+            return function(first, *args)
+
+    return call
+
+
 @torch.compiler.allow_in_graph
 class _LinearDensity(_Function):
     """(rest, own, mean, score, correct), and their gradients, by the operators."""
@@ -386,6 +400,7 @@ class _LinearDensity(_Function):
         return operator(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean)
 
     @staticmethod
+    @_without_autocast
     def plain(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean):
         acc = accumulation_dtype(dtype)
         w = weight.to(acc)
@@ -431,6 +446,7 @@ class _LinearDensity(_Function):
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6
 
 
+@_without_autocast
 def _differentiable(tensors, needs, upstream, target, options):
     """The gradients in h, weight and bias, differentiable to every order: plain torch on whole logits."""
     with torch.enable_grad():

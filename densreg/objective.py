@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from densreg import _torch, directional, functional, paths, regularizers
-from densreg._torch import tree_map
+from densreg._torch import tree_leaves, tree_map
 from densreg.compiling import CompiledStep
 from densreg.head import (
     AUTO_CLASSES,
@@ -298,7 +298,8 @@ class RegularizedObjective(nn.Module):
         """An option that is assigned is checked as in the constructor, and counts from the next step on."""
         if name == "coeff" and hasattr(self, name):
             with torch.no_grad():
-                self.coeff.fill_(value if isinstance(value, Tensor) else _coefficient(value))
+                on_device = isinstance(value, Tensor) and value.device.type != "cpu"  # a look at it would wait
+                self.coeff.fill_(value if on_device else _coefficient(value))
         elif name == "compile":
             raise AttributeError("compile is a method of every nn.Module: assign to objective.compiled")
         elif name == "model":
@@ -432,10 +433,15 @@ class RegularizedObjective(nn.Module):
             with torch.autocast(batch.xs[0].device.type, enabled=False):
                 ce = loss_of(spec, outputs, target)
             return ObjectiveOutput(ce, outputs[0][1], ce, torch.full_like(ce, float("nan")))
+        plain = type(target) is Tensor
+        if any(isinstance(t, Tensor) and t.requires_grad for t in ([target] if plain else tree_leaves(target))):
+            raise ValueError(
+                "the target must not require grad: no gradient would reach it. detach() it, or let a module that is "
+                "the criterion compute what is to be trained"
+            )
         batch = detached_batch(batch)
         xs = batch.xs
         if self._compiled_step is not None:
-            plain = type(target) is Tensor
             target = target if plain else tree_map(lambda v: _for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
@@ -712,7 +718,13 @@ def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
     given = {key: _plain(v) if isinstance(v, Tensor) else v for key, v in given.items()}
     tensors = {key: v for key, v in given.items() if isinstance(v, Tensor)}
     if penalized is None:  # nothing is left out silently that has a derivative
-        penalized = tuple(key for key, v in tensors.items() if v.is_floating_point() or v.is_complex())
+        for key, value in given.items():
+            if not isinstance(value, Tensor) and any(map(_is_floating, tree_leaves(value))):
+                raise TypeError(
+                    f"x[{key!r}] is a {type(value).__name__} with floating-point tensors in it, which would not be "
+                    "penalized: name the inputs that are, penalized=..., or pass each tensor by itself"
+                )
+        penalized = tuple(key for key, v in tensors.items() if _is_floating(v))
     if not penalized:
         kinds = ", ".join(str(v.dtype if isinstance(v, Tensor) else type(v).__name__) for v in given.values())
         raise TypeError(f"x must be floating point to have a score, got {kinds or 'nothing'}")
@@ -725,6 +737,10 @@ def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
     for key, t in zip(penalized, xs, strict=True):
         paths.check_input("x" if isinstance(x, Tensor) else f"x[{key!r}]", t, len(xs[0]), "the first input")
     return Batch(xs, tuple(penalized), {key: v for key, v in given.items() if key not in penalized})
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _plain(t: Tensor) -> Tensor:

@@ -535,7 +535,7 @@ def _problem(module: nn.Module, args: tuple, kwargs: dict, order: int) -> tuple[
     cotangents = [torch.randn_like(t).requires_grad_() for t in outputs]
     try:
         grads = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, allow_unused=True)
-        present = [g for g in grads if g is not None]
+        present = [_real(g) for g in grads if g is not None]
         if not present:
             return None
         if not all(g.requires_grad for g in present):
@@ -559,11 +559,20 @@ def _problem(module: nn.Module, args: tuple, kwargs: dict, order: int) -> tuple[
     # The gradient is linear in the cotangents: by Euler's theorem their own derivative gives it back. Each input has a
     # share of one size in the sum, or the gradients of large weights would hide that of the module's input.
     for along, of_all in seconds:
-        again = sum((s.double() * u.double()).sum() for s, u in zip(of_all, cotangents, strict=False) if s is not None)
+        again = sum(
+            (_real(s).double() * _real(u).double()).sum()
+            for s, u in zip(of_all, cotangents, strict=False)
+            if s is not None
+        )
         if not (along.double() - again).abs() <= 1e-2 * len(present) ** 0.5 * largest:
             return "its second derivative is wrong: it loses the incoming gradient", _ADVICE
     given = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
     return _wrong_third(module, run, given, inputs) if order == 3 and given else None
+
+
+def _real(t: Tensor) -> Tensor:
+    """A complex tensor as its real and imaginary parts."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _along(g: Tensor) -> Tensor:

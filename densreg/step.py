@@ -390,7 +390,7 @@ def directional_step(
 def _check_difference(found: Tensor, expected: Tensor, within: Tensor) -> None:
     """A difference must be the norm's sum, which is known. Reading them synchronises, so it is done seldom."""
     difference, norm, tolerance = torch.stack([found, expected, within]).tolist()
-    if abs(difference - norm) > tolerance:
+    if not abs(difference - norm) <= tolerance:  # NaN too
         raise RuntimeError(
             f'path "directional": the difference of the log density is {difference:.6g}, and {norm:.6g} by the score, '
             f"with a tolerance of {tolerance:.2g}. The perturbed forwards differ from the first by more than their "

@@ -277,6 +277,8 @@ def _reproduce(options: dict) -> int:
     for key in ("methods", "models", "seeds", "norms"):
         options[key] = None if options[key] is None else tuple(options[key])
     budget = reproduce.Budget(**options)
+    for name in names[1:]:  # the first one checks itself
+        reproduce.check(name, budget)
     for name in names:
         folder = f"runs/reproduce/{name}" if out is None else out if len(names) == 1 else f"{out}/{name}"
         for line in reproduce.run(name, budget, folder):

@@ -92,6 +92,9 @@ class Row:
         return self.config.coeff > 0
 
 
+_ELSEWHERE = {"seed": "--seeds", "p": "--p", "model": "--models", "data": "the experiment's", "out": "--runs"}
+
+
 def rows_of(name: str, budget: Budget) -> list[Row]:
     """The trainings of an experiment, complete and checked.
 
@@ -99,6 +102,10 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
         ValueError: a method, model or option that is not there.
     """
     chosen = experiment(name)
+    for options in budget.config.values():
+        for option, instead in _ELSEWHERE.items():
+            if option in options:
+                raise ValueError(f"--config {option}: expected options of densreg train; that one is {instead} here")
     for kind, given in (("method", budget.methods), ("seed", budget.seeds)):
         if given is not None and not given:
             raise ValueError(f"expected at least one {kind}, got none")
@@ -110,6 +117,8 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
     for data, model in itertools.product(chosen.data, budget.models or chosen.models):
         for method in budget.methods or chosen.methods:
             coeffs = budget.coeff.get(method) or budget.chosen.get(f"{data} {model}", {}).get(method) or (None,)
+            if budget.chosen and coeffs == (None,) and METHODS[method].options.get("coeff") != 0:
+                raise ValueError(f"--coeff-from has no coefficient of {method} for {data} and {model}: add --coeff")
             for p, coeff, seed in itertools.product(budget.norms or chosen.norms, coeffs, budget.seeds):
                 row = _row(budget, data, model, method, p, coeff, seed)
                 rows.setdefault(row.config.out, row)  # without a penalty every p is the same run
@@ -147,7 +156,7 @@ def _row(budget: Budget, data: str, model: str, method: str, p: float, coeff: fl
     parts += [f"e{config.epochs}"]
     parts += [f"n{config.train_size}"] if config.train_size else []
     parts += [f"v{budget.val_size}"] if budget.val_size else []
-    parts += [f"{key}={value}" for key, value in own.items()] + [f"s{seed}"]
+    parts += [f"{key}={value}" for key, value in sorted(own.items())] + [f"s{seed}"]
     return Row(method, dataclasses.replace(config, out=str(Path(budget.runs) / "-".join(parts))))
 
 
@@ -229,7 +238,7 @@ def choose(table: Sequence[Mapping[str, Any]], attack: Measure) -> dict[str, dic
         tried = {float(coeff): found for (*own, coeff), found in means.items() if own == [of, method]}
         found = {"best": max(tried, key=lambda coeff: tried[coeff][0])}
         standard = means.get((of, "standard", ""))
-        gentle = [coeff for coeff in tried if standard and tried[coeff][1] >= standard[1] - WITHIN]
+        gentle = [coeff for coeff in tried if standard and tried[coeff][1] >= standard[1] - WITHIN - 1e-9]
         if gentle:
             found["gentle"] = max(gentle, key=lambda coeff: tried[coeff][0])
         result.setdefault(of, {})[method] = found
@@ -262,6 +271,27 @@ def read_chosen(folder: str) -> dict[str, dict[str, tuple[float, ...]]]:
 # training and measuring
 
 
+def check(name: str, budget: Budget) -> list[Row]:
+    """The trainings of an experiment, after all that can be checked before hours of training: data, extras, options.
+
+    Raises:
+        As :func:`rows_of`, the data sets and the metrics.
+    """
+    if name == "fig2a":
+        _fig2a_options(budget)
+        return []
+    chosen = experiment(name)
+    rows = rows_of(name, budget)
+    samples.require("matplotlib.figure", "train")
+    for measure in chosen.measures:
+        evaluation.require(measure.metric, picture=measure.metric == chosen.picture)
+    for data in chosen.data:
+        datasets.load(data, budget.data_dir, budget.download)
+    for measure in chosen.measures:
+        _outside_images(_options(measure, budget), budget.download)
+    return rows
+
+
 def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     """Do an experiment: leaves table.md, table.csv (a row for each training), config.json and NAME.png in ``out``.
 
@@ -277,40 +307,42 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
         yield from _fig2a(budget, out)
         return
     chosen = experiment(name)
-    rows = rows_of(name, budget)
-    # Before hours of training:
-    samples.require("matplotlib.figure", "train")
-    for measure in chosen.measures:
-        evaluation.require(measure.metric, picture=measure.metric == chosen.picture)
-    for data in chosen.data:
-        datasets.load(data, budget.data_dir, budget.download)
-    for measure in chosen.measures:
-        _outside_images(_options(measure, budget), budget.download)
+    rows = check(name, budget)
     table: list[dict[str, Any]] = []
     done: list[Row] = []
     diverged: dict[str, str] = {}
     with runs.open_run(out, True) as folder:
+        for file in (CHOSEN, SEARCH):  # of an earlier call
+            (folder / file).unlink(missing_ok=True)
         for i, row in enumerate(rows, 1):
             yield f"{i}/{len(rows)}: {row.config.out}"
             begun = any((Path(row.config.out) / file).exists() for file in runs.FILES)
             torch.compiler.reset()  # or the limit of compilations of one function is met
             try:
                 training.fit(row.config, resume="auto" if begun else False)
-            except runs.NotFiniteError as error:  # one of several coefficients may be too large
+                found = measured(row, chosen.measures, budget)
+            # One of several coefficients may be too large: the loss is not finite, or the model ignores its input.
+            except (runs.NotFiniteError, samples.Unmeasurable) as error:
                 diverged[Path(row.config.out).name] = str(error)
                 yield f"diverged, without a row: {error}"
             else:
                 done.append(row)
-                table.append(_describe(row) | measured(row, chosen.measures, budget))
+                table.append(_describe(row) | found)
                 paper = chosen.figures.get(row.key, (None,) * len(chosen.columns))
                 table[-1] |= {f"paper: {column}": value for column, value in zip(chosen.columns, paper, strict=True)}
             if not table:
                 continue
             _write(folder, name, chosen, budget, table, done, diverged)
-            attack = next((measure for measure in chosen.measures if measure.metric == "pgd"), None)
-            if budget.val_size and attack and any(measure.metric == "accuracy" for measure in chosen.measures):
-                text = json.dumps(choose(table, attack), indent=2) + "\n"
-                runs.write_atomically(folder / CHOSEN, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        attack = next((measure for measure in chosen.measures if measure.metric == "pgd"), None)
+        measures_clean = any(measure.metric == "accuracy" for measure in chosen.measures)
+        orders = {row.config.p for row in rows if row.penalized}
+        if table and budget.val_size and attack and measures_clean and len(orders) == 1:
+            unfinished = {(row.key, row.config.coeff) for row in rows if row not in done}
+            whole = [
+                each for row, each in zip(done, table, strict=True) if (row.key, row.config.coeff) not in unfinished
+            ]
+            text = json.dumps(choose(whole, attack) if whole else {}, indent=2) + "\n"
+            runs.write_atomically(folder / CHOSEN, lambda file: file.write(text.encode()))
         if not table:
             raise runs.NotFiniteError(f"every training diverged, the last: {[*diverged.values()][-1]}")
         if chosen.picture:
@@ -409,13 +441,12 @@ def _draw(chosen: Experiment, rows: Sequence[Row], table: Sequence[Mapping[str, 
     return draw(samples.Comparison(loaded, results, problem.test, device, budget.batch_size, 0, options))
 
 
+_FIG2A_DATA = ("blockmnist", "cifar100")
 _FIG2A = ("data_dir", "download", "seeds", "train_size", "device", "threads", "config")
 
 
-def _fig2a(budget: Budget, out: str) -> Iterator[str]:
-    from densreg.lab import stability
-    from densreg.paths import PATHS
-
+def _fig2a_options(budget: Budget) -> dict[str, Any]:
+    """Options of densreg stability; raises ValueError where others are asked for, or data is missing."""
     ignored = [
         f.name for f in dataclasses.fields(budget) if f.name not in _FIG2A and getattr(budget, f.name) != f.default
     ]
@@ -427,13 +458,19 @@ def _fig2a(budget: Budget, out: str) -> Iterator[str]:
     options: dict[str, Any] = {"seed": budget.seeds[0], "train_size": budget.train_size, "device": budget.device}
     options |= {"data_dir": budget.data_dir, "download": budget.download, "threads": budget.threads}
     options |= budget.config.get("", {})
+    for data in _FIG2A_DATA:
+        datasets.load(data, budget.data_dir, budget.download)
+    return options
+
+
+def _fig2a(budget: Budget, out: str) -> Iterator[str]:
+    from densreg.lab import stability
+    from densreg.paths import PATHS
+
+    options = _fig2a_options(budget)
     steps = {"steps": options.pop("steps", 400), "every": options.pop("every", 10)}
     names = [path for path in PATHS if path != "per_class"]
-    for data in ("blockmnist", "cifar100"):
-        datasets.load(data, budget.data_dir, budget.download)
-    yield from stability.run(
-        ("blockmnist", "cifar100"), names, (1.0, 100.0), **steps, out=out, overwrite=True, **options
-    )
+    yield from stability.run(_FIG2A_DATA, names, (1.0, 100.0), **steps, out=out, overwrite=True, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -533,7 +570,9 @@ def _write(
     }
     text = json.dumps(_plain(about), indent=2) + "\n"
     notes = "".join(f"\n{run}: {error}\n" for run, error in diverged.items())
-    page = f"# {chosen.what}\n\n{markdown(chosen, table)}\n{notes}"
+    first = f"The first {budget.test_size}" if budget.test_size else "All"
+    images = f"of {budget.val_size} held-out training" if budget.val_size else "test"
+    page = f"# {chosen.what}\n\n{first} {images} images.\n\n{markdown(chosen, table)}\n{notes}"
     try:
         runs.write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
         runs.write_atomically(folder / TABLE, lambda file: file.write(page.encode()))

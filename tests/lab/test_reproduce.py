@@ -416,7 +416,7 @@ def test_every_metric_makes_a_column_and_a_picture(name, command, tmp_path, monk
     assert status == 0, said
     folder = tmp_path / "runs" / "reproduce" / "one"
     (row,) = _table(folder)
-    head, _, line = [text.strip("| ").split(" | ") for text in (folder / "table.md").read_text().splitlines()[2:]]
+    head, _, line = [text.strip("| ").split(" | ") for text in (folder / "table.md").read_text().splitlines()[4:]]
     columns = [column for column in row if column.startswith(f"{name} ")]
     assert columns == head[5:]
     for column, cell in zip(columns, line[5:], strict=True):

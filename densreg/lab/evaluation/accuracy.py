@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from densreg.lab import data
-from densreg.lab.evaluation.samples import batches
+from densreg.lab.evaluation.samples import Unmeasurable, batches
 from densreg.lab.groups import group_accuracy
 
 
@@ -20,7 +20,7 @@ def is_right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model(x)
     if logits.isnan().any():
-        raise ValueError("the model's logits are NaN: it has no accuracy")
+        raise Unmeasurable("the model's logits are NaN: it has no accuracy")
     return logits.argmax(1) == y
 
 

@@ -11,6 +11,7 @@ from densreg.lab import data, report
 from densreg.lab.evaluation.samples import (
     Comparison,
     Noise,
+    Unmeasurable,
     batches,
     check_one_of,
     check_range,
@@ -147,7 +148,7 @@ def pixel_perturbation(
         unit = clean.abs() if relative == "image" else torch.ones_like(clean)
         if (unit == 0).any():
             number = index[(unit == 0).cpu()][0].item()
-            raise ValueError(f"the output logit of image {number} is zero: there is no change relative to it")
+            raise Unmeasurable(f"the output logit of image {number} is zero: there is no change relative to it")
         size += (clean.abs() / unit).double().sum().item()
         order = ranking(attribute(model, x, classes, index, method, seed, samples, sigma, steps))
         with torch.no_grad():
@@ -157,7 +158,7 @@ def pixel_perturbation(
                     without = of_class(model(replace_pixels(x, pixels, by)), classes)
                     sums[j, i] += ((clean - without) / unit).double().sum().item()
     if size == 0:
-        raise ValueError("the output logits of all images are zero: there is no change relative to them")
+        raise Unmeasurable("the output logits of all images are zero: there is no change relative to them")
     top, bottom = sums / size
     result: dict[str, float] = {}
     for i, fraction in enumerate(fractions):

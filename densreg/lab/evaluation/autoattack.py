@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from densreg.lab import data
+from densreg.lab.evaluation.accuracy import is_right
 from densreg.lab.evaluation.attacks import accuracies, check_attacked, check_budgets
 from densreg.lab.evaluation.attacks import draw as draw_budgets
 from densreg.lab.evaluation.samples import Comparison, batches, check_one_of, require
@@ -65,7 +66,7 @@ def autoattack(
                 with torch.no_grad():
                     logits = model(x)
                 _check_classes(logits.shape[1], version, attacks)
-                robust = logits.argmax(1) == y
+                robust = is_right(model, x, y)
                 right[0] += robust.sum().item()
                 for i, budget in enumerate(budgets):
                     if robust.any():
@@ -96,8 +97,7 @@ def _withstands(model: nn.Module, attack: object, x: Tensor, y: Tensor, eps: flo
     """[n] bool: whether the model is right about each attacked image, which must lie in the ball and in [0, 1]."""
     attacked, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))  # type: ignore[attr-defined]
     check_attacked("AutoAttack", attacked, x, float(norm), eps)
-    with torch.no_grad():
-        return model(attacked).argmax(1) == y
+    return is_right(model, attacked, y)
 
 
 def draw(of: Comparison) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from densreg.lab import data, report
 from densreg.lab.evaluation.attribution import attribute
-from densreg.lab.evaluation.samples import Comparison, batches, check_one_of
+from densreg.lab.evaluation.samples import Comparison, Unmeasurable, batches, check_one_of
 
 PICTURES = 8
 """Images in a picture of attribution maps."""
@@ -61,7 +61,7 @@ def leakage(
         rows.append(norms(attribute(attributed, x, y, index, "integrated_gradients", steps=steps), tiles))
     by_image = torch.cat(rows)
     if not (by_image[:, 3:] > 0).all():
-        raise ValueError("leakage has no share in an image whose attributions are all zero: the model ignores it")
+        raise Unmeasurable("leakage has no share in an image whose attributions are all zero: the model ignores it")
     l1, l2, net, whole_l1, whole_l2 = by_image.mean(0).tolist()
     share_l1, share_l2 = (by_image[:, :2] / by_image[:, 3:]).mean(0).tolist()
     result = {"l1": l1, "l2": l2, "l1_sum": l1 * len(split), "l2_sum": l2 * len(split), "net": net}

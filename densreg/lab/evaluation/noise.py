@@ -14,6 +14,7 @@ from densreg.lab import data, report
 from densreg.lab.evaluation.samples import (
     Comparison,
     Noise,
+    Unmeasurable,
     batches,
     check_one_of,
     check_range,
@@ -77,7 +78,7 @@ def noise_robustness(
         for name, value in (("gradient", length), ("log density", unit)):
             if (value == 0).any():
                 number = index[(value == 0).cpu()][0].item()
-                raise ValueError(f"the {name} of image {number} is zero: there is nothing relative to it")
+                raise Unmeasurable(f"the {name} of image {number} is zero: there is nothing relative to it")
         size += (clean.abs() / unit).double().sum().item()
         noise = Noise(seed, index)
         for _ in range(samples):
@@ -88,7 +89,7 @@ def noise_robustness(
                 moved = (noisy - gradient).flatten(1).norm(dim=1) / length
                 sums[i] += torch.stack([moved, change / unit, change]).double().sum(1).cpu()
     if size == 0:
-        raise ValueError("the log density of all images is zero: there is nothing relative to it")
+        raise Unmeasurable("the log density of all images is zero: there is nothing relative to it")
     means = sums / samples / torch.tensor([len(split), size, len(split)])
     names = ("gradient", "density", "density_nats")
     return {f"{name}_{s:g}": means[i, j].item() for j, name in enumerate(names) for i, s in enumerate(sigmas)}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from densreg.attacks import log_odds
 from densreg.functional import log_density
 from densreg.lab import data as datasets
-from densreg.lab.evaluation.samples import batches, check_range, require
+from densreg.lab.evaluation.samples import Unmeasurable, batches, check_range, require
 
 SCORES = ("log_density", "maximum_logit", "maximum_softmax")
 
@@ -109,7 +109,7 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
         if len(values) == 0:
             raise ValueError(f"the AUROC needs both classes; the {name} one has no samples")
         if not values.isfinite().all():
-            raise ValueError(f"the AUROC needs finite scores; the {name} class has one that is not")
+            raise Unmeasurable(f"the AUROC needs finite scores; the {name} class has one that is not")
     metrics = require("sklearn.metrics", "evaluate")
     labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))])
     return float(metrics.roc_auc_score(labels.numpy(), torch.cat([positive, negative]).numpy()))

@@ -36,6 +36,10 @@ class Comparison:
     options: Mapping[str, Any]
 
 
+class Unmeasurable(ValueError):
+    """A metric has no value for a model, as one that ignores its input."""
+
+
 def batches(
     split: data.Split, batch_size: int, device: torch.device | str, what: str = ""
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
