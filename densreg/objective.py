@@ -210,7 +210,8 @@ class RegularizedObjective(nn.Module):
             kernels only, for models that cannot be differentiated twice (which :func:`densreg.check_model` finds out):
             see ``central``. It runs in eager mode.
         compile: whether the step is compiled, as one graph; where that is impossible the first call raises an error.
-        interval: k above; None leaves the penalty out of every step, which is then a plain one.
+        interval: k above, of a model in training mode; in eval mode every step has the penalty. None leaves it out of
+            every step, which is then a plain one.
         fraction: s above, 0 < s <= 1, rounded to at least one sample.
         criterion: (logits, target) -> scalar loss; None is the mean cross-entropy of [B] int64 classes. If it is a
             module its parameters are trained too.

@@ -95,6 +95,36 @@ def test_step_of_zeros():
     assert float(along) == 0, "a zero score has no direction"
 
 
+@pytest.mark.parametrize("central", [False, True])
+def test_scores_that_are_all_zero(central):
+    """A head that is zero when it is made: the penalty adds nothing, and no gradient is NaN."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.Tanh(), nn.Linear(4, 3))
+    nn.init.zeros_(model[-1].weight)
+    x, y = 255 * torch.rand(8, 3, 32, 32), torch.randint(3, (8,))
+    RegularizedObjective(model, 1.0, path="directional", central=central)(x, y).loss.backward()
+    found = [w.grad.clone() for w in model.parameters()]
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_large_inputs_in_half_precision():
+    """Whose squares overflow."""
+    torch.manual_seed(0)
+    direction = [torch.randn(64, 3, 32, 32).half() / 100]
+    x = [torch.randn(64, 3, 32, 32).half() * 4]
+    h = directional.step_size(x, direction, False)
+    wide = directional.step_size([x[0].float()], [direction[0].float()], False)
+    ratio = (torch.finfo(torch.float16).eps / torch.finfo(torch.float32).eps) ** 0.5
+    assert float(h) == pytest.approx(float(wide) * ratio, rel=1e-3)
+
+
+def test_a_difference_that_is_not_a_number_is_an_error():
+    nan, one = torch.tensor(math.nan), torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="the difference of the log density is nan"):
+        step._check_difference(nan, one, one)
+
+
 def test_dropout_is_replayed():
     """With the same masks in all forwards the error is a difference's; with others it would be of order 1."""
     model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Dropout(0.5), nn.Linear(64, 5)).double()

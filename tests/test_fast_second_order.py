@@ -526,6 +526,21 @@ class _OneBranch(nn.Module):
         return self.last(F.softplus(self.second(F.softplus(h) + _Detaches.apply(h))).mean((2, 3)))
 
 
+class _Spectrum(nn.Module):
+    """A layer with complex weights, as of a Fourier neural operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.fft.irfft(self.weight * torch.fft.rfft(x.tanh()), 8)
+
+
+def test_check_model_on_complex_weights():
+    assert densreg.check_model(nn.Sequential(_Spectrum(), nn.Flatten(), nn.Linear(32, 3)), torch.randn(2, 4, 8)) == []
+
+
 def test_check_model_sees_what_is_lost_on_one_branch_of_a_forward():
     for seed in range(10):
         torch.manual_seed(seed)

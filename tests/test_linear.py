@@ -306,6 +306,33 @@ def test_extreme_rows_keep_their_digits(dtype, target):
     torch.testing.assert_close(grad.double(), wanted, rtol=bound["rtol"], atol=max(bound["atol"], 1e-6), equal_nan=True)
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, -100), (f64, -800)])
+def test_no_other_class_beside_a_target_that_is_far_below_zero(dtype, low, classes):
+    """exp(0 - L) would overflow, and the score of no class is 0."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, dtype=dtype, requires_grad=True)
+    trunk, weight = torch.randn(4, 5, dtype=dtype), torch.randn(classes, 4, dtype=dtype)
+    bias = torch.full((classes,), -math.inf, dtype=dtype)
+    bias[0] = low
+    loss, _, penalty = densreg.linear_density_loss((x @ trunk.T).tanh(), weight, bias, torch.zeros(2).long(), x, 0.5)
+    (score,) = torch.autograd.grad(torch.logsumexp((x @ trunk.T).tanh() @ weight.T + bias, 1).sum(), x)
+    torch.testing.assert_close(penalty.double(), score.norm(dim=1).mean().double())
+    torch.testing.assert_close(loss.double(), 0.5 * score.norm(dim=1).mean().double())
+
+
+def test_autocast_does_not_reach_a_gradient_with_a_graph():
+    h, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+
+    def gradient():
+        (g,) = torch.autograd.grad(densreg.linear_log_density(h, weight).sum(), h, create_graph=True)
+        return g
+
+    expected = gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gradient(), expected)
+
+
 def test_infinite_class():
     """A bias of +inf gives what torch gives."""
     h, weight, bias = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9)

@@ -750,6 +750,15 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
         objective(linear)(x.to(torch.uint8), Y)
     with pytest.raises(TypeError, match="x must be a tensor, a sequence of inputs or a mapping to them, got int"):
         objective(linear)(3, Y)
+    with pytest.raises(TypeError, match=r"x\[1\] is a list with floating-point tensors in it"):
+        objective(linear)((x, [x]), Y)
+    soft = torch.rand(5, 7, requires_grad=True)
+    for target in (soft, [soft.sum()], {"soft": soft}):
+        with pytest.raises(ValueError, match="the target must not require grad"):
+            objective(linear)(x, target)
+    for coeff in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="coeff must be finite and at least 0"):
+            objective(linear).coeff = torch.tensor(coeff)
     with pytest.raises(ValueError, match="logits do not depend on x"):
         objective(lambda x, w: linear(x.detach(), w))(x, Y)
     with pytest.raises(TypeError, match=r"expected the model to return a tensor of logits .*, got str"):

@@ -184,6 +184,32 @@ def test_a_coefficient_that_diverges_has_no_row(command, tmp_path):
     assert "every training diverged, the last: step 2 is" in said
 
 
+def test_a_model_that_ignores_its_input_has_no_row(command, tmp_path):
+    """And a coefficient of which one seed has none is not chosen."""
+    arguments = ("table1", *SMALL, "--methods", "density", "--val-size", "40", "--out", "search", "--seeds", "0", "1")
+    fit = training.fit
+
+    def collapses(config, **options):
+        fit(config, **options)
+        if config.coeff == 0.5 and config.seed == 1:
+            raise evaluation.samples.Unmeasurable("the model ignores it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "fit", collapses)
+        status, said = command(*arguments, "--coeff", "density=0.5,0.1", "--set", "pgd.steps=1", "leakage.steps=2")
+    assert status == 0, said
+    assert "diverged, without a row: the model ignores it" in said
+    assert [(row["coeff"], row["seed"]) for row in _table(tmp_path / "search")] == [
+        *(("0.5", "0"), ("0.1", "0"), ("0.1", "1"))
+    ]
+    assert json.loads((tmp_path / "search" / "chosen.json").read_text())["blockmnist mlp"]["density"]["best"] == 0.1
+    assert "The first 20 of 40 held-out training images." in (tmp_path / "search" / "table.md").read_text()
+    with pytest.raises(ValueError, match="--coeff-from has no coefficient of hessian for blockmnist and mlp"):
+        rows_of(
+            "table1", Budget(methods=("density", "hessian"), chosen=reproduce.read_chosen(str(tmp_path / "search")))
+        )
+
+
 def test_the_choice_of_a_coefficient():
     def row(method, coeff, seed, clean, *attacked):
         budgets = {f"pgd l2_{i}": value for i, value in enumerate(attacked)}
@@ -495,6 +521,8 @@ def test_every_experiment_can_be_asked_for(name):
         ("table1 --coeff density", "--coeff density: expected METHOD=NUMBER"),
         ("table1 --coeff density=low", "--coeff density=low: expected METHOD=NUMBER"),
         ("table1 --config magic=1", "unknown option 'magic' of method"),
+        ("table1 --config seed=1", "--config seed: expected options of densreg train; that one is --seeds here"),
+        ("table1 --config density.p=1", "--config p: expected options of densreg train; that one is --p here"),
         ("table1 --config nothing", "--config nothing: expected METHOD.OPTION=VALUE"),
         ("table1 --set pgd.magic=1", "--set pgd.magic=1: expected an option of the metrics"),
         ("table1 --epochs 0", "epochs must lie in [1, 2^31), got 0"),
