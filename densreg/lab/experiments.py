@@ -63,7 +63,7 @@ BUDGETS: dict[str, Mapping[str, Any]] = {
     "paper": {},
     "30-epochs": {"epochs": 30, "lr": 0.1, "schedule": "warmup-cosine", "amp": "bf16", "channels_last": True},
 }
-"""Options of every training by the budget's name. All but the paper's are ours; no ResNet-18 was trained with them yet."""
+"""Options of every training by the budget's name. All but the paper's are ours."""
 
 
 @dataclass(frozen=True)
