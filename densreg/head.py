@@ -5,7 +5,8 @@ The model runs as it is, in a mode in which that layer returns its input; the mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,22 +140,25 @@ def without_gradients(spec: StepSpec, batch: Batch, target: Any) -> tuple[Tensor
         return h, ce + loss_of(spec, auxiliary, target), correct
 
 
+@contextlib.contextmanager
+def _trial(spec: StepSpec, batch: Batch, weight: Tensor | None = None) -> Iterator[_Linears]:
+    """Context for a run of the model that leaves no trace: its buffers and the random states are as before."""
+    device, saved = batch.xs[0].device, save_buffers(spec)
+    try:
+        with torch.no_grad(), directional.replayed(directional.random_states(device), device), _Linears(weight) as mode:
+            yield mode
+    finally:
+        restore_buffers(saved)
+
+
 def check_head(spec: StepSpec, batch: Batch) -> None:
     """Raises ValueError where the head is not the last layer. The model is run once, in eager mode.
 
     Dynamo does not show the mode everything that is done to a tensor (``logits.data``, ``torch._foreach_mul_``).
     """
     assert spec.head is not None
-    device, saved = batch.xs[0].device, save_buffers(spec)
-    try:
-        with (
-            torch.no_grad(),
-            directional.replayed(directional.random_states(device), device),
-            _Linears(spec.head.weight) as mode,
-        ):
-            _features(spec, batch, mode)
-    finally:
-        restore_buffers(saved)
+    with _trial(spec, batch, spec.head.weight) as mode:
+        _features(spec, batch, mode)
 
 
 def log_density_without_logits(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor]) -> Tensor:
@@ -196,12 +200,8 @@ def check_name(model: nn.Module, head: Any) -> str | None:
 
 def find_head(spec: StepSpec, batch: Batch) -> str | None:
     """The name of the linear layer whose output is what the model returns, if there is one; the model is run once."""
-    device, saved = batch.xs[0].device, save_buffers(spec)
-    try:
-        with torch.no_grad(), directional.replayed(directional.random_states(device), device), _Linears() as mode:
-            output = classify(spec, batch)[0][1]
-    finally:
-        restore_buffers(saved)
+    with _trial(spec, batch) as mode:
+        output = classify(spec, batch)[0][1]
     if not mode.calls or mode.calls[-1][2] is not output or mode.changed or output.ndim != 2:
         return None
     weight, bias, _ = mode.calls[-1]

@@ -720,12 +720,12 @@ def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
     tensors = {key: v for key, v in given.items() if isinstance(v, Tensor)}
     if penalized is None:  # nothing is left out silently that has a derivative
         for key, value in given.items():
-            if not isinstance(value, Tensor) and any(map(_is_floating, tree_leaves(value))):
+            if not isinstance(value, Tensor) and any(map(_is_differentiable, tree_leaves(value))):
                 raise TypeError(
                     f"x[{key!r}] is a {type(value).__name__} with floating-point tensors in it, which would not be "
                     "penalized: name the inputs that are, penalized=..., or pass each tensor by itself"
                 )
-        penalized = tuple(key for key, v in tensors.items() if _is_floating(v))
+        penalized = tuple(key for key, v in tensors.items() if _is_differentiable(v))
     if not penalized:
         kinds = ", ".join(str(v.dtype if isinstance(v, Tensor) else type(v).__name__) for v in given.values())
         raise TypeError(f"x must be floating point to have a score, got {kinds or 'nothing'}")
@@ -740,7 +740,7 @@ def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
     return Batch(xs, tuple(penalized), {key: v for key, v in given.items() if key not in penalized})
 
 
-def _is_floating(value: Any) -> bool:
+def _is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 

@@ -71,12 +71,12 @@ def draw_norms(table: Rows) -> Any:
     return figure
 
 
-def searched(table: Rows) -> dict[tuple[str, str, str], list[float]]:
-    """The coefficients of each (data, model, method) that was trained with several."""
-    found: dict[tuple[str, str, str], set[float]] = {}
+def searched(table: Rows) -> dict[tuple[str, str, str, float], list[float]]:
+    """The coefficients of each (data, model, method, p) that was trained with several."""
+    found: dict[tuple[str, str, str, float], set[float]] = {}
     for row in table:
         if row["coeff"] != "":
-            found.setdefault((row["data"], row["model"], row["method"]), set()).add(row["coeff"])
+            found.setdefault((row["data"], row["model"], row["method"], row["p"]), set()).add(row["coeff"])
     return {key: sorted(coeffs) for key, coeffs in found.items() if len(coeffs) > 1}
 
 
@@ -88,14 +88,15 @@ def draw_coefficients(table: Rows) -> Any:
     panels = searched(table)
     columns = [column for column in table[0] if column == "accuracy clean" or column.startswith("pgd l")]
     figure, (row_of_axes,) = report.panels(1, len(panels), 5 * len(panels), 3.8)
-    for axes, ((data, model, method), coeffs) in zip(row_of_axes, panels.items(), strict=True):
+    for axes, ((data, model, method, p), coeffs) in zip(row_of_axes, panels.items(), strict=True):
         own = [row for row in table if (row["data"], row["model"]) == (data, model)]
-        of_coeff = [[row for row in own if (row["method"], row["coeff"]) == (method, coeff)] for coeff in coeffs]
+        own_p = [row for row in own if (row["method"], row["p"]) == (method, p)]
+        of_coeff = [[row for row in own_p if row["coeff"] == coeff] for coeff in coeffs]
         plain = [row for row in own if row["method"] == "standard"]
         lines = {
             column: (coeffs, [statistics.mean(row[column] for row in rows) for rows in of_coeff]) for column in columns
         }
-        title = f"{METHODS[method].label}, {data}, {model}"
+        title = f"{METHODS[method].label}, p = {report.number(p)}, {data}, {model}"
         report.draw_lines(axes, lines, legend="x-small", title=title, xlabel="coefficient (dashed: standard)")
         _draw_standard(axes, columns, plain)
         axes.set_xscale("log")

@@ -93,6 +93,7 @@ class Row:
 
 
 _ELSEWHERE = {"seed": "--seeds", "p": "--p", "model": "--models", "data": "the experiment's", "out": "--runs"}
+"""Options of densreg train that reproduce sets by itself, and what sets them."""
 
 
 def rows_of(name: str, budget: Budget) -> list[Row]:
