@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled ahead of time without a GPU: registers, spills, shared memory and vector loads of each.
+"""The Triton kernels, compiled ahead of time without a GPU: registers, spills, vector loads, instructions an entry.
 
     python -m benchmarks triton-aot [--targets 80 90 100] [--dtypes float32 ...] [--all-tiles] [--json FILE]
 
@@ -16,6 +16,7 @@ import io
 import multiprocessing
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
@@ -125,9 +127,10 @@ def launches(dtype: str, all_tiles: bool = False) -> list[Launch]:
         logits(128, size)
         rows_of(128, size, 2.0)
     logits(128, sizes[-1], source_is_softmax=True)
-    logits(8, 1_000_000)
-    rows_of(8, 1_000_000, 1.5)
-    rows_of(8, 1_000_000, 2.0)
+    for long in (1_000_000, 50_257):  # of an odd width, cut at 16 bytes
+        logits(8, long)
+        rows_of(8, long, 1.5)
+        rows_of(8, long, 2.0)
     rows_of(128, 8192, 1.5)
     if dtype == "float32" or all_tiles:
         for p in (1.0, float("inf")):
@@ -152,6 +155,7 @@ class Row(NamedTuple):
     shared_stores: int  # of a thread, as written: a change of layout costs many, a reduction a few
     vectors: bool  # loads of 16 bytes
     vectors_expected: bool
+    instructions: float  # of SASS for each entry: all of the kernel's, by the entries of a thread
 
 
 def compile_for(job: tuple[Launch, int]) -> Row:
@@ -168,12 +172,12 @@ def compile_for(job: tuple[Launch, int]) -> Row:
     said = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as folder,
-        triton.knobs.cache.scope(),
-        triton.knobs.nvidia.scope(),
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
         contextlib.redirect_stdout(said),
     ):
-        triton.knobs.cache.dir = folder
-        triton.knobs.nvidia.dump_ptxas_log = True  # Triton runs ptxas -v
+        knobs.cache.dir = folder
+        knobs.nvidia.dump_ptxas_log = True  # Triton runs ptxas -v
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     report, ptx = said.getvalue(), compiled.asm["ptx"]
 
@@ -183,13 +187,13 @@ def compile_for(job: tuple[Launch, int]) -> Row:
             raise RuntimeError(f"expected {pattern!r} in the report of ptxas, got:\n{report}")
         return max(map(int, found))
 
-    block, rows, warps = launch.constant("BLOCK", 0), launch.constant("ROWS", 1), options["num_warps"]
-    itemsize = getattr(torch, launch.dtype).itemsize
+    block, rows, warps = launch.constant("BLOCK"), launch.constant("ROWS", 1), options["num_warps"]
+    itemsize, entries = getattr(torch, launch.dtype).itemsize, block * rows / (32 * warps)
     return Row(
         launch.kernel,
         launch.dtype,
         launch.case,
-        block or launch.constant("PARTS"),
+        block,
         rows,
         warps,
         target,
@@ -199,8 +203,19 @@ def compile_for(job: tuple[Launch, int]) -> Row:
         compiled.metadata.shared,
         len(re.findall(r"\bst(?:\.shared|matrix)", ptx)),
         bool(re.search(r"ld\.global\S*\.(v4\.[buf]32|v2\.[buf]64)", ptx)),
-        launch.constant("ALIGN", 1) * itemsize >= 16 and block * rows // (32 * warps) * itemsize >= 16,
+        max(launch.constant("ALIGN"), launch.constant("LANES", 1)) * itemsize >= 16 and entries * itemsize >= 16,
+        round(_instructions(compiled.asm["cubin"]) / entries, 1),
     )
+
+
+def _instructions(cubin: bytes) -> int:
+    """How many instructions a GPU gets, by the disassembler that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True)
+    listing.check_returncode()
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", listing.stdout, re.MULTILINE))
 
 
 def report(dtypes: tuple[str, ...] = DTYPES, targets: tuple[int, ...] = TARGETS, all_tiles: bool = False) -> list[Row]:

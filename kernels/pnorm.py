@@ -17,74 +17,96 @@ from .rows import (
     Tile,
     accumulation,
     accumulation_dtype,
-    alignment,
     as_row,
+    column,
+    cut_of,
+    edges,
+    entries,
     exp_difference,
-    on,
-    part_of_row,
+    first_entry,
+    launch,
+    publish,
+    published,
     store,
     tile_of,
+    turn,
+    words_for,
 )
 
 GENERAL, ONE, TWO, INF = range(4)
 _GENERAL, _ONE, _TWO, _INF = (tl.constexpr(order) for order in range(4))
-_INTEGERS = ["rows", "units", "stride", "out_stride", "parts"]  # not specialized: one kernel for all
+_INTEGERS = ["rows", "units", "stride", "parts", "lag"]  # not specialized: one kernel for all
 
 
 @triton.jit
-def _power(r, p, PRECISE: tl.constexpr):
-    """r^p for r in [0, 1] or NaN, and p > 0. Not by log2: that of a GPU is approximate near 1."""
-    return exp_difference(tl.log(r) * p, tl.zeros(r.shape, r.dtype), PRECISE)
+def _power(r, p):
+    """r^p for r in [0, 1] or NaN, and p > 0; or r from 1 on and p in (-1, 1].
+
+    Not by log2: that of a GPU is approximate near 1.
+    """
+    return exp_difference(tl.log(r) * p, tl.zeros(r.shape, r.dtype), r.dtype == tl.float32)
 
 
 @triton.jit
-def _power_of_total(total, p, PRECISE: tl.constexpr):
-    """total^p, total at least 1, p in (-1, 1]."""
-    return exp_difference(tl.log(total) * p, tl.zeros(total.shape, total.dtype), PRECISE)
+def _peak(magnitude):
+    """Largest magnitude along the last dimension; NaN where there is one: as integers they have that order."""
+    bits: tl.constexpr = tl.int64 if magnitude.dtype == tl.float64 else tl.int32
+    return tl.max(magnitude.to(bits, bitcast=True), len(magnitude.shape) - 1).to(magnitude.dtype, bitcast=True)
 
 
 @triton.jit
-def _peak(magnitude, ACC: tl.constexpr):
-    """Largest magnitude [R] of [R, BLOCK]; NaN where there is one: as integers they have the same order, NaN on top."""
-    bits: tl.constexpr = tl.int64 if ACC.primitive_bitwidth == 64 else tl.int32
-    return tl.max(magnitude.to(bits, bitcast=True), 1).to(ACC, bitcast=True)
+def _scales(peak):
+    """(a, b): x a b = x / peak, x itself for a peak of zero. Exact but for one rounding, whatever the peak.
+
+    a is the power of two that brings the peak near one: the reciprocal of a subnormal peak would be infinite.
+    """
+    divisor = tl.where(peak == 0, 1.0, peak)
+    if peak.dtype == tl.float64:
+        exponent = tl.minimum(tl.maximum(divisor.to(tl.int64, bitcast=True) >> 52, 1), 2045)
+        a = ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = tl.minimum(tl.maximum(divisor.to(tl.int32, bitcast=True) >> 23, 1), 253)
+        a = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return a, 1 / (divisor * a)
 
 
 @triton.jit
-def _ratio(magnitude, peak):
+def _ratio(magnitude, peak, a, b):
     """magnitude / peak, one exactly for the peak itself; 0 in a row of zeros, NaN for an infinite entry."""
-    # Divided by the peak, not multiplied by its reciprocal: that is infinite for a subnormal peak.
-    ratio = magnitude / tl.where(peak == 0, 1.0, peak)
-    return tl.where((magnitude == peak) & (peak > 0) & (peak < float("inf")), 1.0, ratio)
+    one = tl.where(peak == 0, 0.0, tl.where(peak == float("inf"), float("nan"), 1.0))
+    return tl.where(magnitude == peak, one, magnitude * a * b)
 
 
 @triton.jit
-def _total(magnitude, mask, peak, p, ORDER: tl.constexpr, PRECISE: tl.constexpr):
-    """sum (magnitude / peak)^p of each row; the number of peaks for p = inf."""
+def _total(magnitude, mask, peak, p, ORDER: tl.constexpr):
+    """sum (magnitude / peak)^p of each row; the number of peaks for p = inf. Magnitudes outside of the mask are 0."""
+    axis: tl.constexpr = len(magnitude.shape) - 1
     if ORDER == _INF:
-        return tl.maximum(tl.sum((mask & (magnitude == peak[:, None])).to(peak.dtype), 1), 1.0)
-    r = _ratio(magnitude, peak[:, None])
-    if ORDER == _TWO:
-        r = r * r
-    elif ORDER == _GENERAL:
-        r = _power(r, p, PRECISE)
+        return tl.maximum(tl.sum((mask & (magnitude == column(peak))).to(peak.dtype), axis), 1.0)
+    a, b = _scales(peak)
+    if ORDER == _GENERAL:
+        r = _power(_ratio(magnitude, column(peak), column(a), column(b)), p)
+        total = tl.sum(tl.where(mask, r, 0.0), axis)
+    else:
+        y = magnitude * column(a)
+        total = tl.sum(y * y, axis) * b * b if ORDER == _TWO else tl.sum(y, axis) * b
     # 0 / 0 and inf / inf: such a row has the norm 0 or inf, and its gradient divides by one.
-    return tl.where((peak == 0) | (peak == float("inf")), 1.0, tl.sum(tl.where(mask, r, 0.0), 1))
+    return tl.where((peak == 0) | (peak == float("inf")), 1.0, total)
 
 
 @triton.jit
-def _norm(peak, total, inverse_p, ORDER: tl.constexpr, PRECISE: tl.constexpr):
+def _norm(peak, total, inverse_p, ORDER: tl.constexpr):
     if ORDER == _INF:
         return peak
     elif ORDER == _ONE:
         return peak * total
     elif ORDER == _TWO:
         return peak * tl.sqrt(total)
-    return peak * _power_of_total(total, inverse_p, PRECISE)
+    return peak * _power(total, inverse_p)
 
 
 @triton.jit
-def _dual(g, peak, total, less_one, inverse_p, grad, ORDER: tl.constexpr, PRECISE: tl.constexpr):
+def _dual(g, peak, total, less_one, inverse_p, grad, ORDER: tl.constexpr):
     """grad sign(g) (|g| / norm)^(p-1); sign(0) and the sign of a NaN are 0, as in torch."""
     if ORDER == _TWO:
         share = 1 / tl.sqrt(total)
@@ -93,106 +115,111 @@ def _dual(g, peak, total, less_one, inverse_p, grad, ORDER: tl.constexpr, PRECIS
     elif ORDER == _INF:
         share = 1 / total
     else:
-        share = _power_of_total(total, -less_one * inverse_p, PRECISE)
-    factor = (share * grad)[:, None]
-    peak = peak[:, None]
+        share = _power(total, -less_one * inverse_p)
+    factor = column(share * grad)
+    a, b = _scales(peak)
     if ORDER == _TWO:
-        return g / tl.where(peak == 0, 1.0, peak) * factor
+        return g * column(a) * column(b) * factor
     sign = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)).to(g.dtype)
     if ORDER == _ONE:
         return sign * factor
     magnitude = tl.abs(g)
     if ORDER == _INF:
-        return tl.where(magnitude == peak, sign, 0.0) * factor
-    y = _power(_ratio(magnitude, peak), less_one[:, None], PRECISE)
+        return tl.where(magnitude == column(peak), sign, 0.0) * factor
+    y = _power(_ratio(magnitude, column(peak), column(a), column(b)), less_one)
     return tl.where(g < 0, -y, y) * factor  # here a NaN stays
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
-def pnorm_rows(
-    g_ptr, norm_ptr, peak_ptr, total_ptr, rows, units, stride, p: tl.float64, inverse_p: tl.float64,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
-    PRECISE: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows whole."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
-    columns = tl.arange(0, BLOCK)[None, :]
-    mask = live[:, None] & (columns < units * ALIGN)
-    magnitude = tl.abs(tl.load(g_ptr + (row * stride * ALIGN)[:, None] + columns, mask=mask, other=0.0).to(ACC))
-    p, inverse_p = tl.full((1, 1), p, ACC), tl.full((1,), inverse_p, ACC)
-    peak = _peak(magnitude, ACC)
-    total = _total(magnitude, mask, peak, p, ORDER, PRECISE)
-    tl.store(norm_ptr + row, _norm(peak, total, inverse_p, ORDER, PRECISE), mask=live)
+@triton.jit
+def _store_rows(row, live, peak, total, norm_ptr, peak_ptr, total_ptr, inverse_p, ORDER: tl.constexpr):
+    tl.store(norm_ptr + row, _norm(peak, total, inverse_p, ORDER), mask=live)
     tl.store(peak_ptr + row, peak, mask=live)
     tl.store(total_ptr + row, total, mask=live)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def pnorm_parts(
-    g_ptr, partial_ptr, rows, units, stride, parts, p: tl.float64,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PRECISE: tl.constexpr,
+def pnorm_rows(
+    g_ptr, norm_ptr, peak_ptr, total_ptr, rows, units, stride, p: tl.float64, inverse_p: tl.float64,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Peak and total of one part of a row."""
-    pid = tl.program_id(0).to(tl.int64)
-    pointers, mask, _ = part_of_row(g_ptr, pid // parts, pid % parts, units, stride, ALIGN, BLOCK)
-    magnitude = tl.abs(tl.load(pointers, mask=mask, other=0.0).to(ACC))
-    peak = _peak(magnitude, ACC)
-    own = pid + tl.arange(0, 1)
-    tl.store(partial_ptr + own, peak)
-    total = _total(magnitude, mask, peak, tl.full((1, 1), p, ACC), ORDER, PRECISE)
-    tl.store(partial_ptr + rows.to(tl.int64) * parts + own, total)
+    """ROWS rows whole."""
+    ACC: tl.constexpr = accumulation(g_ptr.dtype.element_ty)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = live[:, None] & (columns < units * ALIGN)
+    magnitude = tl.abs(tl.load(g_ptr + (row * stride * ALIGN)[:, None] + columns, mask=mask, other=0.0).to(ACC))
+    peak = _peak(magnitude)
+    total = _total(magnitude, mask, peak, tl.full((1, 1), p, ACC), ORDER)
+    inverse_p = tl.full((1,), inverse_p, ACC)
+    _store_rows(row, live, peak, total, norm_ptr, peak_ptr, total_ptr, inverse_p, ORDER)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def pnorm_whole(
-    partial_ptr, norm_ptr, peak_ptr, total_ptr, rows, parts, p: tl.float64, inverse_p: tl.float64,
-    PARTS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, PRECISE: tl.constexpr,
+def pnorm_parts(
+    g_ptr, norm_ptr, peak_ptr, total_ptr, words_ptr, rows, units, stride, parts, p: tl.float64, inverse_p: tl.float64,
+    ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """One row's norm from its parts."""
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    each = tl.arange(0, PARTS)[None, :]
-    there = each < parts
-    at = partial_ptr + (row * parts)[:, None] + each
-    peaks = tl.load(at, mask=there, other=0.0)
-    totals = tl.load(at + rows.to(tl.int64) * parts, mask=there, other=0.0)
-    peak = _peak(peaks, ACC)
-    p, inverse_p = tl.full((1, 1), p, ACC), tl.full((1,), inverse_p, ACC)
-    if ORDER == _INF:
-        total = tl.maximum(tl.sum(tl.where(peaks == peak[:, None], totals, 0.0), 1), 1.0)
+    """Peak and total of one part of a row; or a row's, and its norm, from those of all its parts."""
+    ACC: tl.constexpr = accumulation(g_ptr.dtype.element_ty)
+    row, part, writes = turn(words_ptr, rows, parts, 0, True)
+    p = tl.full((1,), p, ACC)
+    if not writes:
+        columns = tl.arange(0, BLOCK)
+        loads, own, _, _ = entries(row, part, units, columns, ALIGN, LANES, BLOCK)
+        at = first_entry(row, part, units, stride, ALIGN, LANES, BLOCK) + columns
+        magnitude = tl.abs(tl.load(g_ptr + at, mask=loads, other=0.0).to(ACC))
+        if LANES > 1:
+            magnitude = tl.where(own, magnitude, 0.0)
+        peak = _peak(magnitude)
+        publish(words_ptr, rows, row, part, parts, 0, peak)
+        publish(words_ptr, rows, row, part, parts, 1, _total(magnitude, own, peak, p, ORDER))
     else:
-        weight = _ratio(peaks, peak[:, None])
-        if ORDER == _TWO:
-            weight = weight * weight
-        elif ORDER == _GENERAL:
-            weight = _power(weight, p, PRECISE)
-        total = tl.sum(tl.where(there, totals * weight, 0.0), 1)
-        total = tl.where((peak == 0) | (peak == float("inf")), 1.0, total)
-    tl.store(norm_ptr + row, _norm(peak, total, inverse_p, ORDER, PRECISE))
-    tl.store(peak_ptr + row, peak)
-    tl.store(total_ptr + row, total)
+        peaks = published(words_ptr, rows, row, parts, 0, PARTS, 0.0)
+        totals = published(words_ptr, rows, row, parts, 1, PARTS, 0.0)
+        peak = _peak(peaks)
+        if ORDER == _INF:
+            total = tl.maximum(tl.sum(tl.where(peaks == peak, totals, 0.0), 0), 1.0)
+        else:
+            a, b = _scales(peak)
+            weight = _ratio(peaks, peak, a, b)
+            if ORDER == _TWO:
+                weight = weight * weight
+            elif ORDER == _GENERAL:
+                weight = _power(weight, p)
+            # A part past the row's end has the total 1 of zeros, or 0.
+            total = tl.sum(totals * weight, 0)
+            total = tl.where((peak == 0) | (peak == float("inf")), 1.0, total)
+        _store_rows(row, row >= 0, peak, total, norm_ptr, peak_ptr, total_ptr, tl.full((), inverse_p, ACC), ORDER)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def pnorm_backward_tiles(
     grad_ptr, g_ptr, peak_ptr, total_ptr, out_ptr, rows, units, stride, parts,
     inverse_p: tl.float64, less_one: tl.float64,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
-    PRECISE: tl.constexpr,
+    ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows whole, or one part of one row."""
+    ACC: tl.constexpr = accumulation(g_ptr.dtype.element_ty)
     pid = tl.program_id(0).to(tl.int64)
     row = pid // parts * ROWS + tl.arange(0, ROWS)
+    part = pid % parts
     live = row < rows
-    pointers, mask, column = part_of_row(g_ptr, row[:, None], pid % parts, units, stride, ALIGN, BLOCK)
-    mask = mask & live[:, None]
-    g = tl.load(pointers, mask=mask, other=0.0).to(ACC)
+    columns = tl.arange(0, BLOCK)[None, :]
+    loads, _, stores, _ = entries(row[:, None], part, units, columns, ALIGN, LANES, BLOCK)
+    at = first_entry(row[:, None], part, units, stride, ALIGN, LANES, BLOCK) + columns
+    g = tl.load(g_ptr + at, mask=loads & live[:, None], other=0.0).to(ACC)
     grad = tl.load(grad_ptr + row, mask=live, other=0.0)
     peak = tl.load(peak_ptr + row, mask=live, other=1.0)
     total = tl.load(total_ptr + row, mask=live, other=1.0)
     less_one, inverse_p = tl.full((1,), less_one, ACC), tl.full((1,), inverse_p, ACC)
-    dual = _dual(g, peak, total, less_one, inverse_p, grad, ORDER, PRECISE)
-    store(out_ptr + (row * units * ALIGN)[:, None] + column, dual, mask)
+    out = first_entry(row[:, None], part, units, units, ALIGN, LANES, BLOCK) + columns
+    store(out_ptr + out, _dual(g, peak, total, less_one, inverse_p, grad, ORDER), stores & live[:, None], "")
+    if LANES > 1 and part == 0:  # ROWS is one
+        edge, shared, _edge_columns = edges(row, units, LANES)
+        edge_g = tl.load(g_ptr + edge, mask=shared, other=0.0).to(ACC)[None, :]
+        edge_dual = _dual(edge_g, peak, total, less_one, inverse_p, grad, ORDER)
+        store(out_ptr + edge[None, :], edge_dual, shared[None, :], "")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -219,18 +246,14 @@ def row_stride(g: Tensor) -> int | None:
     return g.stride(0) if g.shape[0] > 1 else length
 
 
-def _tile_of(g: Tensor, p: float) -> Tile | None:
+def _tile_of(g: Tensor, p: float) -> tuple[Tile, bool]:
+    """What a program works on, and whether that is part of a row."""
+    length, itemsize, general = g[0].numel(), g.element_size(), order_of(p) == GENERAL
     # exp and log take registers: with 32 entries a thread ptxas spills.
-    return tile_of(g[0].numel(), g.element_size(), *((8192,) if order_of(p) == GENERAL else ()))
-
-
-def _options(g: Tensor, align: int, p: float) -> dict[str, object]:
-    return {
-        "ALIGN": align,
-        "ORDER": order_of(p),
-        "ACC": accumulation(g.dtype),
-        "PRECISE": g.dtype != torch.float64,
-    }
+    if tile := tile_of(length, itemsize, *((8192,) if general else ())):
+        return tile, False
+    tile = SPLIT[itemsize]
+    return (tile._replace(warps=2 * tile.warps) if general else tile), True
 
 
 def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,27 +267,22 @@ def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
     if stride is None:
         g, stride = g.contiguous(), length
     norm, peak, total = (g.new_empty(rows, dtype=dtype) for _ in range(3))
-    align = alignment(length, stride)
-    options = _options(g, align, p)
+    (block, group, warps), split = _tile_of(g, p)
+    align, lanes = cut_of(length, split, block, (g, stride))
+    tensors = (g, norm, peak, total)
     sizes = (rows, length // align, stride // align)
-    with on(g.device):
-        if tile := _tile_of(g, p):
-            pnorm_rows[(triton.cdiv(rows, tile.rows),)](
-                g, norm, peak, total, *sizes, *_powers(p)[:2],
-                BLOCK=tile.block, ROWS=tile.rows, num_warps=tile.warps, **options,
-            )  # fmt: skip
-        else:
-            tile = SPLIT[g.element_size()]
-            parts = triton.cdiv(length, tile.block)
-            partial = g.new_empty((2, rows, parts), dtype=dtype)
-            pnorm_parts[(rows * parts,)](
-                g, partial, *sizes, parts, _powers(p)[0], BLOCK=tile.block, num_warps=tile.warps, **options
-            )
-            del options["ALIGN"]
-            pnorm_whole[(rows,)](
-                partial, norm, peak, total, rows, parts, *_powers(p)[:2],
-                PARTS=triton.next_power_of_2(parts), num_warps=4, **options,
-            )  # fmt: skip
+    if not split:
+        launch(
+            pnorm_rows, triton.cdiv(rows, group), tensors, (*sizes, *_powers(p)[:2]), warps,
+            ALIGN=align, BLOCK=block, ROWS=group, ORDER=order_of(p),
+        )  # fmt: skip
+    else:
+        parts = triton.cdiv(length + lanes - 1, block)
+        launch(
+            pnorm_parts, rows * (parts + 1), (*tensors, words_for(g, rows, parts, 2)),
+            (*sizes, parts, *_powers(p)[:2]), warps,
+            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=triton.next_power_of_2(parts), ORDER=order_of(p),
+        )  # fmt: skip
     return norm, peak, total
 
 
@@ -280,12 +298,12 @@ def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: floa
         g, stride = g.contiguous(), length
         dense = torch.empty_like(g)
     grad, peak, total = (as_row(t, accumulation_dtype(g.dtype)) for t in (grad, peak, total))
-    align = alignment(length, stride)
-    tile = _tile_of(g, p) or SPLIT[g.element_size()]
-    parts = triton.cdiv(length, tile.block)
-    with on(g.device):
-        pnorm_backward_tiles[(triton.cdiv(rows, tile.rows) * parts,)](
-            grad, g, peak, total, dense, rows, length // align, stride // align, parts, *_powers(p)[1:],
-            BLOCK=tile.block, ROWS=tile.rows, num_warps=tile.warps, **_options(g, align, p),
-        )  # fmt: skip
+    (block, group, warps), split = _tile_of(g, p)
+    align, lanes = cut_of(length, split, block, (g, stride))
+    parts = triton.cdiv(length + lanes - 1, block)
+    launch(
+        pnorm_backward_tiles, triton.cdiv(rows, group) * parts, (grad, g, peak, total, dense),
+        (rows, length // align, stride // align, parts, *_powers(p)[1:]), warps,
+        ALIGN=align, LANES=lanes, BLOCK=block, ROWS=group, ORDER=order_of(p),
+    )  # fmt: skip
     return out if dense is out else out.copy_(dense)

@@ -1,8 +1,13 @@
-"""How rows are laid over programs, and what the kernels share: tile configurations, exp, power, and the launch.
+"""How rows are laid over programs, and what the kernels share: tile configurations, exp, and the launch.
 
-A row that fits on chip is read once, by one program; a program takes several rows where they are short. A longer row is
-split over several programs: a first kernel reduces each part, a second one reduces the parts, in every program again,
-and goes on with its own columns. The rows of the second run backwards: what was read last is still in the L2.
+A row that fits on chip is read once, by one program; a program takes several rows where they are short.
+
+A longer row is split into parts, and one launch both reduces and writes them. Each program takes a ticket: the first
+`lag` of them reduce a part, then one that reduces and one that writes come in turn, the last `lag` write. Those that
+write wait for the numbers of their row's parts, which with that lag are normally there, and read the part again, from
+the L2. Those that reduce wait for nothing, and one that writes only for tickets before its own, which are drawn by
+programs that run already: whatever the order in which programs start, all of them end. The sums of a row do not depend
+on the order, nor on the GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, overload
 
@@ -23,6 +29,8 @@ INTERPRETED = bool(knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when Triton was imported."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+# The bits of NaNs that no operation gives.
+_NAN32, _NAN64 = tl.constexpr(0x7FA5A5A5), tl.constexpr(0x7FF4A5A5A5A5A5A5)
 
 
 class Tile(NamedTuple):
@@ -48,27 +56,22 @@ TILES = {
 }
 """The configurations for whole rows: the first whose block holds the row is taken."""
 
-SPLIT = {2: Tile(4096, 1, 8), 4: Tile(8192, 1, 8), 8: Tile(2048, 1, 8)}
-"""For longer rows: each program's part. Twice of it spills on Triton 3.6, but for float32."""
+SPLIT = {2: Tile(8192, 1, 4), 4: Tile(8192, 1, 8), 8: Tile(2048, 1, 8)}
+"""For longer rows: each program's part. Not measured; it may not depend on the GPU, or the sums would."""
+
+SPLIT_PAIRS = {2: Tile(4096, 1, 4), 4: Tile(4096, 1, 4), 8: Tile(2048, 1, 8)}
+"""The same for two tensors, which are in registers at once."""
+
+TICKET = 32
+"""Words before the parts' numbers, for the ticket alone: programs that wait should not poll its cache line."""
+
+_TICKET = tl.constexpr(TICKET)
 
 
 @functools.cache
 def tile_of(length: int, itemsize: int, most: int = 1 << 20) -> Tile | None:
     """The tile that holds a row whole, with a block of at most `most`; None: split it."""
     return next((tile for tile in TILES[itemsize] if length <= tile.block <= most), None)
-
-
-def alignment(*multiples: int) -> int:
-    """The largest power of two up to 16 that divides all: told to the compiler, loads of 16 bytes follow from it.
-
-    Triton itself tells it multiples of 16 only, and 1000 is none.
-    """
-    return math.gcd(16, *multiples)
-
-
-@functools.cache
-def accumulation(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +96,82 @@ def as_row(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype).contiguous()
 
 
+class Cut(NamedTuple):
+    """How rows begin in memory."""
+
+    align: int  # that row lengths and strides are multiples of: what is told to the compiler, for loads of 16 bytes
+    lanes: int  # entries of 16 bytes where rows are cut at those instead, wherever they begin; else 1
+
+
+def cut_of(length: int, split: bool, block: int, *rows: tuple[Tensor, int]) -> Cut:
+    """How to load rows of some length, given tensors and the strides of their rows; `split` into blocks or whole.
+
+    Rows to split whose length is no multiple of 16 bytes, and which follow each other, are cut where 16 bytes of memory
+    begin. The first and last entries of a part may then be those of other rows, which are loaded but not used. Nothing
+    is loaded but 16 bytes of which some are the row's, as the tensor must begin where 16 bytes do.
+    """
+    # Triton itself tells its compiler multiples of 16 only, and 1000 is none.
+    align = math.gcd(16, block, length, *(stride for _, stride in rows))
+    lanes = 16 // rows[0][0].element_size()
+    ragged = split and align < lanes and block % lanes == 0
+    if ragged and all(stride == length and t.data_ptr() % 16 == 0 for t, stride in rows):
+        return Cut(1, lanes)
+    return Cut(align, 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def lag_of(device: torch.device, parts: int) -> int:
+    """How many programs that reduce come before the first that writes: it must find its row's parts there.
+
+    A multiprocessor holds up to about 8 programs. Modelled, not measured.
+    """
+    count = _multiprocessors(device)
+    return parts + 3 * count + 64 if count else parts
+
+
+def words_for(t: Tensor, rows: int, parts: int, numbers: int) -> Tensor:
+    """Where programs draw their tickets and leave their parts' numbers; zero says that a number is not there yet."""
+    return t.new_zeros(TICKET + numbers * rows * parts, dtype=torch.int64 if t.dtype == torch.float64 else torch.int32)
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def launch(
+    kernel: Any, programs: int, tensors: Sequence[Tensor | None], numbers: Sequence[float], warps: int, **constants: Any
+) -> None:
+    """``kernel[(programs,)](*tensors, *numbers, **constants, num_warps=warps)``, sooner.
+
+    Triton looks at every argument of every call to find what it has compiled. Here dtypes, alignments and constants are
+    enough: the numbers are not specialized.
+    """
+    device = next(t for t in tensors if t is not None).device
+    key = (
+        kernel.__name__, device, warps, *constants.values(),
+        *[t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
+    )  # fmt: skip
+    with on(device):
+        if compiled := _compiled.get(key):
+            compiled[programs, 1, 1](*tensors, *numbers, *constants.values())
+        else:
+            # In memory twice: the assertions on target classes are compiled in, integer overflow needs none.
+            compiled = kernel[(programs,)](
+                *tensors, *numbers, **constants, num_warps=warps, sanitize_overflow=False
+            )  # None in the interpreter
+            if compiled is not None:
+                _compiled[key] = compiled
+
+
 # --------------------------------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def accumulation(element):
+    return tl.float64 if element == tl.float64 else tl.float32
 
 
 @triton.jit
@@ -103,39 +181,156 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def part_of_row(ptr, row, part, units, stride, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to a part of rows, which of its columns are there, and the columns; row in 64 bits."""
-    # Local columns in 32 bits; in units, so that the mask is known to change at multiples of ALIGN only.
-    there = tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN).to(tl.int32) * ALIGN
-    columns = tl.arange(0, BLOCK)[None, :]
-    return ptr + row * stride * ALIGN + part * BLOCK + columns, columns < there, part * BLOCK + columns
+def column(x):
+    """A row's number beside the row's entries: [R, 1] of [R], a scalar as it is."""
+    return x[:, None] if len(x.shape) else x
 
 
 @triton.jit
-def store(ptr, value, mask):
+def first_entry(row, part, units, stride, ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """Where in a tensor a part of a row begins; row in 64 bits."""
+    return (row * units // LANES * LANES if LANES > 1 else row * stride * ALIGN) + part * BLOCK
+
+
+@triton.jit
+def entries(row, part, units, columns, ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the entries of a part of a row: which to load, which are the row's, which to store; and the first's column.
+
+    The masks of loads and stores change at multiples of 16 bytes, or of ALIGN, only: they can be those of vectors. With
+    LANES > 1 the row's first and last entries are not among those to store: :func:`edges`.
+    """
+    if LANES > 1:
+        column = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) - row * units
+        # Local columns in 32 bits.
+        begin = tl.maximum(-column, -1).to(tl.int32)
+        end = tl.minimum(units - column, BLOCK).to(tl.int32)
+        loads = columns < (end + LANES - 1) // LANES * LANES
+        own = (columns >= begin) & (columns < end)
+        stores = (columns < end // LANES * LANES) & (columns >= tl.where(begin > 0, LANES, 0))
+    else:
+        column = part * BLOCK
+        loads = columns < tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN).to(tl.int32) * ALIGN
+        own = loads
+        stores = loads
+    return loads, own, stores, column
+
+
+@triton.jit
+def length_of_part(row, part, units, ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of a part's entries are the row's; part in 64 bits."""
+    if LANES > 1:
+        column = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) - row * units
+        length = tl.minimum(units - column, BLOCK) - tl.maximum(-column, 0)
+    else:
+        length = tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN) * ALIGN
+    return tl.maximum(length, 0)
+
+
+@triton.jit
+def edges(row, units, LANES: tl.constexpr):
+    """The entries of a row that share 16 bytes with other rows: where in the tensor, which are there, and columns.
+
+    Of a row that is longer than 16 bytes.
+    """
+    low = row * units
+    high = low + units
+    i = tl.arange(0, 2 * LANES)
+    at = tl.where(i < LANES, low // LANES * LANES + i, high // LANES * LANES + i - LANES)
+    shared = tl.where(i < LANES, low % LANES, high % LANES) != 0
+    return at, shared & (at >= low) & (at < high), at - low
+
+
+@triton.jit
+def turn(words_ptr, rows, parts, lag, ONE: tl.constexpr):
+    """What this program does: row, part, and whether it writes. ONE: of each row one program writes, not one a part."""
+    ticket = tl.atomic_add(words_ptr, 1, sem="relaxed").to(tl.int64)
+    total = rows.to(tl.int64) * parts
+    if ONE:
+        writes = ticket >= total
+        item = tl.where(writes, (ticket - total) * parts, ticket)
+    else:
+        ahead = tl.minimum(lag.to(tl.int64), total)
+        turns = 2 * (total - ahead)  # of tickets that reduce and tickets that write
+        t = ticket - ahead
+        writes = (t >= turns) | ((t >= 0) & (t % 2 == 1))
+        item = tl.where(t < turns, tl.where(writes, t // 2, ahead + t // 2), ticket - total)
+        item = tl.where(t < 0, ticket, item)
+    return item // parts, item % parts, writes
+
+
+@triton.jit
+def publish(words_ptr, rows, row, part, parts, PLANE: tl.constexpr, x):
+    """Leaves a number of a part, a scalar, for the programs that write."""
+    x = tl.where(x == x, x, float("nan"))
+    bits: tl.constexpr = words_ptr.dtype.element_ty
+    word = x.to(bits, bitcast=True) ^ (_NAN64 if bits == tl.int64 else _NAN32)
+    # A plain store would be a race with the loads of those that wait.
+    tl.atomic_xchg(words_ptr + _TICKET + (PLANE * rows.to(tl.int64) + row) * parts + part, word, sem="relaxed")
+
+
+@triton.jit
+def published(words_ptr, rows, row, parts, PLANE: tl.constexpr, PARTS: tl.constexpr, other):
+    """That number [PARTS] of every part of a row, as soon as all are there; `other` past the last."""
+    each = tl.arange(0, PARTS)
+    there = each < parts
+    at = words_ptr + _TICKET + (PLANE * rows.to(tl.int64) + row) * parts + each
+    words = tl.load(at, mask=there, other=1, volatile=True)
+    if not _INTERPRETED:  # one program after the other: all are there
+        while tl.min(tl.where(words == 0, 0, 1), 0) == 0:
+            words = tl.load(at, mask=there, other=1, volatile=True)
+    if words_ptr.dtype.element_ty == tl.int64:
+        x = (words ^ _NAN64).to(tl.float64, bitcast=True)
+    else:
+        x = (words ^ _NAN32).to(tl.float32, bitcast=True)
+    return tl.where(there, x, other)
+
+
+@triton.jit
+def store(ptr, value, mask, CACHE: tl.constexpr):
     """Rounded to nearest."""
     if _INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:  # where Triton's interpreter truncates
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, nearest.to(tl.uint32).to(tl.float32, bitcast=True), value)
-    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask, cache_modifier=CACHE)
+
+
+@triton.jit
+def _exp2(x):
+    """Within 2^-22 of 2^x; 0 where that is below 2^-126."""
+    if _INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
+def exp_in_sum(f, m):
+    """exp(f - m), within |f - m| 2^-23 of it: little in a sum whose largest term is 1."""
+    return tl.exp(f - m) if f.dtype == tl.float64 else _exp2((f - m) * 1.4426950408889634)
+
+
+@triton.jit
+def _exp_difference(f, m):
+    d = f - m
+    t = d - f
+    lost = (f - (d - t)) - (m + t)  # what the difference rounded off (Knuth)
+    h = d * 1.4426950408889634
+    # And what the product did, with log2(e) in two numbers.
+    if _INTERPRETED:  # where fma rounds twice
+        rest = (d.to(tl.float64) * 1.4426950408889634 - h.to(tl.float64)).to(tl.float32)
+    else:
+        rest = tl.fma(d, 1.925963033500e-08, tl.fma(d, 1.4426950216293335, -h))
+    y = _exp2(h)
+    c = rest * 0.6931471805599453 + lost
+    return tl.where((tl.abs(c) < 1) & (y < float("inf")), y + y * c, y)  # of infinities c is NaN
 
 
 @triton.jit
 def exp_difference(f, m, PRECISE: tl.constexpr):
-    """exp(f - m), m finite. PRECISE: for float32, within 1e-6 however small it is.
+    """exp(f - m), m finite. PRECISE: for float32, within 1e-6 however small it is, and 0 where it is below 1e-38.
 
-    At f - m = -80 the rounding of f - m alone is 4e-6, and so is that of its product with log2(e) inside of exp.
+    At f - m = -80 the rounding of f - m alone is 4e-6, and so is that of its product with log2(e).
     """
-    d = f - m
-    if not PRECISE:
-        return tl.exp(d)
-    t = d - f
-    lost = (f - (d - t)) - (m + t)  # what the difference rounded off (Knuth)
-    lost = tl.where(tl.abs(d) < 200, lost, 0.0)  # not of infinities
-    # NaN has to pass.
-    d = tl.clamp(d, -200.0, 200.0, propagate_nan=tl.PropagateNan.ALL)
-    n = tl.floor(d * 1.4426950408889634 + 0.5)
-    # ln 2 in two parts (Cody and Waite): the first has 16 bits, so that its product with n is exact.
-    r = ((d - n * 0.693145751953125) - n * 1.428606765330187e-06) + lost
-    return tl.exp(r) * tl.exp2(n)
+    return _exp_difference(f, m) if PRECISE else exp_in_sum(f, m)

@@ -6,34 +6,52 @@ cross-entropy and of the log density. Lengths and strides come divided by ALIGN.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .rows import (
     SPLIT,
+    SPLIT_PAIRS,
     accumulation,
     accumulation_dtype,
-    alignment,
     as_row,
+    column,
+    cut_of,
+    edges,
+    entries,
     exp_difference,
+    exp_in_sum,
     finite_or_zero,
-    on,
-    part_of_row,
+    first_entry,
+    lag_of,
+    launch,
+    length_of_part,
+    publish,
+    published,
     store,
     tile_of,
+    turn,
+    words_for,
 )
 
-_INTEGERS = ["rows", "units", "stride", "u_stride", "ignore_index", "parts"]  # not specialized: one kernel for all
+_INTEGERS = [
+    "rows",
+    "units",
+    "stride",
+    "u_stride",
+    "ignore_index",
+    "parts",
+    "lag",
+]  # not specialized: one kernel for all
 
 
 @triton.jit
 def _store_rows(
     row, live, m, s, shortfall, f_ptr, target_ptr, density_ptr, ce_ptr, statistics_ptr, rows, units, stride,
-    ignore_index, smoothing, ALIGN: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+    ignore_index, smoothing, ALIGN: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """What is one number a row, from its maximum [R], its sum [R] and sum_i (m - f_i) [R]."""
+    """What is one number a row, from its maximum, its sum and sum_i (m - f_i); [R], or scalars of one row."""
     # In a row with an infinite maximum s was taken from 0: log s is that infinity, or NaN beside a NaN.
     tl.store(density_ptr + row, finite_or_zero(m) + tl.log(s), mask=live)
     divisor = tl.where(tl.abs(m) == float("inf"), float("nan"), s)
@@ -44,13 +62,13 @@ def _store_rows(
         counts = y != ignore_index
         known = (y >= 0) & (y < units * ALIGN)
         tl.device_assert(known | (y == ignore_index), "densreg::softmax: target out of range")
-        f_y = tl.load(f_ptr + row * stride * ALIGN + y, mask=live & counts & known, other=0.0).to(ACC)
+        f_y = tl.load(f_ptr + row * stride * ALIGN + y, mask=live & counts & known, other=0.0).to(m.dtype)
         log_s = tl.log(divisor)
         # Not L - f_y: at logits of 1e4 the rounding of L would be all that is left.
         ce = (m - f_y) + log_s
         if SMOOTH:
-            smooth = tl.full(ce.shape, smoothing, ACC)
-            ce = (1 - smooth) * ce + smooth * (shortfall / (units * ALIGN).to(ACC) + log_s)
+            smooth = tl.full(ce.shape, smoothing, ce.dtype)
+            ce = (1 - smooth) * ce + smooth * (shortfall / (units * ALIGN).to(ce.dtype) + log_s)
         tl.store(ce_ptr + row, tl.where(counts, ce, 0.0), mask=live)
 
 
@@ -58,10 +76,10 @@ def _store_rows(
 def softmax_rows(
     f_ptr, target_ptr, density_ptr, ce_ptr, p_ptr, statistics_ptr, rows, units, stride, ignore_index: tl.int64,
     smoothing: tl.float64, scale: tl.float64,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
-    PRECISE: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows whole."""
+    ACC: tl.constexpr = accumulation(f_ptr.dtype.element_ty)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     columns = tl.arange(0, BLOCK)[None, :]
@@ -69,79 +87,75 @@ def softmax_rows(
     f = tl.load(f_ptr + (row * stride * ALIGN)[:, None] + columns, mask=mask, other=-float("inf")).to(ACC)
     m = tl.max(f, 1)
     finite = finite_or_zero(m)
-    e = exp_difference(f, finite[:, None], PRECISE)
+    e = exp_difference(f, finite[:, None], f_ptr.dtype.element_ty == tl.float32)
     s = tl.sum(e, 1)
     if p_ptr is not None:
         factor = tl.full(s.shape, scale, ACC) / tl.where(tl.abs(m) == float("inf"), float("nan"), s)
         p = e * factor[:, None]
-        store(p_ptr + (row * units * ALIGN)[:, None] + columns, p, mask)
+        store(p_ptr + (row * units * ALIGN)[:, None] + columns, p, mask, "")
     shortfall = tl.sum(tl.where(mask, finite[:, None] - f, 0.0), 1) if SMOOTH else s
     _store_rows(
         row, live, m, s, shortfall, f_ptr, target_ptr, density_ptr, ce_ptr, statistics_ptr, rows, units, stride,
-        ignore_index, smoothing, ALIGN, SMOOTH, ACC,
+        ignore_index, smoothing, ALIGN, SMOOTH,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
-def softmax_parts(
-    f_ptr, partial_ptr, rows, units, stride, parts,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """Of one part of a row: its maximum m, sum exp(f - m) and sum (m - f); where m is infinite with 0 in its place."""
-    pid = tl.program_id(0).to(tl.int64)
-    pointers, mask, _ = part_of_row(f_ptr, pid // parts, pid % parts, units, stride, ALIGN, BLOCK)
-    f = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
-    m = tl.max(f, 1)
-    finite = finite_or_zero(m)[:, None]
-    own = pid + tl.arange(0, 1)
-    total = rows.to(tl.int64) * parts
-    tl.store(partial_ptr + own, m)
-    tl.store(partial_ptr + total + own, tl.sum(exp_difference(f, finite, PRECISE), 1))
-    if SMOOTH:
-        tl.store(partial_ptr + 2 * total + own, tl.sum(tl.where(mask, finite - f, 0.0), 1))
-
-
 @triton.jit(do_not_specialize=_INTEGERS, debug=True)
-def softmax_columns(
-    f_ptr, target_ptr, density_ptr, ce_ptr, p_ptr, statistics_ptr, partial_ptr, rows, units, stride, parts,
+def softmax_parts(
+    f_ptr, target_ptr, density_ptr, ce_ptr, p_ptr, statistics_ptr, words_ptr, rows, units, stride, parts, lag,
     ignore_index: tl.int64, smoothing: tl.float64, scale: tl.float64,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
-    PRECISE: tl.constexpr,
+    ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of one part of a row, from the partial results of all; the first part writes the row's numbers."""
-    pid = tl.program_id(0).to(tl.int64)
-    columns = parts if p_ptr is not None else 1
-    row = rows - 1 - pid // columns
-    part = pid % columns
-    total = rows.to(tl.int64) * parts
-    # Of the parts scalars, not tensors [1]: the compiler broadcasts those over the columns in the parts' layout, and
-    # then takes all of it to the columns' through shared memory: on an H200 9 to 16 times the time.
-    each = tl.arange(0, PARTS)
-    there = each < parts
-    at = partial_ptr + row * parts + each
-    maxima = tl.load(at, mask=there, other=-float("inf"))
-    sums = tl.load(at + total, mask=there, other=0.0)
-    m = tl.max(maxima, 0)
-    finite = finite_or_zero(m)
-    s = tl.sum(sums * exp_difference(maxima, finite, PRECISE), 0)
-    if p_ptr is not None:
-        pointers, mask, column = part_of_row(f_ptr, row, part, units, stride, ALIGN, BLOCK)
-        f = tl.load(pointers, mask=mask, other=-float("inf")).to(ACC)
-        factor = tl.full((), scale, ACC) / tl.where(tl.abs(m) == float("inf"), float("nan"), s)
-        store(p_ptr + row * units * ALIGN + column, exp_difference(f, finite, PRECISE) * factor, mask)
-    if part == 0:
-        shortfall = s
+    """Part of a row: its maximum m, sum exp(f - m) and sum (m - f); or, from those of all parts, its softmax.
+
+    Where m is infinite the sums are taken with 0 in its place. The first part's program writes the row's numbers.
+    """
+    ACC: tl.constexpr = accumulation(f_ptr.dtype.element_ty)
+    PRECISE: tl.constexpr = f_ptr.dtype.element_ty == tl.float32
+    row, part, writes = turn(words_ptr, rows, parts, lag, p_ptr is None)
+    columns = tl.arange(0, BLOCK)
+    loads, own, stores, _ = entries(row, part, units, columns, ALIGN, LANES, BLOCK)
+    at = first_entry(row, part, units, stride, ALIGN, LANES, BLOCK) + columns
+    if not writes:
+        f = tl.load(f_ptr + at, mask=loads, other=-float("inf"), eviction_policy="evict_last").to(ACC)
+        if LANES > 1:
+            f = tl.where(own, f, -float("inf"))
+        m = tl.max(f, 0)
+        finite = finite_or_zero(m)
+        publish(words_ptr, rows, row, part, parts, 0, m)
+        publish(words_ptr, rows, row, part, parts, 1, tl.sum(exp_in_sum(f, finite), 0))
         if SMOOTH:
-            shortfalls = tl.load(at + 2 * total, mask=there, other=0.0)
-            counts = tl.minimum(units - each * (BLOCK // ALIGN), BLOCK // ALIGN) * ALIGN
-            shift = counts.to(ACC) * (finite - finite_or_zero(maxima))
-            shortfall = tl.sum(tl.where(there, shortfalls + shift, 0.0), 0)
-        one = tl.zeros((1,), ACC)
-        own = row + tl.arange(0, 1)
-        _store_rows(
-            own, own >= 0, one + m, one + s, one + shortfall, f_ptr, target_ptr, density_ptr, ce_ptr, statistics_ptr,
-            rows, units, stride, ignore_index, smoothing, ALIGN, SMOOTH, ACC,
-        )  # fmt: skip
+            publish(words_ptr, rows, row, part, parts, 2, tl.sum(tl.where(own, finite - f, 0.0), 0))
+    else:
+        f = tl.zeros((BLOCK,), ACC)
+        if p_ptr is not None:  # loaded before the parts' numbers are waited for
+            f = tl.load(f_ptr + at, mask=loads, other=-float("inf"), eviction_policy="evict_first").to(ACC)
+        # Of the parts scalars, not tensors [1]: the compiler broadcasts those over the columns in the parts' layout,
+        # and then takes all of it to the columns' through shared memory: on an H200 9 to 16 times the time.
+        maxima = published(words_ptr, rows, row, parts, 0, PARTS, -float("inf"))
+        sums = published(words_ptr, rows, row, parts, 1, PARTS, 0.0)
+        m = tl.max(maxima, 0)
+        finite = finite_or_zero(m)
+        s = tl.sum(sums * exp_difference(maxima, finite, m.dtype == tl.float32), 0)
+        if p_ptr is not None:
+            factor = tl.full((), scale, ACC) / tl.where(tl.abs(m) == float("inf"), float("nan"), s)
+            out = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) + columns
+            store(p_ptr + out, exp_difference(f, finite, PRECISE) * factor, stores, ".cs")
+            if LANES > 1 and part == 0:
+                edge, shared, _edge_columns = edges(row, units, LANES)
+                edge_f = tl.load(f_ptr + edge, mask=shared, other=-float("inf")).to(ACC)
+                store(p_ptr + edge, exp_difference(edge_f, finite, PRECISE) * factor, shared, "")
+        if part == 0:
+            shortfall = s
+            if SMOOTH:
+                shortfalls = published(words_ptr, rows, row, parts, 2, PARTS, 0.0)
+                lengths = length_of_part(row, tl.arange(0, PARTS).to(tl.int64), units, ALIGN, LANES, BLOCK)
+                shift = lengths.to(ACC) * (finite - finite_or_zero(maxima))
+                shortfall = tl.sum(shortfalls + shift, 0)
+            _store_rows(
+                row, row >= 0, m, s, shortfall, f_ptr, target_ptr, density_ptr, ce_ptr, statistics_ptr, rows, units,
+                stride, ignore_index, smoothing, ALIGN, SMOOTH,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -149,7 +163,7 @@ def _row_numbers(
     row, live, statistics_ptr, target_ptr, l_ptr, a_ptr, rows, units, ignore_index,
     ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Maximum, 1 / s, l + a, a and target of each row [R]."""
+    """Maximum, 1 / s, l + a, a and target of each row; [R], or scalars of one row."""
     zero = tl.zeros(row.shape, ACC)
     m, inverse = zero, zero
     if statistics_ptr is not None:
@@ -171,37 +185,36 @@ def _row_numbers(
 
 
 @triton.jit
-def _q(source, m, inverse, statistics_ptr, PRECISE: tl.constexpr):
+def _q(source, m, inverse, source_ptr, statistics_ptr):
     """P from the logits, or the softmax scale * P as it is."""
-    if statistics_ptr is None:
-        return source
-    return exp_difference(source, m[:, None], PRECISE) * inverse[:, None]
+    if statistics_ptr is not None:
+        source = exp_difference(source, column(m), source_ptr.dtype.element_ty == tl.float32) * column(inverse)
+    return source
 
 
 @triton.jit
 def _gradient(
-    q, u, column, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
-    ALIGN: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+    q, u, columns, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
+    ALIGN: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """q (c u + k) less a times the target's distribution; of the double backward q (weight u - weight dot)."""
     if dots_ptr is not None:
-        k = -weight * dot
-        return q * (u * weight[:, None] + k[:, None])
-    factor = tl.full(weight.shape, scale, ACC)
+        return q * (u * column(weight) + column(-weight * dot))
+    factor = tl.full(weight.shape, scale, q.dtype)
     # P (weight + scale U - <P, scale U>); with Q = scale P it is Q (U + (weight - <Q, U>) / scale).
     if statistics_ptr is None:
         k = (weight - dot) / factor
-        g = q * (u + k[:, None]) if u_ptr is not None else q * k[:, None]
+        g = q * (u + column(k)) if u_ptr is not None else q * column(k)
     else:
         k = weight - factor * dot
-        g = q * (u * factor[:, None] + k[:, None]) if u_ptr is not None else q * k[:, None]
+        g = q * (u * column(factor) + column(k)) if u_ptr is not None else q * column(k)
     if a_ptr is not None:
         hit = a
         if SMOOTH:
-            smooth = tl.full(a.shape, smoothing, ACC)
-            g -= (a * smooth / (units * ALIGN).to(ACC))[:, None]
+            smooth = tl.full(a.shape, smoothing, q.dtype)
+            g -= column(a * smooth / (units * ALIGN).to(q.dtype))
             hit = a * (1 - smooth)
-        g -= tl.where(column == y[:, None], hit[:, None], 0.0)
+        g -= tl.where(columns == column(y), column(hit), 0.0)
     return g
 
 
@@ -209,10 +222,10 @@ def _gradient(
 def softmax_backward_rows(
     source_ptr, statistics_ptr, target_ptr, l_ptr, a_ptr, u_ptr, out_ptr, dots_ptr, rows, units, stride, u_stride,
     ignore_index: tl.int64, smoothing: tl.float64, scale: tl.float64,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
-    PRECISE: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows whole."""
+    ACC: tl.constexpr = accumulation(source_ptr.dtype.element_ty)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     columns = tl.arange(0, BLOCK)[None, :]
@@ -224,72 +237,76 @@ def softmax_backward_rows(
     m, inverse, weight, a, y = _row_numbers(
         row, live, statistics_ptr, target_ptr, l_ptr, a_ptr, rows, units, ignore_index, ALIGN, ACC
     )
-    q = _q(source, m, inverse, statistics_ptr, PRECISE)
+    q = _q(source, m, inverse, source_ptr, statistics_ptr)
     dot = tl.zeros(row.shape, ACC)
     if u_ptr is not None:
         dot = tl.sum(tl.where(mask, q * u, 0.0), 1)
     if dots_ptr is not None:
         tl.store(dots_ptr + row, dot, mask=live)
     g = _gradient(
-        q, u, columns, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
-        ALIGN, SMOOTH, ACC,
-    )  # fmt: skip
-    store(out_ptr + (row * units * ALIGN)[:, None] + columns, g, mask)
-
-
-@triton.jit(do_not_specialize=_INTEGERS)
-def softmax_backward_parts(
-    source_ptr, statistics_ptr, u_ptr, partial_ptr, rows, units, stride, u_stride, parts,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """<Q, U> of one part of a row."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // parts + tl.arange(0, 1)
-    pointers, mask, _ = part_of_row(source_ptr, pid // parts, pid % parts, units, stride, ALIGN, BLOCK)
-    u_pointers, _, _ = part_of_row(u_ptr, pid // parts, pid % parts, units, u_stride, ALIGN, BLOCK)
-    source = tl.load(pointers, mask=mask, other=0.0).to(ACC)
-    u = tl.load(u_pointers, mask=mask, other=0.0).to(ACC)
-    m, inverse, _, _, _ = _row_numbers(
-        row, row >= 0, statistics_ptr, None, None, None, rows, units, -100, ALIGN, ACC
-    )  # fmt: skip
-    q = _q(source, m, inverse, statistics_ptr, PRECISE)
-    tl.store(partial_ptr + pid + tl.arange(0, 1), tl.sum(tl.where(mask, q * u, 0.0), 1))
+        q, u, columns, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr, ALIGN, SMOOTH
+    )
+    store(out_ptr + (row * units * ALIGN)[:, None] + columns, g, mask, "")
 
 
 @triton.jit(do_not_specialize=_INTEGERS, debug=True)
-def softmax_backward_columns(
-    source_ptr, statistics_ptr, target_ptr, l_ptr, a_ptr, u_ptr, out_ptr, dots_ptr, partial_ptr, rows, units, stride,
-    u_stride, parts, ignore_index: tl.int64, smoothing: tl.float64, scale: tl.float64,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
-    PRECISE: tl.constexpr,
+def softmax_backward_parts(
+    source_ptr, statistics_ptr, target_ptr, l_ptr, a_ptr, u_ptr, out_ptr, dots_ptr, words_ptr, rows, units, stride,
+    u_stride, parts, lag, ignore_index: tl.int64, smoothing: tl.float64, scale: tl.float64,
+    ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one part of a row, from the partial <Q, U> of all."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = rows - 1 - pid // parts
-    own = row + tl.arange(0, 1)
-    pointers, mask, column = part_of_row(source_ptr, row, pid % parts, units, stride, ALIGN, BLOCK)
-    source = tl.load(pointers, mask=mask, other=0.0).to(ACC)
-    u = source
-    dot = tl.zeros(own.shape, ACC)
+    """Part of a row: <Q, U>; or, from those of all parts, its gradient. Without U there is nothing to wait for."""
+    ACC: tl.constexpr = accumulation(source_ptr.dtype.element_ty)
     if u_ptr is not None:
-        u_pointers, _, _ = part_of_row(u_ptr, row, pid % parts, units, u_stride, ALIGN, BLOCK)
-        u = tl.load(u_pointers, mask=mask, other=0.0).to(ACC)
-        each = tl.arange(0, PARTS)[None, :]
-        dot = tl.sum(tl.load(partial_ptr + row * parts + each, mask=each < parts, other=0.0), 1)
-    m, inverse, weight, a, y = _row_numbers(
-        own, own >= 0, statistics_ptr, target_ptr, l_ptr, a_ptr, rows, units, ignore_index, ALIGN, ACC
-    )
-    q = _q(source, m, inverse, statistics_ptr, PRECISE)
-    if dots_ptr is not None:
-        # Summed once more: a dot that is stored has a layout that is broadcast through shared memory.
-        part = tl.arange(0, PARTS)
-        whole = tl.sum(tl.load(partial_ptr + row * parts + part, mask=part < parts, other=0.0))
-        tl.store(dots_ptr + row, whole, mask=pid % parts == 0)
-    g = _gradient(
-        q, u, column, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr, dots_ptr,
-        ALIGN, SMOOTH, ACC,
-    )  # fmt: skip
-    store(out_ptr + row * units * ALIGN + column, g, mask)
+        row, part, writes = turn(words_ptr, rows, parts, lag, False)
+    else:
+        item = tl.program_id(0).to(tl.int64)
+        row, part, writes = item // parts, item % parts, True
+    columns = tl.arange(0, BLOCK)
+    loads, own, stores, begin = entries(row, part, units, columns, ALIGN, LANES, BLOCK)
+    at = first_entry(row, part, units, stride, ALIGN, LANES, BLOCK) + columns
+    u_at = first_entry(row, part, units, u_stride, ALIGN, LANES, BLOCK) + columns
+    if not writes:
+        source = tl.load(source_ptr + at, mask=loads, other=0.0, eviction_policy="evict_last").to(ACC)
+        u = tl.load(u_ptr + u_at, mask=loads, other=0.0, eviction_policy="evict_last").to(ACC)
+        m, inverse, _, _, _ = _row_numbers(
+            row, row >= 0, statistics_ptr, None, None, None, rows, units, ignore_index, ALIGN, ACC
+        )
+        q = _q(source, m, inverse, source_ptr, statistics_ptr)
+        publish(words_ptr, rows, row, part, parts, 0, tl.sum(tl.where(own, q * u, 0.0), 0))
+    else:
+        source = tl.load(source_ptr + at, mask=loads, other=0.0, eviction_policy="evict_first").to(ACC)
+        u = source
+        if u_ptr is not None:
+            u = tl.load(u_ptr + u_at, mask=loads, other=0.0, eviction_policy="evict_first").to(ACC)
+        m, inverse, weight, a, y = _row_numbers(
+            row, row >= 0, statistics_ptr, target_ptr, l_ptr, a_ptr, rows, units, ignore_index, ALIGN, ACC
+        )
+        dot = tl.zeros((), ACC)
+        if u_ptr is not None:
+            dot = tl.sum(published(words_ptr, rows, row, parts, 0, PARTS, 0.0), 0)
+        if dots_ptr is not None:
+            tl.store(dots_ptr + row, dot, mask=part == 0)
+        # The target among this part's columns, in 32 bits.
+        near = tl.where((y >= begin) & (y < begin + BLOCK), y - begin, -1).to(tl.int32)
+        g = _gradient(
+            _q(source, m, inverse, source_ptr, statistics_ptr), u, columns, dot, weight, a, near, units, smoothing,
+            scale, statistics_ptr, u_ptr, a_ptr, dots_ptr, ALIGN, SMOOTH,
+        )  # fmt: skip
+        out = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) + columns
+        store(out_ptr + out, g, stores, ".cs")
+        if LANES > 1 and part == 0:
+            edge, shared, edge_columns = edges(row, units, LANES)
+            edge_source = tl.load(source_ptr + edge, mask=shared, other=0.0).to(ACC)
+            edge_u = edge_source
+            if u_ptr is not None:
+                edge_u = tl.load(u_ptr + edge, mask=shared, other=0.0).to(ACC)
+            edge_q = _q(edge_source, m, inverse, source_ptr, statistics_ptr)
+            edge_g = _gradient(
+                edge_q, edge_u, edge_columns, dot, weight, a, y, units, smoothing, scale, statistics_ptr, u_ptr, a_ptr,
+                dots_ptr, ALIGN, SMOOTH,
+            )  # fmt: skip
+            store(out_ptr + edge, edge_g, shared, "")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -333,34 +350,26 @@ def softmax(
     if rows == 0:
         return density, ce, p, statistics
     stride = f.stride(0) if rows > 1 else classes
-    align = alignment(classes, stride)
-    out = p if need_softmax else None
-    options = {
-        "ALIGN": align,
-        "SMOOTH": target is not None and label_smoothing > 0,
-        "ACC": accumulation(f.dtype),
-        "PRECISE": f.dtype == torch.float32,
-    }
+    tile = tile_of(classes, f.element_size())
+    block, group, warps = tile or SPLIT[f.element_size()]
+    align, lanes = cut_of(classes, not tile, block, (f, stride))
+    smooth = target is not None and label_smoothing > 0
+    tensors = (f, target, density, ce, p if need_softmax else None, statistics)
     sizes = (rows, classes // align, stride // align)
     numbers = (ignore_index, label_smoothing, scale)
-    with on(f.device):
-        if tile := tile_of(classes, f.element_size()):
-            softmax_rows[(triton.cdiv(rows, tile.rows),)](
-                f, target, density, ce, out, statistics, *sizes, *numbers,
-                BLOCK=tile.block, ROWS=tile.rows, num_warps=tile.warps, sanitize_overflow=False, **options,
-            )  # fmt: skip
-        else:
-            tile = SPLIT[f.element_size()]
-            parts = triton.cdiv(classes, tile.block)
-            partial = f.new_empty((3, rows, parts), dtype=dtype)
-            softmax_parts[(rows * parts,)](
-                f, partial, *sizes, parts, BLOCK=tile.block, num_warps=tile.warps, **options
-            )  # fmt: skip
-            softmax_columns[(rows * (parts if need_softmax else 1),)](
-                f, target, density, ce, out, statistics, partial, *sizes, parts, *numbers,
-                BLOCK=tile.block, PARTS=triton.next_power_of_2(parts), num_warps=tile.warps, sanitize_overflow=False,
-                **options,
-            )  # fmt: skip
+    if tile:
+        launch(
+            softmax_rows, triton.cdiv(rows, group), tensors, (*sizes, *numbers), warps,
+            ALIGN=align, BLOCK=block, ROWS=group, SMOOTH=smooth,
+        )  # fmt: skip
+    else:
+        parts = triton.cdiv(classes + lanes - 1, block)
+        words = words_for(f, rows, parts, 3 if smooth else 2)
+        launch(
+            softmax_parts, rows * (2 * parts if need_softmax else parts + 1), (*tensors, words),
+            (*sizes, parts, lag_of(f.device, parts), *numbers), warps,
+            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=triton.next_power_of_2(parts), SMOOTH=smooth,
+        )  # fmt: skip
     return density, ce, p, statistics
 
 
@@ -388,36 +397,29 @@ def softmax_backward(
     statistics, l = as_row(statistics, dtype), as_row(grad_log_density, dtype)
     a = None if target is None else as_row(grad_cross_entropy, dtype)
     u = None if grad_softmax is None else _dense(grad_softmax)
-    stride = source.stride(0) if rows > 1 else classes
-    u_stride = u.stride(0) if u is not None and rows > 1 else classes
-    align = alignment(classes, stride, u_stride)
-    options = {"ALIGN": align, "ACC": accumulation(source.dtype), "PRECISE": source.dtype == torch.float32}
+    rows_of = [(source, source.stride(0) if rows > 1 else classes)]
+    if u is not None:
+        rows_of.append((u, u.stride(0) if rows > 1 else classes))
     smooth = a is not None and label_smoothing > 0
-    sizes = (rows, classes // align, stride // align, u_stride // align)
-    numbers = (ignore_index, label_smoothing, scale)
     tensors = (source, statistics, target, l, a, u, out, dots)
-    with on(source.device):
-        if tile := tile_of(classes, source.element_size()):
-            softmax_backward_rows[(triton.cdiv(rows, tile.rows),)](
-                *tensors, *sizes, *numbers,
-                BLOCK=tile.block, ROWS=tile.rows, SMOOTH=smooth, num_warps=tile.warps, sanitize_overflow=False,
-                **options,
-            )  # fmt: skip
-        else:
-            tile = SPLIT[source.element_size()]
-            parts = triton.cdiv(classes, tile.block)
-            partial = None
-            if u is not None:
-                partial = source.new_empty((rows, parts), dtype=dtype)
-                softmax_backward_parts[(rows * parts,)](
-                    source, statistics, u, partial, *sizes, parts,
-                    BLOCK=tile.block, num_warps=tile.warps, **options,
-                )  # fmt: skip
-            softmax_backward_columns[(rows * parts,)](
-                *tensors, partial, *sizes, parts, *numbers,
-                BLOCK=tile.block, PARTS=triton.next_power_of_2(parts), SMOOTH=smooth, num_warps=tile.warps,
-                sanitize_overflow=False, **options,
-            )  # fmt: skip
+    numbers = (ignore_index, label_smoothing, scale)
+    tile = tile_of(classes, source.element_size())
+    block, group, warps = tile or SPLIT_PAIRS[source.element_size()]
+    align, lanes = cut_of(classes, not tile, block, *rows_of)
+    sizes = (rows, classes // align, rows_of[0][1] // align, rows_of[-1][1] // align)
+    if tile:
+        launch(
+            softmax_backward_rows, triton.cdiv(rows, group), tensors, (*sizes, *numbers), warps,
+            ALIGN=align, BLOCK=block, ROWS=group, SMOOTH=smooth,
+        )  # fmt: skip
+    else:
+        parts = triton.cdiv(classes + lanes - 1, block)
+        words = None if u is None else words_for(source, rows, parts, 1)
+        launch(
+            softmax_backward_parts, rows * parts * (1 if u is None else 2), (*tensors, words),
+            (*sizes, parts, lag_of(source.device, parts), *numbers), warps,
+            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=triton.next_power_of_2(parts), SMOOTH=smooth,
+        )  # fmt: skip
     return out
 
 

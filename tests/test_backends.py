@@ -286,10 +286,8 @@ assert rows.INTERPRETED
 block = int(sys.argv[1])
 if block:  # longer rows over programs of so many entries
     rows.TILES.update(dict.fromkeys(rows.TILES, (rows.Tile(block, 4, 1),)))
-    rows.SPLIT.update(dict.fromkeys(rows.SPLIT, rows.Tile(block, 1, 1)))
-    for name in ("softmax", "pnorm"):  # a block is a multiple of what rows are aligned to
-        module = sys.modules[f"densreg.kernels.{name}"]
-        module.alignment = lambda *multiples, of=module.alignment: of(block, *multiples)
+    for split in (rows.SPLIT, rows.SPLIT_PAIRS):
+        split.update(dict.fromkeys(split, rows.Tile(block, 1, 1)))
 """
 
 # The interpreter takes some 10 ms a launch of a program: rows of many parts are left to the long run.

@@ -222,6 +222,7 @@ def test_report(tmp_path):
     for row in run["rows"][:2]:
         found = row["columns"]
         timed = {"api", "taylor", "raw", "aten", "compiled", "fallback", "naive", "max_shift", "stable"}
+        timed |= {"log_density", "density_cross_entropy", "logsumexp"}
         assert found.keys() == timed | {"floor", "copy", "clone"}
         assert all({"seconds", "ratio", "ratio_high", "base", "peak_bytes"} <= of.keys() for of in found.values())
         assert [name for name, of in found.items() if "note" in of] == ["naive"]

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
 
 import pytest
 import torch
-from reference import DTYPES, ORDERS
+import triton
+import triton.language as tl
+from densreg.kernels import rows as layout
+from densreg.kernels.rows import turn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import DTYPES, HALF_ULP, ORDERS, error, softmax_reference
 
 from densreg import kernels
 
@@ -55,3 +63,124 @@ def test_every_element_is_written(classes, dtype, p):
     twice(kernels.pnorm, transposed, p)
     for g in (f, transposed):
         twice(kernels.pnorm_backward, norm, g, peak, total, p)
+
+
+LAGS = (lambda parts: parts, lambda parts: 2 * parts + 1, lambda parts: 10**6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "p"),
+    [
+        (torch.float32, 1025, 2.0),  # 2 parts; of an odd width: cut at 16 bytes
+        (torch.float32, 5000, 1.5),
+        (torch.bfloat16, 4099, math.inf),
+        (torch.bfloat16, 2048, 1.5),
+        (torch.float16, 5121, 1.0),  # 6 parts
+        (torch.float64, 2047, 2.0),
+    ],
+)
+def test_long_rows(monkeypatch, dtype, classes, p):
+    """Rows over parts of 1024 entries: the same bits whatever the lag, and no neighbour's entries in any of them."""
+    for tiles in (layout.TILES, layout.SPLIT, layout.SPLIT_PAIRS):
+        for itemsize in tiles:
+            tile = layout.Tile(1024, 1, 1)
+            monkeypatch.setitem(tiles, itemsize, (tile._replace(block=64),) if tiles is layout.TILES else tile)
+    softmax_file = sys.modules["densreg.kernels.softmax"]  # the package's attribute is the function
+    f, u = (torch.randn(5, classes).mul(3).to(dtype) for _ in range(2))
+    f[1], f[3, 1000:], u[1], u[3, 7] = math.nan, -math.inf, math.inf, math.nan
+    quiet = [0, 2, 4]
+    y, l, a = torch.tensor([classes - 1, 0, 5, 17, 1]), torch.randn(5), torch.randn(5)
+    found = []
+    for lag in LAGS:
+        monkeypatch.setattr(softmax_file, "lag_of", lambda device, parts, lag=lag: lag(parts))
+        density, ce, softmax, statistics = kernels.softmax(f, y, 0.1, -100, True, 1.0)
+        only = kernels.softmax(f, y, 0.1, -100, False, 1.0)
+        backward = [
+            kernels.softmax_backward(source, given, y, l, a, upstream, 0.1, -100, 1.0)
+            for source, given in ((f, statistics), (softmax, None))
+            for upstream in (u, None)
+        ]
+        double = kernels.softmax_double_backward(f, statistics, y, l, a, u, -100)
+        norm, peak, total = kernels.pnorm(u, p)
+        dual = kernels.pnorm_backward(torch.ones_like(norm), u, peak, total, p)
+        found.append((density, ce, softmax, statistics, *only, *backward, *double, norm, peak, total, dual))
+    for others in zip(*found, strict=True):
+        assert all(torch.equal(other.nan_to_num(7), others[0].nan_to_num(7)) for other in others)
+    bound = max(2e-6 if dtype != torch.float64 else 1e-13, 2 * HALF_ULP[dtype])
+    wide = f.double().requires_grad_()
+    expected = softmax_reference(wide, y, 0.1)
+    for actual, right in zip((density, ce, softmax), expected, strict=True):
+        torch.testing.assert_close(actual.double(), right.detach(), rtol=bound, atol=6e-8, equal_nan=True)
+    value = (expected[0] * l + expected[1] * a)[quiet].sum()
+    for upstream, actual in zip((u, None), backward[:2], strict=True):
+        inner = 0 if upstream is None else (expected[2] * upstream.double())[quiet].sum()
+        (right,) = torch.autograd.grad(value + inner, wide, retain_graph=True)
+        assert error(actual[quiet], right[quiet]) < 4 * bound
+    for of_softmax, of_logits in zip(backward[2:], backward[:2], strict=True):
+        assert error(of_softmax[quiet], of_logits[quiet].double()) < 8 * bound
+    q, v = expected[2].detach()[quiet], u.double()[quiet]
+    dot, weight = (q * v).sum(1, keepdim=True), (l.double() + a.double())[quiet, None]
+    assert error(double[1][quiet], dot[:, 0]) < max(bound, 2e-6)
+    assert error(double[0][quiet], weight * q * (v - dot)) < 4 * bound
+    v = v.requires_grad_()
+    right = torch.linalg.vector_norm(v, p, dim=1)
+    assert error(norm[quiet], right.detach()) < 2e-6
+    assert error(dual[quiet], torch.autograd.grad(right.sum(), v)[0]) < 2 * bound
+    assert norm[1] == math.inf
+    assert norm[3].isnan()
+
+
+@triton.jit
+def _turns(words_ptr, out_ptr, rows, parts, lag, ONE: tl.constexpr):
+    row, part, writes = turn(words_ptr, rows, parts, lag, ONE)
+    at = out_ptr + 3 * tl.program_id(0)
+    tl.store(at, row)
+    tl.store(at + 1, part)
+    tl.store(at + 2, writes.to(tl.int64))
+
+
+def _unfinished(turns, parts, order, slots, ticketed, pick):
+    """How many programs never end, when ``slots`` of them run at a time, started in ``order`` and advanced by ``pick``.
+
+    A program that writes waits until all parts of its row are reduced, in its slot.
+    """
+    waiting, running, reduced = list(order), [], {}
+    while waiting or running:
+        while waiting and len(running) < slots:
+            program = waiting.pop(0)
+            running.append(turns[len(order) - len(waiting) - 1] if ticketed else turns[program])
+        able = [item for item in running if not item[2] or reduced.get(item[0], 0) == parts]
+        if not able:
+            return len(waiting) + len(running)
+        row, _, writes = item = pick(able)
+        running.remove(item)
+        if not writes:
+            reduced[row] = reduced.get(row, 0) + 1
+    return 0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 4),
+    parts=st.integers(2, 5),
+    beyond=st.integers(0, 12),
+    one=st.booleans(),
+    slots=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+)
+def test_no_order_of_programs_hangs(rows, parts, beyond, one, slots, seed):
+    """Each part is reduced once and written once; and all programs end, in whatever order they start."""
+    programs = rows * (parts + 1 if one else 2 * parts)
+    words, out = torch.zeros(layout.TICKET, dtype=torch.int32), torch.zeros(programs, 3, dtype=torch.int64)
+    _turns[(programs,)](words, out, rows, parts, parts + beyond, one)
+    turns = [tuple(item) for item in out.tolist()]
+    every = [(row, part) for row in range(rows) for part in range(parts)]
+    assert sorted(item[:2] for item in turns if not item[2]) == every
+    assert sorted(item[:2] for item in turns if item[2]) == [item for item in every if not one or item[1] == 0]
+    writers_first = sorted(range(programs), key=lambda i: -turns[i][2])
+    generator = random.Random(seed)
+    for order in (range(programs), writers_first, generator.sample(range(programs), programs)):
+        for pick in (generator.choice, lambda able: max(able, key=lambda item: item[2])):  # those that reduce: late
+            assert _unfinished(turns, parts, order, slots, True, pick) == 0
+    if slots <= sum(item[2] for item in turns):  # what the ticket is for
+        assert _unfinished(turns, parts, writers_first, slots, False, generator.choice) > 0
