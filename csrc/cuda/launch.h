@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -93,47 +94,6 @@ Split split_of(int64_t n) {
   return {std::max<int64_t>(1, (n + size - 1) / size), size};
 }
 
-// The device of a tensor made current, and its current stream: what an operator does happens there.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "densreg: CUDA tensors in a torch without CUDA");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  // One group of T threads for every row, or for every chunk of every row. Nothing waits for it.
-  template <int T, class Args>
-  void launch(void (*kernel)(Args), int64_t rows, const Args& args, int64_t chunks = 1) const {
-    const int64_t blocks = (rows + Group<T>::kGroups - 1) / Group<T>::kGroups;
-    if (blocks == 0) return;
-    STD_TORCH_CHECK(blocks <= 0x7fffffff, "densreg: ", blocks, " blocks are more than CUDA has");
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks));
-    config.blockDim = dim3(Group<T>::kThreads);
-    config.stream = stream_;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-    STD_TORCH_CHECK(error == cudaSuccess, "densreg: the kernel was not launched: ", cudaGetErrorString(error));
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
-
-// Calls f with a value of the storage type of a dtype.
-template <class F>
-void for_dtype(ScalarType dtype, const char* op, F f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
-    case ScalarType::Half: return f(torch::headeronly::Half{});
-    default: STD_TORCH_CHECK(false, "densreg::", op, ": expected float16, bfloat16, float32 or float64");
-  }
-}
-
 // A fresh contiguous tensor on the device of another, from torch's allocator.
 template <size_t N>
 Tensor empty(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType dtype) {
@@ -153,6 +113,75 @@ Tensor empty(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(N), sizes.data(), strides.data(), type,
                                                   device_type, like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+// The device of a tensor made current, and its current stream: what an operator does happens there.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()), index_(t.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "densreg: CUDA tensors in a torch without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // One group of T threads for every row, or for every chunk of every row. Nothing here waits for it.
+  template <int T, class Args>
+  void launch(void (*kernel)(Args), int64_t rows, const Args& args, int64_t chunks = 1) const {
+    const int64_t blocks = (rows + Group<T>::kGroups - 1) / Group<T>::kGroups;
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= 0x7fffffff, "densreg: ", blocks, " blocks are more than CUDA has");
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks));
+    config.blockDim = dim3(Group<T>::kThreads);
+    config.stream = stream_;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+    STD_TORCH_CHECK(error == cudaSuccess, "densreg: the kernel was not launched: ", cudaGetErrorString(error));
+  }
+
+  // How far beyond a row the reducing front is ahead (fronts.h): what a GPU has under way at once, and some.
+  int64_t lead() const {
+#ifdef DENSREG_CUDA_LEAD  // the tests' emulation
+    return DENSREG_CUDA_LEAD;
+#else
+    static std::array<std::atomic<int>, 64> known;  // of each device, 0: not yet
+    auto& multiprocessors = known[static_cast<size_t>(index_) % known.size()];
+    if (multiprocessors == 0) {
+      int count = 0;
+      const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_);
+      STD_TORCH_CHECK(error == cudaSuccess, "densreg: ", cudaGetErrorString(error));
+      multiprocessors = count;
+    }
+    return 3 * multiprocessors + 64;
+#endif
+  }
+
+  // Fresh zeros. The memory is of this call alone: graphs that are replayed side by side could not share any.
+  template <class A>
+  Tensor zeros(const Tensor& like, int64_t count) const {
+    Tensor memory = empty<1>(like, {count}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+    const cudaError_t error =
+        cudaMemsetAsync(memory.data_ptr(), 0, static_cast<size_t>(count) * sizeof(A), stream_);
+    STD_TORCH_CHECK(error == cudaSuccess, "densreg: memory was not set: ", cudaGetErrorString(error));
+    return memory;
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  int index_;
+  cudaStream_t stream_;
+};
+
+// Calls f with a value of the storage type of a dtype.
+template <class F>
+void for_dtype(ScalarType dtype, const char* op, F f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    default: STD_TORCH_CHECK(false, "densreg::", op, ": expected float16, bfloat16, float32 or float64");
+  }
 }
 
 inline bool same_device(const Tensor& a, const Tensor& b) {

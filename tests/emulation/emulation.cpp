@@ -20,5 +20,10 @@ __attribute__((visibility("default"))) const char* densreg_counter(int index, in
   return densreg::CallCounter::read(index, calls);
 }
 
-__attribute__((visibility("default"))) void densreg_reverse(int reverse) { emulation::machine().reverse = reverse; }
+#define DENSREG_OPTION __attribute__((visibility("default")))
+DENSREG_OPTION void densreg_reverse(int reverse) { emulation::options.reverse = reverse; }
+DENSREG_OPTION void densreg_side_by_side(int blocks) { emulation::options.side_by_side = blocks; }
+DENSREG_OPTION void densreg_tickets(int tickets) { emulation::options.tickets = tickets; }
+DENSREG_OPTION void densreg_lead(int64_t lead) { emulation::options.lead = lead; }
+DENSREG_OPTION int64_t densreg_waits() { return emulation::launch.waits; }
 }
