@@ -1,7 +1,7 @@
-// Rows longer than a tile, in one launch. A row is split into chunks. An item of work is a chunk that is reduced to a few
-// numbers, or one that is written with the numbers of all chunks of its row. Two fronts of items go through the rows, and
-// the one that reduces keeps so far ahead that the other finds its numbers there, and so near that the second read of a
-// chunk comes from the L2.
+// Rows longer than a tile, in one launch. A row is split into chunks. An item of work is a chunk that is reduced to a
+// few numbers, or one that is written with the numbers of all chunks of its row. Two fronts of items go through the
+// rows, and the one that reduces keeps so far ahead that the other finds its numbers there, and so near that the second
+// read of a chunk comes from the L2.
 //
 // A block takes a ticket, in whatever order blocks start. An item that writes waits only for tickets drawn before its
 // own, of items that wait for none: so no order of blocks hangs. What is summed over the chunks of a row is summed in
@@ -93,14 +93,14 @@ inline constexpr int kResident = std::is_same_v<Raw, double> ? 1 : 4;
 template <int T>
 inline constexpr int kWaits = static_cast<int>((kMaxChunks + T - 1) / T);
 
-// Launches a kernel over rows of n elements, of whose chunks so many `numbers` are left, or none; then all chunks are
-// written, or with `whole` each row by one block. `args.fronts` is set here.
-template <int T, class Raw, class Args>
+// Launches a kernel over rows of n elements (of ROWS tensors), of whose chunks so many `numbers` are left, or none; then
+// all chunks are written, or with `whole` each row by one block. `args.fronts` is set here.
+template <int T, class Raw, int ROWS, class Args>
 void launch_fronts(const OnDevice& device, void (*kernel)(Args), const Tensor& like, int64_t rows, int64_t n,
                    int numbers, bool whole, Args args) {
   using A = Acc<Raw>;
   auto& fronts = args.fronts;
-  fronts = {split_of<Raw>(n)};
+  fronts = {split_of<Raw, ROWS>(n)};
   const int64_t chunks = fronts.split.chunks, reduces = numbers ? rows * chunks : 0, writes = whole ? 1 : chunks;
   fronts.reduces = static_cast<unsigned>(reduces);
   fronts.writes = static_cast<unsigned>(writes);

@@ -42,9 +42,8 @@ inline constexpr int64_t kMaxChunks = DENSREG_CUDA_MAX_CHUNKS;
 inline constexpr TileConfig kTileConfigs[] = {{4, 4},    {16, 4},   {32, 8},   {32, 16},  {128, 8},
                                               {128, 16}, {256, 16}, {512, 16}, {1024, 16}};
 // Longer rows: chunks of one block each, of the same size on every GPU, so that a row's sums are the same everywhere.
-// 8188 elements of float32 make 984 blocks of B = 8, C = 1,000,000: one wave of an H100, eight blocks a multiprocessor.
 inline constexpr TileConfig kSplit = {256, 32};
-// A row of more chunks has longer ones: each of its blocks reads what all of them found.
+// A row of more chunks has longer ones: each block that writes reads what all of them found.
 inline constexpr int64_t kMaxChunks = 512;
 #endif
 static_assert(kSplit.threads > 32, "a chunk is the work of a block");
@@ -82,12 +81,13 @@ bool is_aligned(const Raw* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % kLanes<Raw> == 0;
 }
 
-// Chunks of the same size. Each is one tile of a kernel that holds it (unless there are more than kMaxChunks), wherever
-// the row begins: with the elements before it a chunk of a whole tile would be two of them, the second all but empty.
-template <class Raw>
+// Chunks of the same size, of ROWS rows at once. Each is one tile of a kernel that holds them (unless there are more than
+// kMaxChunks), wherever a row begins: with the elements before it a chunk of a whole tile would be two of them, the
+// second all but empty.
+template <class Raw, int ROWS>
 Split split_of(int64_t n) {
   constexpr int64_t N = kLanes<Raw>;
-  constexpr int64_t most = (static_cast<int64_t>(kSplit.threads) * vectors_of<Raw, 1>(kSplit) - 1) * N;
+  constexpr int64_t most = (static_cast<int64_t>(kSplit.threads) * vectors_of<Raw, ROWS>(kSplit) - 1) * N;
   const int64_t least = std::clamp<int64_t>((n + most - 1) / most, 1, kMaxChunks);
   const int64_t size = std::max<int64_t>(1, ((n + least - 1) / least + N - 1) / N) * N;  // each begins as the row does
   STD_TORCH_CHECK(size <= 0x40000000, "densreg: a row of ", n, " elements is longer than the kernels go");
@@ -125,7 +125,7 @@ class OnDevice {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  // One group of T threads for every row, or for every chunk of every row. Nothing here waits for it.
+  // One group of T threads for every row, or for every chunk of every row. Nothing waits for it.
   template <int T, class Args>
   void launch(void (*kernel)(Args), int64_t rows, const Args& args, int64_t chunks = 1) const {
     const int64_t blocks = (rows + Group<T>::kGroups - 1) / Group<T>::kGroups;

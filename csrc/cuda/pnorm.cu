@@ -311,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
       });
       if (held) return;
       constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
-      launch_fronts<T, Raw>(device, pnorm_fronts<order, Raw, T, V>, g, rows, n, 2, true, args);
+      launch_fronts<T, Raw, 1>(device, pnorm_fronts<order, Raw, T, V>, g, rows, n, 2, true, args);
     });
   });
   return {norm, peak, total};
@@ -351,7 +351,7 @@ Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p
       });
       if (held) return;
       constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit);
-      args.split = split_of<Raw>(n);
+      args.split = split_of<Raw, 1>(n);
       device.launch<T>(pnorm_backward_chunks<order, Raw, T, V>, rows, args, args.split.chunks);
     });
   });

@@ -470,11 +470,12 @@ DENSREG_DEVICE void write_chunk(const BackwardArgs<Raw>& a, const Item& item) {
   }
 }
 
-template <class Raw, int T, int V>
+// As above; with W = V the assembler spills.
+template <class Raw, int T, int V, int W>
 __global__ void __launch_bounds__(T, kResident<Raw>) softmax_backward_fronts(BackwardArgs<Raw> a) {
   const Item item = a.fronts.take();
   if (item.writes) {
-    write_chunk<Raw, T, V>(a, item);
+    write_chunk<Raw, T, W>(a, item);
   } else {
     reduce_chunk<Raw, T, V>(a, item);
   }
@@ -534,7 +535,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<
     });
     if (held) return;
     constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit), W = vectors_of<Raw, 2>(kSplit);
-    launch_fronts<T, Raw>(device, softmax_fronts<Raw, T, V, W>, logits, rows, n, args.label_smoothing > 0 ? 3 : 2,
+    launch_fronts<T, Raw, 1>(device, softmax_fronts<Raw, T, V, W>, logits, rows, n, args.label_smoothing > 0 ? 3 : 2,
                           !need_softmax, args);
   });
   return {log_density, cross_entropy, softmax, statistics};
@@ -595,8 +596,8 @@ Tensor run_backward(const char* op, CallCounter& counter, Tensor source, const s
       device.launch<threads>(softmax_backward_rows<Raw, threads, vectors>, rows, args);
     });
     if (held) return;
-    constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit);
-    launch_fronts<T, Raw>(device, softmax_backward_fronts<Raw, T, V>, source, rows, n, u ? 1 : 0, false, args);
+    constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit), W = vectors_of<Raw, 4>(kSplit);
+    launch_fronts<T, Raw, 2>(device, softmax_backward_fronts<Raw, T, V, W>, source, rows, n, u ? 1 : 0, false, args);
   });
   return grad;
 }
