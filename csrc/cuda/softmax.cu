@@ -350,9 +350,10 @@ struct Gradient {
                             const A (&u)[kLanes<Raw>]) const {
     const int64_t at = y < 0 ? -1 : y - begin - cut.first<Raw>(v);
 #pragma unroll
-    for (int e = 0; e < kLanes<Raw>; ++e) {
-      q[e] = q[e] * (u[e] * c + k) - uniform;
-      if (at == e) q[e] -= hit;
+    for (int e = 0; e < kLanes<Raw>; ++e) q[e] = q[e] * (u[e] * c + k) - uniform;
+    if (at >= 0 && at < kLanes<Raw>) {  // one vector of a row
+#pragma unroll
+      for (int e = 0; e < kLanes<Raw>; ++e) q[e] -= at == e ? hit : A(0);
     }
   }
 };
