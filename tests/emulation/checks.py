@@ -99,6 +99,18 @@ def test_blocks_that_go_by_their_index_may_wait_for_ever(library, capfd):
     assert "side by side\nCUDA emulation: every block that runs waits for one that has not" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("dtype", "integer", "bits"),
+    [(torch.float32, torch.int32, 0x7FA5A5A5), (torch.float64, torch.int64, 0x7FF4A5A5A5A5A5A5)],
+)
+def test_the_nan_whose_bits_say_not_there_yet(dtype, integer, bits):
+    """As an input, which reaches the peak of the norm as it is: it arrives as another NaN, and nothing waits for it."""
+    g = torch.ones(2, 33_000, dtype=dtype)
+    g.view(integer)[0, 17] = bits
+    for each in (*ops.pnorm(g, 2.0), ops.softmax(g)[0]):
+        assert each.isnan().tolist() == [True, False]
+
+
 def test_small_probabilities_keep_their_digits():
     """Down to the smallest normal number, in rows that are read once and in rows that are read twice."""
     for classes in (300, 33_000):
