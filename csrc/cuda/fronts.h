@@ -106,10 +106,12 @@ void launch_fronts(const OnDevice& device, void (*kernel)(Args), const Tensor& l
   fronts.writes = static_cast<unsigned>(writes);
   // With the whole row in one item nothing is read again: then all are reduced first.
   fronts.ahead = static_cast<unsigned>(whole ? reduces : std::min(reduces, chunks + device.lead()));
-  std::optional<Tensor> memory;
+  std::optional<Tensor> memory;  // of this call alone: graphs that are replayed side by side could not share any
   if (numbers) {
     constexpr int64_t kTicket = 128 / sizeof(A);  // a cache line of its own
-    memory = device.zeros<A>(like, kTicket + numbers * reduces);
+    const int64_t words = kTicket + numbers * reduces;
+    memory = empty<1>(like, {words}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+    device.zero(memory->data_ptr(), static_cast<size_t>(words) * sizeof(A));
     fronts.ticket = data<unsigned>(*memory);
     fronts.words = data<Word<A>>(*memory) + kTicket;
   }

@@ -81,9 +81,9 @@ bool is_aligned(const Raw* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % kLanes<Raw> == 0;
 }
 
-// Chunks of the same size, of ROWS rows at once. Each is one tile of a kernel that holds them (unless there are more than
-// kMaxChunks), wherever a row begins: with the elements before it a chunk of a whole tile would be two of them, the
-// second all but empty.
+// Chunks of the same size, of ROWS rows at once. Each is one tile of a kernel that holds them (unless there are more
+// than kMaxChunks), wherever a row begins: with the elements before it a chunk of a whole tile would be two of them,
+// the second all but empty.
 template <class Raw, int ROWS>
 Split split_of(int64_t n) {
   constexpr int64_t N = kLanes<Raw>;
@@ -92,27 +92,6 @@ Split split_of(int64_t n) {
   const int64_t size = std::max<int64_t>(1, ((n + least - 1) / least + N - 1) / N) * N;  // each begins as the row does
   STD_TORCH_CHECK(size <= 0x40000000, "densreg: a row of ", n, " elements is longer than the kernels go");
   return {std::max<int64_t>(1, (n + size - 1) / size), size};
-}
-
-// A fresh contiguous tensor on the device of another, from torch's allocator.
-template <size_t N>
-Tensor empty(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType dtype) {
-  std::array<int64_t, N> strides;
-  int64_t stride = 1;
-  for (size_t i = N; i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(1, sizes[i]);
-  }
-  const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                       : aoti_torch_dtype_float16();
-  int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(N), sizes.data(), strides.data(), type,
-                                                  device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
 }
 
 // The device of a tensor made current, and its current stream: what an operator does happens there.
@@ -156,14 +135,9 @@ class OnDevice {
 #endif
   }
 
-  // Fresh zeros. The memory is of this call alone: graphs that are replayed side by side could not share any.
-  template <class A>
-  Tensor zeros(const Tensor& like, int64_t count) const {
-    Tensor memory = empty<1>(like, {count}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
-    const cudaError_t error =
-        cudaMemsetAsync(memory.data_ptr(), 0, static_cast<size_t>(count) * sizeof(A), stream_);
+  void zero(void* memory, size_t bytes) const {
+    const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, stream_);
     STD_TORCH_CHECK(error == cudaSuccess, "densreg: memory was not set: ", cudaGetErrorString(error));
-    return memory;
   }
 
  private:
@@ -182,6 +156,27 @@ void for_dtype(ScalarType dtype, const char* op, F f) {
     case ScalarType::Half: return f(torch::headeronly::Half{});
     default: STD_TORCH_CHECK(false, "densreg::", op, ": expected float16, bfloat16, float32 or float64");
   }
+}
+
+// A fresh contiguous tensor on the device of another, from torch's allocator.
+template <size_t N>
+Tensor empty(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType dtype) {
+  std::array<int64_t, N> strides;
+  int64_t stride = 1;
+  for (size_t i = N; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, sizes[i]);
+  }
+  const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float16();
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(N), sizes.data(), strides.data(), type,
+                                                  device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline bool same_device(const Tensor& a, const Tensor& b) {
