@@ -93,8 +93,8 @@ inline constexpr int kResident = std::is_same_v<Raw, double> ? 1 : 4;
 template <int T>
 inline constexpr int kWaits = static_cast<int>((kMaxChunks + T - 1) / T);
 
-// Launches a kernel over rows of n elements (of ROWS tensors), of whose chunks so many `numbers` are left, or none; then
-// all chunks are written, or with `whole` each row by one block. `args.fronts` is set here.
+// Launches a kernel over rows of n elements (of ROWS tensors), of whose chunks so many `numbers` are left, or none;
+// then all chunks are written, or with `whole` each row by one block. `args.fronts` is set here.
 template <int T, class Raw, int ROWS, class Args>
 void launch_fronts(const OnDevice& device, void (*kernel)(Args), const Tensor& like, int64_t rows, int64_t n,
                    int numbers, bool whole, Args args) {

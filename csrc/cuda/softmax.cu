@@ -25,12 +25,12 @@ DENSREG_DEVICE float exp2_approximately(float x) {
 
 // exp(f - m) for f <= m, also for m infinite as base() has it.
 //
-// For a sum that holds exp(0): what is rounded off f - m, d = |f - m| times 6e-8, counts as d e^-d there.
+// For a sum. What is rounded off costs |f - m| times 1e-7 at most; in the sum this counts with the share of the element,
+// and far below the maximum that is little.
 DENSREG_DEVICE float exp_to_sum(float f, float m) { return exp2_approximately((f - m) * 1.44269504f); }
 DENSREG_DEVICE double exp_to_sum(double f, double m) { return exp(f - m); }
 
-// To the last digits, with what is rounded off put back: at f - m = -80 the rounding of the difference alone would cost
-// 4e-6 in float32.
+// For P itself, with what was rounded off put back: at f - m = -80 the difference alone would cost 4e-6 in float32.
 DENSREG_DEVICE float exp_to_write(float f, float m) {
   constexpr float log2_e = 1.44269504f, log2_e_low = 1.925963033500e-08f;  // what float32 rounds off log2 e
   const float x = f - m;
