@@ -25,8 +25,8 @@ DENSREG_DEVICE float exp2_approximately(float x) {
 
 // exp(f - m) for f <= m, also for m infinite as base() has it.
 //
-// For a sum. What is rounded off costs |f - m| times 1e-7 at most; in the sum this counts with the share of the element,
-// and far below the maximum that is little.
+// For a sum. What is rounded off costs |f - m| times 1e-7 at most; in the sum this counts with the element's share,
+// which is small far below the maximum.
 DENSREG_DEVICE float exp_to_sum(float f, float m) { return exp2_approximately((f - m) * 1.44269504f); }
 DENSREG_DEVICE double exp_to_sum(double f, double m) { return exp(f - m); }
 
