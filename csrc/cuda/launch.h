@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -41,9 +42,8 @@ inline constexpr int64_t kMaxChunks = DENSREG_CUDA_MAX_CHUNKS;
 inline constexpr TileConfig kTileConfigs[] = {{4, 4},    {16, 4},   {32, 8},   {32, 16},  {128, 8},
                                               {128, 16}, {256, 16}, {512, 16}, {1024, 16}};
 // Longer rows: chunks of one block each, of the same size on every GPU, so that a row's sums are the same everywhere.
-// 8188 elements of float32 make 984 blocks of B = 8, C = 1,000,000: one wave of an H100, eight blocks a multiprocessor.
 inline constexpr TileConfig kSplit = {256, 32};
-// A row of more chunks has longer ones: each of its blocks reads what all of them found.
+// A row of more chunks has longer ones: each block that writes reads what all of them found.
 inline constexpr int64_t kMaxChunks = 512;
 #endif
 static_assert(kSplit.threads > 32, "a chunk is the work of a block");
@@ -81,12 +81,13 @@ bool is_aligned(const Raw* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % kLanes<Raw> == 0;
 }
 
-// Chunks of the same size. Each is one tile of a kernel that holds it (unless there are more than kMaxChunks), wherever
-// the row begins: with the elements before it a chunk of a whole tile would be two of them, the second all but empty.
-template <class Raw>
+// Chunks of the same size, of ROWS rows at once. Each is one tile of a kernel that holds them (unless there are more
+// than kMaxChunks), wherever a row begins: with the elements before it a chunk of a whole tile would be two of them,
+// the second all but empty.
+template <class Raw, int ROWS>
 Split split_of(int64_t n) {
   constexpr int64_t N = kLanes<Raw>;
-  constexpr int64_t most = (static_cast<int64_t>(kSplit.threads) * vectors_of<Raw, 1>(kSplit) - 1) * N;
+  constexpr int64_t most = (static_cast<int64_t>(kSplit.threads) * vectors_of<Raw, ROWS>(kSplit) - 1) * N;
   const int64_t least = std::clamp<int64_t>((n + most - 1) / most, 1, kMaxChunks);
   const int64_t size = std::max<int64_t>(1, ((n + least - 1) / least + N - 1) / N) * N;  // each begins as the row does
   STD_TORCH_CHECK(size <= 0x40000000, "densreg: a row of ", n, " elements is longer than the kernels go");
@@ -96,7 +97,7 @@ Split split_of(int64_t n) {
 // The device of a tensor made current, and its current stream: what an operator does happens there.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()), index_(t.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "densreg: CUDA tensors in a torch without CUDA");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
@@ -117,8 +118,31 @@ class OnDevice {
     STD_TORCH_CHECK(error == cudaSuccess, "densreg: the kernel was not launched: ", cudaGetErrorString(error));
   }
 
+  // How far beyond a row the reducing front is ahead (fronts.h): what a GPU has under way at once, and some.
+  int64_t lead() const {
+#ifdef DENSREG_CUDA_LEAD  // the tests' emulation
+    return DENSREG_CUDA_LEAD;
+#else
+    static std::array<std::atomic<int>, 64> known;  // of each device, 0: not yet
+    auto& multiprocessors = known[static_cast<size_t>(index_) % known.size()];
+    if (multiprocessors == 0) {
+      int count = 0;
+      const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_);
+      STD_TORCH_CHECK(error == cudaSuccess, "densreg: ", cudaGetErrorString(error));
+      multiprocessors = count;
+    }
+    return 3 * multiprocessors + 64;
+#endif
+  }
+
+  void zero(void* memory, size_t bytes) const {
+    const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, stream_);
+    STD_TORCH_CHECK(error == cudaSuccess, "densreg: memory was not set: ", cudaGetErrorString(error));
+  }
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  int index_;
   cudaStream_t stream_;
 };
 

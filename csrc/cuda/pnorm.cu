@@ -1,10 +1,9 @@
 // pnorm and pnorm_backward on CUDA. The mathematics is in densreg/ops/pnorm.py.
 //
-// A row that fits in one tile is read once (pnorm_rows). A longer one is split into chunks: one kernel leaves the peak
-// and the total of every chunk, the next puts those of its row together.
+// A row that fits in one tile is read by one group of threads (pnorm_rows). A longer one is split into chunks: of each
+// peak and total are left, and then put together for each row, by the same launch (fronts.h).
+#include "fronts.h"
 #include "pnorm.h"
-
-#include "launch.h"
 
 namespace densreg::cuda {
 namespace {
@@ -118,8 +117,7 @@ struct NormArgs {
   A* norm;
   A* peak;
   A* total;
-  Split split;
-  A* partial;  // [2, rows * chunks]: of each chunk peak and total
+  Fronts<A> fronts;  // of each chunk peak and total
 };
 
 template <Order order, class Raw>
@@ -158,15 +156,14 @@ __global__ void __launch_bounds__(Group<T>::kThreads, 1) pnorm_rows(NormArgs<Raw
   if (there && lane == 0) finish_row<order>(a, row, peak.value, total);
 }
 
-// Peak and total of a chunk, in partial.
+// Leaves peak and total of a chunk.
 template <Order order, class Raw, int T, int V>
-__global__ void __launch_bounds__(Group<T>::kThreads) pnorm_partial(NormArgs<Raw> a) {
+DENSREG_DEVICE void reduce_chunk(const NormArgs<Raw>& a, const Item& item) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
   const int lane = Group<T>::lane();
-  const Raw* g = a.g + row * a.n + a.split.begin(chunk);
-  const Cut cut{a.split.length(chunk, a.n), Cut::shift_of(g)};
+  const Raw* g = a.g + item.row * a.n + a.fronts.split.begin(item.chunk);
+  const Cut cut{a.fronts.split.length(item.chunk, a.n), Cut::shift_of(g)};
   auto bits = bits_of(A(0));
   A total = 0;
   for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
@@ -192,27 +189,43 @@ __global__ void __launch_bounds__(Group<T>::kThreads) pnorm_partial(NormArgs<Raw
   }
   total = group_reduce<T>(total, Sum{});
   if (lane == 0) {
-    a.partial[item] = from_bits(bits);
-    a.partial[a.rows * a.split.chunks + item] = total;
+    a.fronts.leave(item, 0, from_bits(bits));
+    a.fronts.leave(item, 1, total);
   }
 }
 
-// A row's peak and total from those of its chunks, by one block.
+// A row's peak and total from those of its chunks.
 template <Order order, class Raw, int T>
-__global__ void __launch_bounds__(Group<T>::kThreads) pnorm_finish(NormArgs<Raw> a) {
+DENSREG_DEVICE void combine_chunks(const NormArgs<Raw>& a, int64_t row) {
   using A = Acc<Raw>;
-  const int64_t row = blockIdx.x;
   const int lane = Group<T>::lane();
-  const A* partial = a.partial + row * a.split.chunks;
+  A of_chunk[kWaits<T>][2];
   auto bits = bits_of(A(0));
-  for (int64_t c = lane; c < a.split.chunks; c += T) bits = Max{}(bits, bits_of(partial[c]));
+#pragma unroll
+  for (int k = 0; k < kWaits<T>; ++k) {
+    if (lane + k * T >= a.fronts.split.chunks) continue;
+    a.fronts.wait(row, lane + k * T, 2, of_chunk[k]);
+    bits = Max{}(bits, bits_of(of_chunk[k][0]));
+  }
   const Peak<A> peak(from_bits(group_reduce<T>(bits, Max{})));
   A total = 0;
-  for (int64_t c = lane; c < a.split.chunks; c += T) {
-    total += partial[a.rows * a.split.chunks + c] * peak.template weight<order>(partial[c], a.p);
+#pragma unroll
+  for (int k = 0; k < kWaits<T>; ++k) {
+    if (lane + k * T >= a.fronts.split.chunks) continue;
+    total += of_chunk[k][1] * peak.template weight<order>(of_chunk[k][0], a.p);
   }
   total = total_of<order>(peak.value, group_reduce<T>(total, Sum{}), a.n);
   if (lane == 0) finish_row<order>(a, row, peak.value, total);
+}
+
+template <Order order, class Raw, int T, int V>
+__global__ void __launch_bounds__(T, kResident<Raw>) pnorm_fronts(NormArgs<Raw> a) {
+  const Item item = a.fronts.take();
+  if (item.writes) {
+    combine_chunks<order, Raw, T>(a, item.row);
+  } else {
+    reduce_chunk<order, Raw, T, V>(a, item);
+  }
 }
 
 template <class Raw>
@@ -289,8 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
                        data<A>(norm),
                        data<A>(peak),
                        data<A>(total),
-                       {},
-                       nullptr};
+                       {}};
     for_order(p, [&](auto order) {
       // Powers take registers: 1024 threads have too few for 16 of them, on sm_100.
       constexpr size_t configs = std::size(kTileConfigs) - (order == Order::general);
@@ -299,12 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> pnorm(Tensor g, double p) {
       });
       if (held) return;
       constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
-      args.split = split_of<Raw>(n);
-      const int64_t chunks = args.split.chunks;
-      const Tensor partial = empty<2>(g, {2, rows * chunks}, row);
-      args.partial = data<A>(partial);
-      device.launch<T>(pnorm_partial<order, Raw, T, V>, rows, args, chunks);
-      device.launch<T>(pnorm_finish<order, Raw, T>, rows, args);
+      launch_fronts<T, Raw, 1>(device, pnorm_fronts<order, Raw, T, V>, g, rows, n, 2, true, args);
     });
   });
   return {norm, peak, total};
@@ -344,7 +351,7 @@ Tensor pnorm_backward(Tensor grad, Tensor g, Tensor peak, Tensor total, double p
       });
       if (held) return;
       constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit);
-      args.split = split_of<Raw>(n);
+      args.split = split_of<Raw, 1>(n);
       device.launch<T>(pnorm_backward_chunks<order, Raw, T, V>, rows, args, args.split.chunks);
     });
   });

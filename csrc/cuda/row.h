@@ -71,6 +71,9 @@ DENSREG_DEVICE X group_reduce(X x, Op op) {
   return x;
 }
 
+// Whether memory is read again soon: what is not need not stay in the L2, where it would displace what is.
+enum class Use { again, last };
+
 // A row, or a chunk of one, cut where memory is aligned to 16 bytes. Vector k holds the elements from k N - shift on:
 // the first and the last may reach past the ends, and go element by element. Other rows of the same cut (the gradient
 // of a softmax, an output) are vectors where their memory is aligned alike.
@@ -100,12 +103,13 @@ struct Cut {
 
   DENSREG_DEVICE bool holds(int i) const { return i >= 0 && i < n; }
 
-  template <class Raw>
+  template <Use USE = Use::again, class Raw>
   DENSREG_DEVICE void load(const Raw* p, int k, Acc<Raw> past_the_ends, Acc<Raw> (&x)[kLanes<Raw>]) const {
     constexpr int N = kLanes<Raw>;
     const int i = first<Raw>(k);
     if (i >= 0 && i + N <= n && fits(p)) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(p + i);
+      const uint4* at = reinterpret_cast<const uint4*>(p + i);
+      const uint4 bits = USE == Use::last ? __ldcs(at) : *at;
       Raw raw[N];
       std::memcpy(raw, &bits, sizeof(bits));
 #pragma unroll
@@ -116,7 +120,7 @@ struct Cut {
     }
   }
 
-  template <class Raw>
+  template <Use USE = Use::again, class Raw>
   DENSREG_DEVICE void store(Raw* p, int k, const Acc<Raw> (&x)[kLanes<Raw>]) const {
     constexpr int N = kLanes<Raw>;
     const int i = first<Raw>(k);
@@ -126,7 +130,12 @@ struct Cut {
       for (int e = 0; e < N; ++e) raw[e] = static_cast<Raw>(x[e]);
       uint4 bits;
       std::memcpy(&bits, raw, sizeof(bits));
-      *reinterpret_cast<uint4*>(p + i) = bits;
+      uint4* at = reinterpret_cast<uint4*>(p + i);
+      if constexpr (USE == Use::last) {
+        __stcs(at, bits);
+      } else {
+        *at = bits;
+      }
     } else {
 #pragma unroll
       for (int e = 0; e < N; ++e) {
@@ -136,8 +145,7 @@ struct Cut {
   }
 };
 
-// A row that does not fit in one tile is split into chunks, each the work of one block of kSplit.threads: blockIdx.y.
-// What the chunks of a row leave is at row * chunks + chunk.
+// A row that does not fit in one tile is split into chunks, each the work of one block of kSplit.threads.
 struct Split {
   int64_t chunks;  // of a row
   int64_t size;    // elements of a chunk, the last one of a row excepted; below 2^31
@@ -148,14 +156,6 @@ struct Split {
     return static_cast<int>(left < size ? left : size);
   }
 };
-
-// A kernel that goes over the chunks again takes them backwards: what was read last is still in the L2.
-struct Place {
-  int64_t row, chunk;
-};
-DENSREG_DEVICE Place backwards() {
-  return {static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x, static_cast<int64_t>(gridDim.y) - 1 - blockIdx.y};
-}
 
 // --- the functions of one number that CUDA has under two names
 

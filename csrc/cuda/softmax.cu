@@ -1,10 +1,9 @@
 // softmax, softmax_backward and softmax_double_backward on CUDA. The mathematics is in densreg/ops/softmax.py.
 //
-// A row that fits in one tile is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: a
-// kernel leaves the sums of every chunk, the next adds up those of its row and goes over its chunk again.
+// A row that fits in one tile is read once (softmax_rows, softmax_backward_rows). A longer one is split into chunks: of
+// each the sums are left, and then it is written with those of its whole row, by the same launch (fronts.h).
+#include "fronts.h"
 #include "softmax.h"
-
-#include "launch.h"
 
 namespace densreg::cuda {
 namespace {
@@ -13,17 +12,48 @@ CallCounter softmax_calls("softmax", "cuda");
 CallCounter softmax_backward_calls("softmax_backward", "cuda");
 CallCounter softmax_double_backward_calls("softmax_double_backward", "cuda");
 
-// exp(f - m) for f <= m, also for m infinite as base() has it. In float32 and float64 the difference is taken exactly,
-// as x + low: at f - m = -80 its rounding alone would cost 4e-6 in float32. Half precision rounds P far more than that.
+// 2^x, to 2^-22; below the smallest normal number 0.
+DENSREG_DEVICE float exp2_approximately(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else  // the tests' emulation
+  return exp2f(x);
+#endif
+}
+
+// exp(f - m) for f <= m, also for m infinite as base() has it.
+//
+// For a sum. What is rounded off costs |f - m| times 1e-7 at most; in the sum this counts with the element's share,
+// which is small far below the maximum.
+DENSREG_DEVICE float exp_to_sum(float f, float m) { return exp2_approximately((f - m) * 1.44269504f); }
+DENSREG_DEVICE double exp_to_sum(double f, double m) { return exp(f - m); }
+
+// For P itself, with what was rounded off put back: at f - m = -80 the difference alone would cost 4e-6 in float32.
+DENSREG_DEVICE float exp_to_write(float f, float m) {
+  constexpr float log2_e = 1.44269504f, log2_e_low = 1.925963033500e-08f;  // what float32 rounds off log2 e
+  const float x = f - m;
+  const float b = x - f;
+  const float h = x * log2_e;
+  const float y = exp2_approximately(h);
+  const float low = fmaf(x, log2_e_low, fmaf(x, log2_e, -h));  // log2 e x = h + low
+  const float rest = fmaf(low, 0.693147181f, (f - (x - b)) - (m + b));
+  return fabsf(rest) < 1 ? fmaf(y, rest, y) : y;  // not where it is a NaN: at infinities
+}
+DENSREG_DEVICE double exp_to_write(double f, double m) {
+  const double x = f - m;
+  const double y = exp(x);
+  const double b = x - f;
+  const double rest = (f - (x - b)) - (m + b);
+  return fabs(rest) < 1 ? fma(y, rest, y) : y;
+}
+
+// Half precision rounds P far more than the cheaper one.
 template <class Raw>
-DENSREG_DEVICE Acc<Raw> exp_difference(Acc<Raw> f, Acc<Raw> m) {
-  using A = Acc<Raw>;
-  const A x = f - m;
-  const A y = exponential(x);
-  if constexpr (sizeof(Raw) == 2) return y;
-  const A b = x - f;
-  const A rest = y * ((f - (x - b)) - (m + b));
-  return magnitude(rest) < y ? y + rest : y;  // not where it is a NaN: at infinities
+DENSREG_DEVICE Acc<Raw> exp_for(Acc<Raw> f, Acc<Raw> m) {
+  if constexpr (sizeof(Raw) == 2) return exp_to_sum(f, m);
+  return exp_to_write(f, m);
 }
 
 // What is subtracted from the logits of a row: its maximum. Zero where that is infinite, so that nothing but -inf sums
@@ -54,8 +84,7 @@ struct ForwardArgs {
   A* cross_entropy;  // null without a target
   Raw* softmax;      // or null
   A* statistics;     // [2, rows]: m, then s
-  Split split;
-  A* partial;  // [3, rows * chunks]: of each chunk m, s, and sum_i (base(m) - f_i) for label smoothing
+  Fronts<A> fronts;  // of each chunk m, s, and for label smoothing sum_i (base(m) - f_i)
 };
 
 // The outputs of one number for a row, by one thread. `shortfall` is sum_i (base(m) - f_i).
@@ -120,7 +149,7 @@ __global__ void __launch_bounds__(Group<T>::kThreads) softmax_rows(ForwardArgs<R
     if (a.label_smoothing > 0) shortfall += shortfall_of<Raw>(cut, lane + j * T, x[j], b);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      x[j][e] = exp_difference<Raw>(x[j][e], b);
+      x[j][e] = exp_for<Raw>(x[j][e], b);
       s += x[j][e];
     }
   }
@@ -138,15 +167,14 @@ __global__ void __launch_bounds__(Group<T>::kThreads) softmax_rows(ForwardArgs<R
   }
 }
 
-// The sums of a chunk, in partial.
+// Leaves the sums of a chunk.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Group<T>::kThreads) softmax_partial(ForwardArgs<Raw> a) {
+DENSREG_DEVICE void reduce_chunk(const ForwardArgs<Raw>& a, const Item& item) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
   const int lane = Group<T>::lane();
-  const Raw* f = a.logits + row * a.stride + a.split.begin(chunk);
-  const Cut cut{a.split.length(chunk, a.classes), Cut::shift_of(f)};
+  const Raw* f = a.logits + item.row * a.stride + a.fronts.split.begin(item.chunk);
+  const Cut cut{a.fronts.split.length(item.chunk, a.classes), Cut::shift_of(f)};
   A m = -kInfinity<A>, s = 0, shortfall = 0;
   int count = 0;
   for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
@@ -171,57 +199,76 @@ __global__ void __launch_bounds__(Group<T>::kThreads) softmax_partial(ForwardArg
         for (int e = 0; e < N; ++e) count += cut.holds(cut.first<Raw>(tile + lane + j * T) + e);
       }
 #pragma unroll
-      for (int e = 0; e < N; ++e) s += exp_difference<Raw>(x[j][e], b);
+      for (int e = 0; e < N; ++e) s += exp_to_sum(x[j][e], b);
     }
   }
   s = group_reduce<T>(s, Sum{});
   if (a.label_smoothing > 0) shortfall = group_reduce<T>(shortfall, Sum{});
   if (lane == 0) {
-    const int64_t items = a.rows * a.split.chunks;
-    a.partial[item] = m;
-    a.partial[items + item] = s;
-    a.partial[2 * items + item] = shortfall;
+    a.fronts.leave(item, 0, m);
+    a.fronts.leave(item, 1, s);
+    if (a.label_smoothing > 0) a.fronts.leave(item, 2, shortfall);
   }
 }
 
 // A row's sums from those of its chunks, and the softmax of one chunk; without a softmax a row has one block.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Group<T>::kThreads) softmax_finish(ForwardArgs<Raw> a) {
+DENSREG_DEVICE void write_chunk(const ForwardArgs<Raw>& a, const Item& item) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const auto [row, chunk] = backwards();
+  const Split& split = a.fronts.split;
   const int lane = Group<T>::lane();
-  const int64_t items = a.rows * a.split.chunks;
-  const A* partial = a.partial + row * a.split.chunks;
+  const Raw* f = a.logits + item.row * a.stride + split.begin(item.chunk);
+  const Cut cut{a.softmax ? split.length(item.chunk, a.classes) : 0, Cut::shift_of(f)};
+  A x[V][N];
+  const auto load = [&](int tile) {  // past the end nothing is read
+#pragma unroll
+    for (int j = 0; j < V; ++j) cut.template load<Use::last>(f, tile + lane + j * T, -kInfinity<A>, x[j]);
+  };
+  load(0);  // under way while the block waits
+  A of_chunk[kWaits<T>][3];
   A m = -kInfinity<A>, s = 0, shortfall = 0;
-  for (int64_t c = lane; c < a.split.chunks; c += T) m = Max{}(m, partial[c]);
+#pragma unroll
+  for (int k = 0; k < kWaits<T>; ++k) {
+    const int c = lane + k * T;
+    if (c >= split.chunks) continue;
+    a.fronts.wait(item.row, c, a.label_smoothing > 0 ? 3 : 2, of_chunk[k]);
+    m = Max{}(m, of_chunk[k][0]);
+  }
   m = group_reduce<T>(m, Max{});
   const A b = base(m);
-  for (int64_t c = lane; c < a.split.chunks; c += T) {
-    s += partial[items + c] * rescale(partial[c], m);
+#pragma unroll
+  for (int k = 0; k < kWaits<T>; ++k) {
+    const int c = lane + k * T;
+    if (c >= split.chunks) continue;
+    s += of_chunk[k][1] * rescale(of_chunk[k][0], m);
     if (a.label_smoothing > 0) {
-      const A length = static_cast<A>(a.split.length(c, a.classes));
-      shortfall += partial[2 * items + c] + length * (b - base(partial[c]));
+      shortfall += of_chunk[k][2] + static_cast<A>(split.length(c, a.classes)) * (b - base(of_chunk[k][0]));
     }
   }
   s = group_reduce<T>(s, Sum{});
   if (a.label_smoothing > 0) shortfall = group_reduce<T>(shortfall, Sum{});
-  if (lane == 0 && chunk == 0) finish_row(a, row, m, s, shortfall);
-  if (!a.softmax) return;
+  if (lane == 0 && item.chunk == 0) finish_row(a, item.row, m, s, shortfall);
   const A inverse = magnitude(m) == kInfinity<A> ? std::numeric_limits<A>::quiet_NaN() : a.scale / s;
-  const Raw* f = a.logits + row * a.stride + a.split.begin(chunk);
-  Raw* y = a.softmax + row * a.classes + a.split.begin(chunk);
-  const Cut cut{a.split.length(chunk, a.classes), Cut::shift_of(f)};
-  for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
-    A x[V][N];
-#pragma unroll
-    for (int j = 0; j < V; ++j) cut.load(f, tile + lane + j * T, -kInfinity<A>, x[j]);
+  Raw* y = a.softmax + item.row * a.classes + split.begin(item.chunk);
+  for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V, load(tile)) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
 #pragma unroll
-      for (int e = 0; e < N; ++e) x[j][e] = exp_difference<Raw>(x[j][e], b) * inverse;
-      cut.store(y, tile + lane + j * T, x[j]);
+      for (int e = 0; e < N; ++e) x[j][e] = exp_for<Raw>(x[j][e], b) * inverse;
+      cut.template store<Use::last>(y, tile + lane + j * T, x[j]);
     }
+  }
+}
+
+// V vectors of a thread in a chunk that is reduced, W in one that is written.
+template <class Raw, int T, int V, int W>
+__global__ void __launch_bounds__(T, kResident<Raw>) softmax_fronts(ForwardArgs<Raw> a) {
+  const Item item = a.fronts.take();
+  if (item.writes) {
+    write_chunk<Raw, T, W>(a, item);
+  } else {
+    reduce_chunk<Raw, T, V>(a, item);
   }
 }
 
@@ -242,9 +289,8 @@ struct BackwardArgs {
   int64_t ignore_index;
   A scale;
   Raw* grad;
-  Split split;
-  A* partial;  // [rows * chunks]: <Q, U> of each chunk, or null without an upstream gradient of the softmax
-  A* dots;     // null; of the double backward, whose upstream is v, where <P, v> goes
+  A* dots;           // null; of the double backward, whose upstream is v, where <P, v> goes
+  Fronts<A> fronts;  // of each chunk <Q, U>; nothing without an upstream gradient of the softmax
 };
 
 // Q of a row: P from the logits, or the softmax, scale P.
@@ -261,11 +307,12 @@ struct Source {
   }
 
   // Past the ends of the row 0.
+  template <bool TO_SUM = false, Use USE = Use::again>
   DENSREG_DEVICE void load(const Raw* p, const Cut& cut, int k, A (&q)[kLanes<Raw>]) const {
-    cut.load(p, k, logits ? -kInfinity<A> : A(0), q);
+    cut.template load<USE>(p, k, logits ? -kInfinity<A> : A(0), q);
     if (logits) {
 #pragma unroll
-      for (int e = 0; e < kLanes<Raw>; ++e) q[e] = exp_difference<Raw>(q[e], m) * inverse;
+      for (int e = 0; e < kLanes<Raw>; ++e) q[e] = (TO_SUM ? exp_to_sum(q[e], m) : exp_for<Raw>(q[e], m)) * inverse;
     }
   }
 };
@@ -303,17 +350,18 @@ struct Gradient {
                             const A (&u)[kLanes<Raw>]) const {
     const int64_t at = y < 0 ? -1 : y - begin - cut.first<Raw>(v);
 #pragma unroll
-    for (int e = 0; e < kLanes<Raw>; ++e) {
-      q[e] = q[e] * (u[e] * c + k) - uniform;
-      if (at == e) q[e] -= hit;
+    for (int e = 0; e < kLanes<Raw>; ++e) q[e] = q[e] * (u[e] * c + k) - uniform;
+    if (at >= 0 && at < kLanes<Raw>) {  // one vector of a row
+#pragma unroll
+      for (int e = 0; e < kLanes<Raw>; ++e) q[e] -= at == e ? hit : A(0);
     }
   }
 };
 
-template <class Raw>
+template <Use USE = Use::again, class Raw>
 DENSREG_DEVICE void load_upstream(const Raw* u, const Cut& cut, int k, Acc<Raw> (&x)[kLanes<Raw>]) {
   if (u) {
-    cut.load(u, k, Acc<Raw>(0), x);
+    cut.template load<USE>(u, k, Acc<Raw>(0), x);
   } else {
 #pragma unroll
     for (int e = 0; e < kLanes<Raw>; ++e) x[e] = 0;
@@ -353,24 +401,24 @@ __global__ void __launch_bounds__(Group<T>::kThreads, 1) softmax_backward_rows(B
   }
 }
 
-// <Q, U> of a chunk, in partial.
+// Leaves <Q, U> of a chunk.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Group<T>::kThreads) softmax_backward_partial(BackwardArgs<Raw> a) {
+DENSREG_DEVICE void reduce_chunk(const BackwardArgs<Raw>& a, const Item& item) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const int64_t row = blockIdx.x, chunk = blockIdx.y, item = row * a.split.chunks + chunk;
   const int lane = Group<T>::lane();
-  const Raw* f = a.source + row * a.source_stride + a.split.begin(chunk);
-  const Raw* upstream = a.upstream + row * a.upstream_stride + a.split.begin(chunk);
-  const Cut cut{a.split.length(chunk, a.classes), Cut::shift_of(f)};
-  const Source<Raw> source(a, row, true);
+  const int64_t begin = a.fronts.split.begin(item.chunk);
+  const Raw* f = a.source + item.row * a.source_stride + begin;
+  const Raw* upstream = a.upstream + item.row * a.upstream_stride + begin;
+  const Cut cut{a.fronts.split.length(item.chunk, a.classes), Cut::shift_of(f)};
+  const Source<Raw> source(a, item.row, true);
   A dot = 0;
   for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
     A of_tile = 0;  // a running sum over a long chunk would lose digits
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       A q[N], u[N];
-      source.load(f, cut, tile + lane + j * T, q);
+      source.template load<true>(f, cut, tile + lane + j * T, q);
       load_upstream(upstream, cut, tile + lane + j * T, u);
 #pragma unroll
       for (int e = 0; e < N; ++e) of_tile += q[e] * u[e];
@@ -378,38 +426,59 @@ __global__ void __launch_bounds__(Group<T>::kThreads) softmax_backward_partial(B
     dot += of_tile;
   }
   dot = group_reduce<T>(dot, Sum{});
-  if (lane == 0) a.partial[item] = dot;
+  if (lane == 0) a.fronts.leave(item, 0, dot);
 }
 
+// The gradient in a chunk, with <Q, U> of its row from those of the row's chunks.
 template <class Raw, int T, int V>
-__global__ void __launch_bounds__(Group<T>::kThreads, 1) softmax_backward_finish(BackwardArgs<Raw> a) {
+DENSREG_DEVICE void write_chunk(const BackwardArgs<Raw>& a, const Item& item) {
   using A = Acc<Raw>;
   constexpr int N = kLanes<Raw>;
-  const auto [row, chunk] = backwards();
+  const Split& split = a.fronts.split;
   const int lane = Group<T>::lane();
-  A dot = 0;
-  if (a.partial) {
-    const A* partial = a.partial + row * a.split.chunks;
-    for (int64_t c = lane; c < a.split.chunks; c += T) dot += partial[c];
-    dot = group_reduce<T>(dot, Sum{});
-  }
-  const int64_t begin = a.split.begin(chunk);
-  const Raw* f = a.source + row * a.source_stride + begin;
-  const Raw* upstream = a.upstream ? a.upstream + row * a.upstream_stride + begin : nullptr;
-  Raw* g = a.grad + row * a.classes + begin;
-  const Cut cut{a.split.length(chunk, a.classes), Cut::shift_of(f)};
-  const Source<Raw> source(a, row, true);
-  if (a.dots && lane == 0 && chunk == 0) a.dots[row] = dot;
-  const Gradient<Raw> gradient(a, row, dot);
-  for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V) {
+  const int64_t begin = split.begin(item.chunk);
+  const Raw* f = a.source + item.row * a.source_stride + begin;
+  const Raw* upstream = a.upstream ? a.upstream + item.row * a.upstream_stride + begin : nullptr;
+  Raw* g = a.grad + item.row * a.classes + begin;
+  const Cut cut{split.length(item.chunk, a.classes), Cut::shift_of(f)};
+  const Source<Raw> source(a, item.row, true);
+  A q[V][N], u[V][N];
+  const auto load = [&](int tile) {  // past the end nothing is read
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      A q[N], u[N];
-      source.load(f, cut, tile + lane + j * T, q);
-      load_upstream(upstream, cut, tile + lane + j * T, u);
-      gradient.apply(cut, tile + lane + j * T, begin, q, u);
-      cut.store(g, tile + lane + j * T, q);
+      source.template load<false, Use::last>(f, cut, tile + lane + j * T, q[j]);
+      load_upstream<Use::last>(upstream, cut, tile + lane + j * T, u[j]);
     }
+  };
+  load(0);  // under way while the block waits
+  A dot = 0;
+  if (upstream) {
+    for (int64_t c = lane; c < split.chunks; c += T) {
+      A of_chunk[1];
+      a.fronts.wait(item.row, c, 1, of_chunk);
+      dot += of_chunk[0];
+    }
+    dot = group_reduce<T>(dot, Sum{});
+  }
+  if (a.dots && lane == 0 && item.chunk == 0) a.dots[item.row] = dot;
+  const Gradient<Raw> gradient(a, item.row, dot);
+  for (int tile = 0; tile < cut.vectors<Raw>(); tile += T * V, load(tile)) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      gradient.apply(cut, tile + lane + j * T, begin, q[j], u[j]);
+      cut.template store<Use::last>(g, tile + lane + j * T, q[j]);
+    }
+  }
+}
+
+// As above; with W = V the assembler spills.
+template <class Raw, int T, int V, int W>
+__global__ void __launch_bounds__(T, kResident<Raw>) softmax_backward_fronts(BackwardArgs<Raw> a) {
+  const Item item = a.fronts.take();
+  if (item.writes) {
+    write_chunk<Raw, T, W>(a, item);
+  } else {
+    reduce_chunk<Raw, T, V>(a, item);
   }
 }
 
@@ -460,20 +529,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax(Tensor logits, std::optional<
                           target ? data<A>(cross_entropy) : nullptr,
                           need_softmax ? data<Raw>(softmax) : nullptr,
                           data<A>(statistics),
-                          {},
-                          nullptr};
+                          {}};
     const bool aligned = is_aligned(args.logits, args.stride);
     const bool held = with_tile_config<Raw, 1>(n, aligned, [&](auto threads, auto vectors) {
       device.launch<threads>(softmax_rows<Raw, threads, vectors>, rows, args);
     });
     if (held) return;
-    constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit);
-    args.split = split_of<Raw>(n);
-    const int64_t chunks = args.split.chunks;
-    const Tensor partial = empty<2>(logits, {3, rows * chunks}, row);
-    args.partial = data<A>(partial);
-    device.launch<T>(softmax_partial<Raw, T, V>, rows, args, chunks);
-    device.launch<T>(softmax_finish<Raw, T, vectors_of<Raw, 2>(kSplit)>, rows, args, need_softmax ? chunks : 1);
+    constexpr int T = kSplit.threads, V = vectors_of<Raw, 1>(kSplit), W = vectors_of<Raw, 2>(kSplit);
+    launch_fronts<T, Raw, 1>(device, softmax_fronts<Raw, T, V, W>, logits, rows, n, args.label_smoothing > 0 ? 3 : 2,
+                          !need_softmax, args);
   });
   return {log_density, cross_entropy, softmax, statistics};
 }
@@ -526,24 +590,15 @@ Tensor run_backward(const char* op, CallCounter& counter, Tensor source, const s
                            ignore_index,
                            static_cast<A>(scale),
                            data<Raw>(grad),
-                           {},
-                           nullptr,
-                           dots ? data<A>(*dots) : nullptr};
+                           dots ? data<A>(*dots) : nullptr,
+                           {}};
     const bool aligned = is_aligned(args.source, args.source_stride);
     const bool held = with_tile_config<Raw, 2>(n, aligned, [&](auto threads, auto vectors) {
       device.launch<threads>(softmax_backward_rows<Raw, threads, vectors>, rows, args);
     });
     if (held) return;
-    constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit);
-    args.split = split_of<Raw>(n);
-    const int64_t chunks = args.split.chunks;
-    std::optional<Tensor> partial;
-    if (u) {
-      partial = empty<1>(source, {rows * chunks}, row);
-      args.partial = data<A>(*partial);
-      device.launch<T>(softmax_backward_partial<Raw, T, V>, rows, args, chunks);
-    }
-    device.launch<T>(softmax_backward_finish<Raw, T, V>, rows, args, chunks);
+    constexpr int T = kSplit.threads, V = vectors_of<Raw, 2>(kSplit), W = vectors_of<Raw, 4>(kSplit);
+    launch_fronts<T, Raw, 2>(device, softmax_backward_fronts<Raw, T, V, W>, source, rows, n, u ? 1 : 0, false, args);
   });
   return grad;
 }

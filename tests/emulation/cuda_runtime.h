@@ -5,18 +5,25 @@
 // its warp, or of its block, are there too. What CUDA leaves undefined ends the process: a shuffle or a barrier that
 // some threads never reach. densreg_reverse(1) runs the threads in the opposite order, which shows what depends on an
 // order that CUDA does not promise.
+//
+// Blocks run one after the other, by their index. densreg_side_by_side(n) runs n at a time, the last first, each by a
+// thread of the machine, and delays what one leaves for others; if all wait for blocks that have not started, the
+// process ends. densreg_tickets(0) gives each block its index in place of a ticket.
 #pragma once
 
 #include <math.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -24,7 +31,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after the other
+#define __shared__ static thread_local  // a thread of the machine runs one block after the other
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -42,6 +49,10 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
 
 namespace emulation {
 
@@ -73,20 +84,38 @@ struct Fiber {
   unsigned shuffles = 0;
 };
 
-struct Machine {
+struct Options {
+  bool reverse = false, tickets = true;
+  int64_t lead = 0;  // of csrc/cuda/fronts.h
+  int side_by_side = 1;
+};
+inline Options options;
+
+// A launch: what the blocks that run side by side share.
+struct Launch {
+  std::mutex alone;  // one launch at a time
+  void (*body)(const void*) = nullptr;
+  const void* arguments = nullptr;
   std::mutex mutex;
+  std::condition_variable changed;
+  int64_t left = 0;  // blocks that have not started
+  uint64_t words = 0;  // that blocks have left for others
+  int running = 0, waiting = 0;
+  int64_t waits = 0;
+};
+inline Launch launch;
+
+struct Machine {  // that runs a block
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   ucontext_t context;
   jmp_buf jump;
   dim3 block;
-  void (*body)(const void*) = nullptr;
-  const void* arguments = nullptr;
-  bool reverse = false;
+  uint64_t words = 0;  // of the launch when it last looked
 };
 
 inline Machine& machine() {
-  static Machine one;
+  static thread_local Machine one;
   return one;
 }
 
@@ -113,7 +142,7 @@ inline void wait(At at) {
 
 inline void life() {
   for (;;) {  // one kernel after the other
-    machine().body(machine().arguments);
+    launch.body(launch.arguments);
     wait(At::end);
   }
 }
@@ -126,7 +155,7 @@ inline void resume(Fiber& f) {
 
 template <class F>
 void in_order(unsigned n, F f) {
-  for (unsigned i = 0; i < n; ++i) f(machine().reverse ? n - 1 - i : i);
+  for (unsigned i = 0; i < n; ++i) f(options.reverse ? n - 1 - i : i);
 }
 
 // Runs a warp until all of it waits at a barrier, or has ended.
@@ -171,7 +200,6 @@ struct Index {
 
 #define threadIdx (emulation::Index{emulation::machine().current->index})
 #define blockIdx (emulation::machine().block)
-inline dim3 gridDim;
 
 inline void __syncthreads() { emulation::wait(emulation::At::barrier); }
 
@@ -195,22 +223,83 @@ inline float __uint_as_float(unsigned x) { return emulation::bits<float>(x); }
 inline long long __double_as_longlong(double x) { return emulation::bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulation::bits<double>(x); }
 
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T x) {
+  *p = x;
+}
+
+// Only a ticket is taken so.
+inline unsigned atomicAdd(unsigned* p, unsigned x) {
+  return emulation::options.tickets ? __atomic_fetch_add(p, x, __ATOMIC_RELAXED) : blockIdx.x;
+}
+
+// Only what others may wait for is left so.
+template <class T>
+void atomicExch(T* p, T x) {
+  if (emulation::options.side_by_side > 1) std::this_thread::sleep_for(std::chrono::microseconds(200));
+  const std::lock_guard<std::mutex> lock(emulation::launch.mutex);
+  __atomic_store_n(p, x, __ATOMIC_RELEASE);
+  ++emulation::launch.words;
+  emulation::launch.waiting = 0;
+  emulation::launch.changed.notify_all();
+}
+
+// Only who waits for others sleeps: until something has been left since it last looked.
+inline void __nanosleep(unsigned) {
+  emulation::Launch& l = emulation::launch;
+  uint64_t& seen = emulation::machine().words;
+  std::unique_lock<std::mutex> lock(l.mutex);
+  if (seen == l.words) {
+    ++l.waits;
+    if (++l.waiting == l.running) emulation::fail("every block that runs waits for one that has not started");
+    l.changed.wait(lock, [&] { return seen != l.words; });
+  }
+  seen = l.words;
+}
+
+namespace emulation {
+
+// Runs blocks until all have started.
+inline void run_blocks(dim3 grid, unsigned threads) {
+  Machine& m = machine();
+  std::unique_lock<std::mutex> lock(launch.mutex);
+  while (launch.left > 0) {
+    const int64_t blocks = int64_t{grid.x} * grid.y, left = launch.left--;
+    const unsigned index = static_cast<unsigned>(options.side_by_side > 1 ? left - 1 : blocks - left);
+    lock.unlock();
+    m.block = dim3(index % grid.x, index / grid.x);
+    run_block(threads);
+    lock.lock();
+  }
+  if (--launch.running > 0 && launch.running == launch.waiting) fail("the last blocks wait for ever");
+}
+
+}  // namespace emulation
+
 template <class Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
-  emulation::Machine& m = emulation::machine();
-  const std::lock_guard<std::mutex> lock(m.mutex);
+  emulation::Launch& l = emulation::launch;
+  const std::lock_guard<std::mutex> alone(l.alone);
   struct Call {
     void (*kernel)(Args);
     const Args* args;
   } call{kernel, &args};
-  m.arguments = &call;
-  m.body = [](const void* p) {
+  l.arguments = &call;
+  l.body = [](const void* p) {
     const Call& c = *static_cast<const Call*>(p);
     c.kernel(*c.args);
   };
-  gridDim = config->gridDim;
-  for (m.block.y = 0; m.block.y < gridDim.y; ++m.block.y) {
-    for (m.block.x = 0; m.block.x < gridDim.x; ++m.block.x) emulation::run_block(config->blockDim.x);
-  }
+  l.left = int64_t{config->gridDim.x} * config->gridDim.y;
+  l.running = emulation::options.side_by_side;
+  l.waiting = 0;
+  const auto run = [&] { emulation::run_blocks(config->gridDim, config->blockDim.x); };
+  std::vector<std::thread> others;
+  for (int i = 1; i < emulation::options.side_by_side; ++i) others.emplace_back(run);
+  run();
+  for (std::thread& other : others) other.join();
   return cudaSuccess;
 }
