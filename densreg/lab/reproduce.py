@@ -574,9 +574,7 @@ def _write(
     first = f"The first {budget.test_size}" if budget.test_size else "All"
     images = f"of {budget.val_size} held-out training" if budget.val_size else "test"
     page = f"# {chosen.what}\n\n{first} {images} images.\n\n{markdown(chosen, table)}\n{notes}"
-    try:
+    with runs.writing(folder):
         runs.write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
         runs.write_atomically(folder / TABLE, lambda file: file.write(page.encode()))
         runs.write_csv(folder / ROWS, [{k: report.DASH if v is None else v for k, v in row.items()} for row in table])
-    except OSError as error:
-        raise runs.TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error

@@ -76,6 +76,15 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], Any], prev
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """TrainingError, in one line, for what cannot be written to a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows with the same keys as a table; without rows there is no file."""
     if not rows:

@@ -252,7 +252,7 @@ def test_going_on(command, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training.problem, "train_step", None)
         metric = evaluation.metric
-        patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
+        patch.setattr(evaluation.registry, "metric", lambda name: functools.wraps(metric(name))(_never))
         assert command(*arguments)[0] == 0
     assert (run / "checkpoint.pt").read_bytes() == weights
     assert _table(tmp_path / "runs" / "reproduce" / "table1") == first
@@ -316,7 +316,7 @@ def test_figures_against_other_images_do_not_count(tmp_path, monkeypatch):
     assert measured("one", data_dir=str(tmp_path / "two")) == two, "the one that is asked for"
     with monkeypatch.context() as patch:
         metric = evaluation.metric
-        patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
+        patch.setattr(evaluation.registry, "metric", lambda name: functools.wraps(metric(name))(_never))
         assert (measured("one"), measured("two")) == (one, two), "both are kept"
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "two").rename(tmp_path / "one")
