@@ -51,6 +51,7 @@ LAB = (
     "stability",
     "evaluation",
     "experiments",
+    "coefficients",
     "pictures",
     "reproduce",
     "cli",

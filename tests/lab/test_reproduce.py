@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from densreg.lab import cli, evaluation, experiments, reproduce, runs, training
+from densreg.lab import cli, coefficients, evaluation, experiments, reproduce, runs, training
 from densreg.lab.reproduce import EXPERIMENTS, METHODS, Budget, rows_of
 
 SMALL = ("--epochs", "1", "--train-size", "256", "--test-size", "20", "--threads", "1")
@@ -204,28 +204,9 @@ def test_a_model_that_ignores_its_input_has_no_row(command, tmp_path):
     ]
     assert json.loads((tmp_path / "search" / "chosen.json").read_text())["blockmnist mlp"]["density"]["best"] == 0.1
     assert "The first 20 of 40 held-out training images." in (tmp_path / "search" / "table.md").read_text()
+    found = coefficients.read_chosen(str(tmp_path / "search"))
     with pytest.raises(ValueError, match="--coeff-from has no coefficient of hessian for blockmnist and mlp"):
-        rows_of(
-            "table1", Budget(methods=("density", "hessian"), chosen=reproduce.read_chosen(str(tmp_path / "search")))
-        )
-
-
-def test_the_choice_of_a_coefficient():
-    def row(method, coeff, seed, clean, *attacked):
-        budgets = {f"pgd l2_{i}": value for i, value in enumerate(attacked)}
-        return {"data": "d", "model": "m", "method": method, "coeff": coeff, "accuracy clean": clean, **budgets}
-
-    standard = [row("standard", "", 0, 0.90, 0.1, 0.0), row("standard", "", 1, 0.92, 0.1, 0.0)]
-    mild = [row("density", 0.1, 0, 0.90, 0.4, 0.2), row("density", 0.1, 1, 0.91, 0.4, 0.2)]
-    middle = [row("density", 0.3, 0, 0.90, 0.5, 0.5), row("density", 0.3, 1, 0.90, 0.3, 0.1)]
-    strong = [row("density", 1.0, 0, 0.80, 0.7, 0.7), row("density", 1.0, 1, 0.80, 0.1, 0.7)]
-    rival = [row("hessian", 0.1, 0, 0.10, 0.1, 0.1)]
-    attack = reproduce.Measure("pgd", ("l2_*",))
-    table = [*standard, *mild, *middle, *strong, *rival]
-    assert reproduce.choose(table, attack) == {
-        "d m": {"density": {"best": 1.0, "gentle": 0.3}, "hessian": {"best": 0.1}}
-    }
-    assert reproduce.choose([*mild, *strong], attack) == {"d m": {"density": {"best": 1.0}}}, "nothing to compare with"
+        rows_of("table1", Budget(methods=("density", "hessian"), chosen=found))
 
 
 def test_going_on(command, tmp_path, monkeypatch):
