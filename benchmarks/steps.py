@@ -32,13 +32,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import densreg
-from densreg import attacks, paths, regularizers
+from densreg import _torch, attacks, paths, regularizers
 from densreg.lab import models
 
 from .records import Row, tables, write_json
@@ -170,7 +167,7 @@ def steps_of(column: str, model: nn.Module) -> Step:
         compiled = torch.compile(graph, fullgraph=True, dynamic=False)
 
         def one_graph(x: Tensor, y: Tensor) -> list[Tensor]:
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
+            with _torch.tracing_autograd():
                 return list(compiled(x.detach().requires_grad_(), y))
 
         return one_graph
@@ -231,7 +228,7 @@ def _error(grads: list[Tensor], reference: list[Tensor]) -> float:
     return (off / sum(float(r.square().sum()) for r in reference)) ** 0.5
 
 
-class _Products(TorchDispatchMode):
+class _Products(_torch.TorchDispatchMode):
     """Counts the floating-point operations of matrix products, and the bytes of their operands and results."""
 
     def __init__(self) -> None:
@@ -246,7 +243,7 @@ class _Products(TorchDispatchMode):
             if func.overloadpacket is torch.ops.aten.convolution_backward:  # two products, if both are asked for
                 (grad, x, weight), (of_x, of_weight, _) = args[:3], args[-1]
                 tensors = [*([grad, weight, out[0]] if of_x else []), *([grad, x, out[1]] if of_weight else [])]
-            self.bytes += sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
+            self.bytes += sum(t.nbytes for t in _torch.tree_leaves(tensors) if isinstance(t, Tensor))
         return out
 
 
@@ -257,7 +254,7 @@ def floors(case: Case) -> dict[str, float]:
     where memory is what limits the products this ratio is the floor.
     """
     counts = []
-    with FakeTensorMode():  # shapes only
+    with _torch.FakeTensorMode():  # shapes only
         model = case.build()
         parameters = list(model.parameters())
         x, y = torch.rand(case.batch, *case.image_shape), torch.zeros(case.batch, dtype=torch.int64)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import densreg
 from benchmarks.second_order import parameter_gradient, relative_error, torch_penalty
-from densreg import linear
+from densreg import _torch, linear
 
 ROOT = Path(__file__).parent.parent
 inf, f64 = float("inf"), torch.float64
@@ -144,7 +144,7 @@ def loss_case(sizes, rows=2, masked=(), bias=True, tile=3, kind="plain", scale=1
                 return [(t, *torch.autograd.grad(t, parameters, **grad)) for t in of]
 
             compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
+            with _torch.tracing_autograd():
                 ours = compiled(my_x)
         else:
             ours = [(t, *torch.autograd.grad(t, parameters, **grad)) for t in terms(my_x)]

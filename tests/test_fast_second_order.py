@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import nothing
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import densreg
+from densreg import _torch
 from densreg.second_order import fast_second_order, third_order
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -121,7 +121,7 @@ def test_channels_last_stays():
         assert t.is_contiguous(memory_format=torch.channels_last)
 
 
-class _Count(TorchDispatchMode):
+class _Count(_torch.TorchDispatchMode):
     """The kernels of convolutions that run: "forward", "input", "weight", or several."""
 
     def __init__(self):
@@ -674,7 +674,7 @@ def test_weight_norm_of_a_weight_that_depends_on_x():
 
     def weight(v, g):
         with fast_second_order():
-            return torch._weight_norm(v, g, 0)
+            return _torch.weight_norm(v, g, 0)
 
-    torch.testing.assert_close(weight(v, g), torch._weight_norm(v, g, 0))
+    torch.testing.assert_close(weight(v, g), _torch.weight_norm(v, g, 0))
     assert torch.autograd.gradgradcheck(weight, (v, g))

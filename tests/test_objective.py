@@ -22,7 +22,7 @@ from torch.nn.utils import prune
 
 import densreg
 from benchmarks.second_order import CLASSES, problem, reference, relative_error
-from densreg import RegularizedObjective, compiling
+from densreg import RegularizedObjective, _torch, compiling
 from densreg.compiling import CheckedBackend, explanation
 from densreg.objective import ObjectiveOutput
 from densreg.paths import PATHS
@@ -222,12 +222,12 @@ def test_compiles_once_for_each_shape(fresh_dynamo):
         objective(batch, Y[: len(batch)])
         model(x)  # a user's own eager call between two steps
     assert counter.frame_count == 2
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert _torch.compiled_graphs() == 2
     other = RegularizedObjective(copy.deepcopy(model), 0.5, backend=counter)
     other(x, Y)
     objective(x, Y)
     assert counter.frame_count == 3, "two objectives do not push each other out"
-    assert not torch._dynamo.config.trace_autograd_ops
+    assert not _torch.traces_autograd()
 
 
 def test_interval(fresh_dynamo):
@@ -332,7 +332,7 @@ def test_no_grad_and_penalty():
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         out = objective(x, Y)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "nothing is compiled for it"
+    assert _torch.compiled_graphs() == 0, "nothing is compiled for it"
     assert out.penalty.isnan()
     assert not out.loss.requires_grad
     assert objective.calls == 0
@@ -676,7 +676,7 @@ def test_threads(fresh_dynamo):
         thread.join()
     assert errors == []
     assert F.hardsigmoid is hardsigmoid
-    assert not torch._dynamo.config.trace_autograd_ops
+    assert not _torch.traces_autograd()
 
 
 def test_statistics_of_instance_norm_see_the_whole_batch():

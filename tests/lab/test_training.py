@@ -412,7 +412,7 @@ def test_compiled_and_resumed_run_is_the_same_run(tmp_path, options, compiler, f
     options = {"epochs": 1, "train_size": 640, "test_size": 50, "log_every": 4, "compile": True, **options}
     fit(Config(str(tmp_path / "whole"), **options), progress=False)
     for steps in (3, 10):
-        torch._dynamo.reset()  # as in a new process
+        torch.compiler.reset()  # as in a new process
         fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume="auto")
     _same_run(tmp_path / "whole", tmp_path / "parts")
 
