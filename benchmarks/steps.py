@@ -39,6 +39,7 @@ from densreg import _torch, attacks, paths, regularizers
 from densreg.lab import models
 
 from .records import Row, tables, write_json
+from .second_order import relative_error
 from .timing import WrongResult, environment, interleave, peak_bytes, summarize, synchronize
 
 COEFF = 10.0
@@ -223,11 +224,6 @@ def _of(apart: tuple[list[Tensor], list[Tensor]], column: str) -> list[Tensor]:
     return [a + weight * b for a, b in zip(*apart, strict=True)]
 
 
-def _error(grads: list[Tensor], reference: list[Tensor]) -> float:
-    off = sum(float((g.double() - r).square().sum()) for g, r in zip(grads, reference, strict=True))
-    return (off / sum(float(r.square().sum()) for r in reference)) ** 0.5
-
-
 class _Products(_torch.TorchDispatchMode):
     """Counts the floating-point operations of matrix products, and the bytes of their operands and results."""
 
@@ -277,10 +273,10 @@ def require(column: str, grads: list[Tensor], apart: tuple[list[Tensor], list[Te
     The rivals are only seen to be finite and not the plain step's: None. Their own tests compare them with float64.
     """
     if column in RIVALS:
-        if not all(bool(g.isfinite().all()) for g in grads) or _error(grads, apart[0]) < 1e-4:
+        if not all(bool(g.isfinite().all()) for g in grads) or relative_error(grads, apart[0]) < 1e-4:
             raise WrongResult(f"{column}: expected finite gradients unlike those of a plain step, got others")
         return None
-    error = _error(grads, _of(apart, column))
+    error = relative_error(grads, _of(apart, column))
     if not error <= ERRORS.get(column, 0.02):
         raise WrongResult(f"{column}: expected gradients within {ERRORS.get(column, 0.02)} of float64, got {error:.1e}")
     return error

@@ -58,8 +58,7 @@ def choose(table: Sequence[Mapping[str, Any]], attack: Measure) -> dict[str, dic
 
 def write_chosen(folder: Path, table: Sequence[Mapping[str, Any]], attack: Measure) -> None:
     """Choose, see :func:`choose`, and write chosen.json."""
-    text = json.dumps(choose(table, attack), indent=2) + "\n"
-    runs.write_atomically(folder / CHOSEN, lambda file: file.write(text.encode()))
+    runs.write_json(folder / CHOSEN, choose(table, attack))
 
 
 def read_chosen(folder: str) -> dict[str, dict[str, tuple[float, ...]]]:

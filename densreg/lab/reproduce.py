@@ -113,8 +113,7 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
             raise ValueError(f"expected at least one {kind}, got none")
     for method in (*(budget.methods or ()), *budget.coeff, *filter(None, budget.config)):
         if method not in METHODS:
-            near = runs.did_you_mean(method, METHODS)
-            raise ValueError(f"unknown method {method!r}; expected some of {', '.join(METHODS)}{near}")
+            raise ValueError(runs.unknown("method", method, METHODS, "some"))
     rows: dict[str, Row] = {}
     for data, model in itertools.product(chosen.data, budget.models or chosen.models):
         for method in budget.methods or chosen.methods:
@@ -208,8 +207,7 @@ def preset(name: str, config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
         ValueError: there is none of that name.
     """
     if name not in BUDGETS:
-        near = runs.did_you_mean(name, BUDGETS)
-        raise ValueError(f"unknown budget {name!r}; expected one of {', '.join(BUDGETS)}{near}")
+        raise ValueError(runs.unknown("budget", name, BUDGETS))
     return {**{method: dict(own) for method, own in config.items()}, "": {**BUDGETS[name], **config.get("", {})}}
 
 
@@ -365,8 +363,7 @@ def measured(row: Row, measures: Sequence[Measure], budget: Budget) -> dict[str,
                 common = {"device": torch.device(row.config.device), "batch_size": budget.batch_size}
                 with training.threads(row.config.threads):
                     known[key] = evaluation.measure(measure.metric, model, split, folder, common, options)
-                text = json.dumps(known, indent=2) + "\n"
-                runs.write_atomically(folder / MEASURED, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+                runs.write_json(folder / MEASURED, known)
             result |= {measure.column(quantity): value for quantity, value in known[key].items()}
     return result
 
@@ -518,12 +515,11 @@ def _write(
         "runs": dict(zip((Path(row.config.out).name for row in rows), configs, strict=True)),
         "diverged": diverged,
     }
-    text = json.dumps(_plain(about), indent=2) + "\n"
     notes = "".join(f"\n{run}: {error}\n" for run, error in diverged.items())
     first = f"The first {budget.test_size}" if budget.test_size else "All"
     images = f"of {budget.val_size} held-out training" if budget.val_size else "test"
     page = f"# {chosen.what}\n\n{first} {images} images.\n\n{markdown(chosen, table)}\n{notes}"
     with runs.writing(folder):
-        runs.write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
-        runs.write_atomically(folder / TABLE, lambda file: file.write(page.encode()))
+        runs.write_json(folder / CONFIG, _plain(about))
+        runs.write_text(folder / TABLE, page)
         runs.write_csv(folder / ROWS, [{k: report.DASH if v is None else v for k, v in row.items()} for row in table])

@@ -104,8 +104,7 @@ def metric(name: str) -> Callable[..., dict[str, float]]:
         ValueError: there is none of that name.
     """
     if name not in METRICS:
-        near = runs.did_you_mean(name, METRICS)
-        raise ValueError(f"unknown metric {name!r}; expected some of {', '.join(METRICS)}{near}")
+        raise ValueError(runs.unknown("metric", name, METRICS, "some"))
     return METRICS[name].function
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ def write(folder: Path, about: Mapping[str, Any], results: Results) -> None:
     Raises:
         TrainingError: they cannot be written.
     """
-    text = json.dumps({**about, "results": results}, indent=2, default=str) + "\n"
     with runs.writing(folder):
-        runs.write_atomically(folder / RESULTS, lambda file: file.write(text.encode()))
+        runs.write_json(folder / RESULTS, {**about, "results": results}, default=str)
         runs.write_csv(folder / TABLE, rows_of(results))
