@@ -355,25 +355,16 @@ def given(of_rank, **change):
     return case
 
 
-def placement_case():
-    mesh = init_device_mesh("cpu", (WORLD,))
-    x = torch.randn(2, 5, requires_grad=True)
-    weight = distribute_tensor(torch.randn(8, 5), mesh, [Replicate()])
-    return str(densreg.distributed.linear_density_loss(2 * x, weight, None, torch.zeros(2).long(), x, 0.1))
+def placed(shape, placements, bias=False):
+    """A call whose weight is a DTensor, and the bias, if there is one, a plain tensor."""
 
+    def case():
+        x = torch.randn(2, 5, requires_grad=True)
+        weight = distribute_tensor(torch.randn(8, 5), init_device_mesh("cpu", shape), placements)
+        plain = torch.zeros(2) if bias else None
+        return str(densreg.distributed.linear_density_loss(2 * x, weight, plain, torch.zeros(2).long(), x, 0.1))
 
-def mesh_case():
-    mesh = init_device_mesh("cpu", (2, 2))
-    x = torch.randn(2, 5, requires_grad=True)
-    weight = distribute_tensor(torch.randn(8, 5), mesh, [Replicate(), Shard(0)])
-    return str(densreg.distributed.linear_density_loss(2 * x, weight, None, torch.zeros(2).long(), x, 0.1))
-
-
-def one_of_them_plain_case():
-    mesh = init_device_mesh("cpu", (WORLD,))
-    x = torch.randn(2, 5, requires_grad=True)
-    weight = distribute_tensor(torch.randn(8, 5), mesh, [Shard(0)])
-    return str(densreg.distributed.linear_density_loss(2 * x, weight, torch.zeros(2), torch.zeros(2).long(), x, 0.1))
+    return case
 
 
 def outsider_case():
@@ -434,9 +425,9 @@ ERRORS = {
     "functions": given([1], kind="cross-entropy"),
     "coeff": given([3], coeff=-1.0),
     "create_graph": given(range(WORLD), create_graph=True),
-    "placement": placement_case,
-    "mesh": mesh_case,
-    "one of them plain": one_of_them_plain_case,
+    "placement": placed((WORLD,), [Replicate()]),
+    "mesh": placed((2, 2), [Replicate(), Shard(0)]),
+    "one of them plain": placed((WORLD,), [Shard(0)], bias=True),
     "outsider": outsider_case,
     "NCCL alone": nccl_alone_case,
     "as it should be": given([]),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import nothing
+from reference import input_gradient, nothing
 from torch import Tensor, nn
 
 import densreg
@@ -365,11 +365,6 @@ def _jacobian(h, x, batch=None):
     return batch(lambda v: torch.autograd.grad(y, x, v, create_graph=True)[0])(units)
 
 
-def _gradient(h, x):
-    x = x if x.requires_grad else x.clone().requires_grad_()
-    return torch.autograd.grad(h(x).sum(), x, create_graph=True)[0]
-
-
 def _tangent(h, x, v):
     with torch.autograd.forward_ad.dual_level():
         return torch.autograd.forward_ad.unpack_dual(h(torch.autograd.forward_ad.make_dual(x, v))).tangent
@@ -386,9 +381,9 @@ def _tangent_of_cotangent(h, x, v):
 vmap, grad, jvp = torch.func.vmap, torch.func.grad, torch.func.jvp
 TRANSFORMS = {
     "Jacobian": lambda h, x, v: _jacobian(h, x),
-    "Hessian": lambda h, x, v: _jacobian(lambda t: _gradient(h, t), x),
+    "Hessian": lambda h, x, v: _jacobian(lambda t: input_gradient(h, t), x),
     "vmap": lambda h, x, v: _jacobian(h, x, vmap),
-    "vmap, Hessian": lambda h, x, v: _jacobian(lambda t: _gradient(h, t), x, vmap),
+    "vmap, Hessian": lambda h, x, v: _jacobian(lambda t: input_gradient(h, t), x, vmap),
     "chunked": lambda h, x, v: _jacobian(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
     "vectorized": lambda h, x, v: torch.autograd.functional.jacobian(
         h, x.clone().requires_grad_(), create_graph=True, vectorize=True
@@ -402,7 +397,9 @@ TRANSFORMS = {
     "func.jvp(jvp)": lambda h, x, v: jvp(lambda t: jvp(h, (t,), (v,))[1], (x,), (v,))[1],
     "forward_ad": _tangent,
     "forward_ad, no_grad": torch.no_grad()(_tangent),
-    "forward_ad of the gradient": lambda h, x, v: _tangent(lambda t: _gradient(h, t), x.clone().requires_grad_(), v),
+    "forward_ad of the gradient": lambda h, x, v: _tangent(
+        lambda t: input_gradient(h, t), x.clone().requires_grad_(), v
+    ),
     "forward_ad of the cotangent": _tangent_of_cotangent,
 }
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import struct
 
 import pytest
 import torch
-from PIL import Image
+from on_disk import write_folder, write_mnist
 from torch import nn
 
 import densreg
@@ -32,14 +31,12 @@ def _train(out, **options):
 def mnist_dir(tmp_path_factory):
     """scikit-learn's digits, three times as large, as torchvision lays MNIST out."""
     folder = tmp_path_factory.mktemp("mnist")
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     digits = densreg.lab.data.load("digits")
-    for prefix, part in (("train", digits.train.first(300)), ("t10k", digits.test.first(100))):
-        images = nn.functional.pad(part.images[:, 0].repeat_interleave(3, 1).repeat_interleave(3, 2), (2, 2, 2, 2))
-        header, n = struct.pack(">iiii", 2051, len(part), 28, 28), struct.pack(">ii", 2049, len(part))
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(n + part.labels.to(torch.uint8).numpy().tobytes())
+    parts = []
+    for part in (digits.train.first(300), digits.test.first(100)):
+        large = part.images[:, 0].repeat_interleave(3, 1).repeat_interleave(3, 2)
+        parts.append((nn.functional.pad(large, (2, 2, 2, 2)), part.labels))
+    write_mnist(folder, *parts)
     return folder
 
 
@@ -202,11 +199,7 @@ def test_checkpoint_of_other_data(run, tmp_path, capsys):
 def _folder_run(tmp_path, name, values=(250, 0), side=4, **options):
     """Images of two classes, of one size in bytes, and a run of one step on them."""
     root = tmp_path / f"{name}-images"
-    for part in ("train", "val"):
-        for label, value in zip("ab", values, strict=True):
-            (root / part / label).mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (side, side), (value, i, 0)).save(root / part / label / f"{i}.bmp")
+    write_folder(root, dict(zip("ab", values, strict=True)), side)
     options = {"data": "folder", "data_dir": str(root), "coeff": 0.0, "max_steps": 1, "train_size": None, **options}
     return root, _train(tmp_path / name, test_size=None, lr=0.1, **options)
 

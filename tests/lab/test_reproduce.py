@@ -9,13 +9,12 @@ import json
 import math
 import pickle
 import shutil
-import struct
 import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from on_disk import write_folder, write_mnist
 
 from densreg.lab import cli, coefficients, evaluation, experiments, reproduce, runs, training
 from densreg.lab.reproduce import EXPERIMENTS, METHODS, Budget, rows_of
@@ -27,18 +26,14 @@ SMALL = ("--epochs", "1", "--train-size", "256", "--test-size", "20", "--threads
 def mnist(tmp_path_factory):
     """A folder with an MNIST of blurred class patterns, in the published format."""
     root = tmp_path_factory.mktemp("data")
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 28, 28, generator=generator)
-    for prefix, n in (("train", 320), ("t10k", 40)):
+    parts = []
+    for n in (320, 40):
         labels = torch.arange(n) % 10
         noise = torch.rand(n, 28, 28, generator=generator)
-        images = ((0.8 * patterns[labels] + 0.2 * noise) * 255).to(torch.uint8)
-        head = struct.pack(">IIII", 2051, n, 28, 28)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + images.numpy().tobytes())
-        head = struct.pack(">II", 2049, n)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.to(torch.uint8).numpy().tobytes())
+        parts.append((((0.8 * patterns[labels] + 0.2 * noise) * 255).to(torch.uint8), labels))
+    write_mnist(root, *parts)
     return root
 
 
@@ -279,10 +274,7 @@ def test_figures_of_other_images_do_not_count(mnist, tmp_path, monkeypatch):
 def test_figures_against_other_images_do_not_count(tmp_path, monkeypatch):
     """The folder of the out-of-distribution images, its content, and one of its own, are in what is kept."""
     for name, value in (("one", 9), ("two", 200)):
-        for part in ("train", "val"):
-            (tmp_path / name / part / "a").mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (8, 8), (value, 40 * i, 0)).save(tmp_path / name / part / "a" / f"{i}.bmp")
+        write_folder(tmp_path / name, {"a": value}, side=8, images=3)
     config = training.Config(str(tmp_path / "run"), train_size=64, test_size=20, epochs=1).complete()
     training.fit(config, progress=False)
     measures = (experiments.outside("folder"),)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from on_disk import write_folder
 from torch import nn
 
 from benchmarks.second_order import problem, torch_penalty
@@ -549,11 +549,7 @@ def test_checkpoint_of_other_data_or_of_another_kind(tmp_path, monkeypatch):
 def folder(tmp_path):
     """Images of one size in bytes, of two classes, and the configuration of a run on them that has done one epoch."""
     root = tmp_path / "images"
-    for split in ("train", "val"):
-        for name, value in (("a", 250), ("b", 0)):
-            (root / split / name).mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (4, 4), (value, i, 0)).save(root / split / name / f"{i}.bmp")
+    write_folder(root, {"a": 250, "b": 0})
     options = {"data": "folder", "data_dir": str(root), "augment": False}
     config = Config(str(tmp_path / "run"), coeff=0.0, epochs=2, max_steps=1, **options)
     fit(config, progress=False)
