@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from densreg.lab.report import markdown_table
-from densreg.lab.runs import write_atomically
+from densreg.lab.runs import write_json
 
 from .report import HERE, machine_name
 from .timing import environment
@@ -131,8 +131,7 @@ def run(options: argparse.Namespace) -> int:
         if path is None:
             path = options.data or Path("benchmarks", "results", machine_name(about), "ratios.json")
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"environment": about, "seconds": options.seconds, "ratios": now}, indent=2) + "\n"
-            write_atomically(path, lambda file: file.write(text.encode()))
+            write_json(path, {"environment": about, "seconds": options.seconds, "ratios": now})
             for name, values in now.items():
                 print(f"{name}: {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
             print(f"written to {path}")

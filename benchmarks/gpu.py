@@ -56,7 +56,7 @@ from torch import Tensor
 import densreg
 from densreg import ops
 from densreg.lab import training
-from densreg.lab.runs import write_atomically
+from densreg.lab.runs import write_json
 
 from . import class_counts, linear_head, steps, test_epoch
 from .records import Row, tables
@@ -518,7 +518,7 @@ def _built(options: argparse.Namespace) -> bool:
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(json.dumps(result, indent=1).encode() + b"\n"))
+    write_json(path, result, indent=1)
 
 
 def _work(stage: str, options: argparse.Namespace) -> None:

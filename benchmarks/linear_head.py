@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import densreg
-from densreg import linear
+from densreg import _torch, linear
 from densreg.lab.report import draw_lines, panels, png
 from densreg.lab.runs import write_atomically
 
@@ -83,7 +83,7 @@ def steps_of(trunk: nn.Module, head: nn.Linear, x: Tensor, y: Tensor) -> dict[st
         call = torch.compile(graph, fullgraph=True, dynamic=False) if compiled else graph
 
         def run() -> list[Tensor]:
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
+            with _torch.tracing_autograd():
                 return list(call(x.detach().requires_grad_()))
 
         return run

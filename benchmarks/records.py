@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from densreg.lab.report import markdown_table
-from densreg.lab.runs import write_atomically
+from densreg.lab.runs import write_text
 
 from .timing import exponent
 
@@ -48,7 +48,7 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
                 cells = (f"{v:.{DIGITS.get(f, 5)}g}" if isinstance(v, float) else v for f, v in values)
                 writer.writerow([number, row["suite"], case, name, *cells])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def read(path: Path) -> list[Run]:
@@ -82,9 +82,8 @@ def _number(text: str) -> int | float | str:
 def write_json(path: Path | None, rows: Sequence[Row], about: dict[str, Any]) -> None:
     """One run as JSON, every digit kept; nothing where no path is given."""
     if path is not None:
-        text = json.dumps({"environment": about, "rows": rows}, indent=1, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, json.dumps({"environment": about, "rows": rows}, indent=1, allow_nan=False) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from densreg.lab.report import panels, png
-from densreg.lab.runs import write_atomically
+from densreg.lab.runs import write_atomically, write_text
 from densreg.paths import PATHS
 
 from .records import Row, Run, by_axis, exponents, read, tables, write_csv
@@ -242,7 +242,7 @@ def write(name: str, runs: Sequence[Run], folder: Path) -> None:
     """results.csv, the page, and the pictures of the first run."""
     write_csv(folder / "results.csv", runs)
     draw(runs[0], folder)
-    write_atomically(folder / "README.md", lambda file: file.write(page(name, runs).encode()))
+    write_text(folder / "README.md", page(name, runs))
 
 
 SHARED = {"threads": None, "seconds": None, "data-dir": None, "device": "cpu"}

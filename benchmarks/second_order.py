@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import densreg
+from densreg import _torch
 from densreg.paths import PATHS
 
 from .records import tables, write_json
@@ -97,10 +98,10 @@ def parameter_gradient(model: nn.Module, x: Tensor, penalty: Penalty, backend: s
     if backend is None:
         return list(gradient(x))
     torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+    before = _torch.compiled_graphs()
+    with _torch.tracing_autograd():
         grads = torch.compile(gradient, backend=backend, fullgraph=True, dynamic=False)(x)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = _torch.compiled_graphs() - before
     if graphs != 1:
         raise RuntimeError(f"expected one compiled graph, got {graphs}")
     return list(grads)

@@ -32,16 +32,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import densreg
-from densreg import attacks, paths, regularizers
+from densreg import _torch, attacks, paths, regularizers
 from densreg.lab import models
 
 from .records import Row, tables, write_json
+from .second_order import relative_error
 from .timing import WrongResult, environment, interleave, peak_bytes, summarize, synchronize
 
 COEFF = 10.0
@@ -170,7 +168,7 @@ def steps_of(column: str, model: nn.Module) -> Step:
         compiled = torch.compile(graph, fullgraph=True, dynamic=False)
 
         def one_graph(x: Tensor, y: Tensor) -> list[Tensor]:
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
+            with _torch.tracing_autograd():
                 return list(compiled(x.detach().requires_grad_(), y))
 
         return one_graph
@@ -226,12 +224,7 @@ def _of(apart: tuple[list[Tensor], list[Tensor]], column: str) -> list[Tensor]:
     return [a + weight * b for a, b in zip(*apart, strict=True)]
 
 
-def _error(grads: list[Tensor], reference: list[Tensor]) -> float:
-    off = sum(float((g.double() - r).square().sum()) for g, r in zip(grads, reference, strict=True))
-    return (off / sum(float(r.square().sum()) for r in reference)) ** 0.5
-
-
-class _Products(TorchDispatchMode):
+class _Products(_torch.TorchDispatchMode):
     """Counts the floating-point operations of matrix products, and the bytes of their operands and results."""
 
     def __init__(self) -> None:
@@ -246,7 +239,7 @@ class _Products(TorchDispatchMode):
             if func.overloadpacket is torch.ops.aten.convolution_backward:  # two products, if both are asked for
                 (grad, x, weight), (of_x, of_weight, _) = args[:3], args[-1]
                 tensors = [*([grad, weight, out[0]] if of_x else []), *([grad, x, out[1]] if of_weight else [])]
-            self.bytes += sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
+            self.bytes += sum(t.nbytes for t in _torch.tree_leaves(tensors) if isinstance(t, Tensor))
         return out
 
 
@@ -257,7 +250,7 @@ def floors(case: Case) -> dict[str, float]:
     where memory is what limits the products this ratio is the floor.
     """
     counts = []
-    with FakeTensorMode():  # shapes only
+    with _torch.FakeTensorMode():  # shapes only
         model = case.build()
         parameters = list(model.parameters())
         x, y = torch.rand(case.batch, *case.image_shape), torch.zeros(case.batch, dtype=torch.int64)
@@ -280,10 +273,10 @@ def require(column: str, grads: list[Tensor], apart: tuple[list[Tensor], list[Te
     The rivals are only seen to be finite and not the plain step's: None. Their own tests compare them with float64.
     """
     if column in RIVALS:
-        if not all(bool(g.isfinite().all()) for g in grads) or _error(grads, apart[0]) < 1e-4:
+        if not all(bool(g.isfinite().all()) for g in grads) or relative_error(grads, apart[0]) < 1e-4:
             raise WrongResult(f"{column}: expected finite gradients unlike those of a plain step, got others")
         return None
-    error = _error(grads, _of(apart, column))
+    error = relative_error(grads, _of(apart, column))
     if not error <= ERRORS.get(column, 0.02):
         raise WrongResult(f"{column}: expected gradients within {ERRORS.get(column, 0.02)} of float64, got {error:.1e}")
     return error

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from densreg import ops
+from densreg import _torch, ops
 from densreg.version import __version__
 
 
@@ -69,7 +69,7 @@ def elapsed(call: Callable[[], Any], repeats: int = 1, ahead: bool = False) -> f
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     if ahead:
-        torch.cuda._sleep(200_000)  # cycles, 0.1 ms
+        _torch.occupy(200_000)  # cycles, 0.1 ms
     begin.record()
     for _ in range(repeats):
         call()

@@ -1,5 +1,6 @@
 """What densreg uses of torch under private names, each in one place; a test keeps such names out of every other module.
 
+The test holds benchmarks, examples and tests to it too, with a short list of names that each may use.
 A private name has a part that begins with one underscore (``torch._dynamo``, ``torch._C``, ``module._buffers``), or is
 what torch calls a node of its graphs. All of these are there on torch 2.11 to 2.15; a comment says otherwise where one
 differs, and why no public name does. docs/contributing.md, "A new torch version", says how to check them on the next.
@@ -15,10 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# Trees of lists, tuples and dicts. torch has them under no public name, and optree is one more dependency.
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
+
+# What sees each kernel, and tensors without memory: the benchmarks count a step's products with them.
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+# Trees of lists, tuples and dicts. torch has them under no public name, and optree is one more dependency.
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -157,6 +162,11 @@ def has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
+def occupy(cycles: int) -> None:
+    """Keep the current CUDA stream busy for so many cycles, while the kernels to come are queued behind."""
+    torch.cuda._sleep(cycles)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # modules
 
@@ -218,6 +228,11 @@ def traces_autograd() -> bool:
     return torch._dynamo.config.trace_autograd_ops
 
 
+def tracing_autograd() -> AbstractContextManager:
+    """Context in which it does, as a compiled step of one's own needs."""
+    return torch._dynamo.config.patch(trace_autograd_ops=True)
+
+
 def dynamo_config(**values: Any) -> Callable[[], Callable[[], None]]:
     """A function that sets options of Dynamo and returns one that undoes it, in less time than ``config.patch``."""
     return torch._dynamo.config._make_closure_patcher(**values)
@@ -255,6 +270,11 @@ def cacheable(functions: Iterable[Callable], key: str) -> AbstractContextManager
 def count(event: str) -> None:
     """Counts what a pass did where torch counts what its own did: ``torch._dynamo.utils.counters["densreg"]``."""
     torch._dynamo.utils.counters["densreg"][event] += 1
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has compiled, since the count was cleared."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def compile_error() -> type[Exception]:

@@ -44,10 +44,10 @@ def _seed():
 @pytest.fixture
 def fresh_dynamo():
     """Dynamo without anything compiled or counted, before and after."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 # Tests of operators make their tensors on this device; `python -m benchmarks gpu` runs them again with "cuda".

@@ -51,6 +51,12 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual[finite] - expected[finite]).abs().max() / expected[finite].abs().max().clamp(min=1e-300))
 
 
+def input_gradient(h, x: Tensor) -> Tensor:
+    """The gradient of h, summed, in x: with a graph, and on the graph of x where it has one."""
+    x = x if x.requires_grad else x.clone().requires_grad_()
+    return torch.autograd.grad(h(x).sum(), x, create_graph=True)[0]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # training steps
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import densreg
 from benchmarks.second_order import parameter_gradient, relative_error, torch_penalty
-from densreg import linear
+from densreg import _torch, linear
 
 ROOT = Path(__file__).parent.parent
 inf, f64 = float("inf"), torch.float64
@@ -144,7 +144,7 @@ def loss_case(sizes, rows=2, masked=(), bias=True, tile=3, kind="plain", scale=1
                 return [(t, *torch.autograd.grad(t, parameters, **grad)) for t in of]
 
             compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
+            with _torch.tracing_autograd():
                 ours = compiled(my_x)
         else:
             ours = [(t, *torch.autograd.grad(t, parameters, **grad)) for t in terms(my_x)]
@@ -355,25 +355,16 @@ def given(of_rank, **change):
     return case
 
 
-def placement_case():
-    mesh = init_device_mesh("cpu", (WORLD,))
-    x = torch.randn(2, 5, requires_grad=True)
-    weight = distribute_tensor(torch.randn(8, 5), mesh, [Replicate()])
-    return str(densreg.distributed.linear_density_loss(2 * x, weight, None, torch.zeros(2).long(), x, 0.1))
+def placed(shape, placements, bias=False):
+    """A call whose weight is a DTensor, and the bias, if there is one, a plain tensor."""
 
+    def case():
+        x = torch.randn(2, 5, requires_grad=True)
+        weight = distribute_tensor(torch.randn(8, 5), init_device_mesh("cpu", shape), placements)
+        plain = torch.zeros(2) if bias else None
+        return str(densreg.distributed.linear_density_loss(2 * x, weight, plain, torch.zeros(2).long(), x, 0.1))
 
-def mesh_case():
-    mesh = init_device_mesh("cpu", (2, 2))
-    x = torch.randn(2, 5, requires_grad=True)
-    weight = distribute_tensor(torch.randn(8, 5), mesh, [Replicate(), Shard(0)])
-    return str(densreg.distributed.linear_density_loss(2 * x, weight, None, torch.zeros(2).long(), x, 0.1))
-
-
-def one_of_them_plain_case():
-    mesh = init_device_mesh("cpu", (WORLD,))
-    x = torch.randn(2, 5, requires_grad=True)
-    weight = distribute_tensor(torch.randn(8, 5), mesh, [Shard(0)])
-    return str(densreg.distributed.linear_density_loss(2 * x, weight, torch.zeros(2), torch.zeros(2).long(), x, 0.1))
+    return case
 
 
 def outsider_case():
@@ -434,9 +425,9 @@ ERRORS = {
     "functions": given([1], kind="cross-entropy"),
     "coeff": given([3], coeff=-1.0),
     "create_graph": given(range(WORLD), create_graph=True),
-    "placement": placement_case,
-    "mesh": mesh_case,
-    "one of them plain": one_of_them_plain_case,
+    "placement": placed((WORLD,), [Replicate()]),
+    "mesh": placed((2, 2), [Replicate(), Shard(0)]),
+    "one of them plain": placed((WORLD,), [Shard(0)], bias=True),
     "outsider": outsider_case,
     "NCCL alone": nccl_alone_case,
     "as it should be": given([]),

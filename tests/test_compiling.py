@@ -27,7 +27,7 @@ from torch import nn
 from densreg import RegularizedObjective, compiling
 
 def step(p=2.0):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
@@ -100,7 +100,7 @@ def test_only_densregs_functions_are_said_to_be_cacheable(fresh_dynamo):
             return densreg.log_density(_Users.apply(conv(x)).flatten(1))
 
     for backend in ("cpu", "torch"):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with densreg.backend(backend):
             torch.compile(step, backend=CheckedBackend(None, keep, True), fullgraph=True)(x)
     (targets, marked), (_, otherwise) = seen

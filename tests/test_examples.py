@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from densreg import _torch
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -119,7 +121,7 @@ def test_compiled_step(run, monkeypatch, compiler):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
     example = run("compiled_step.py")
     x, y, parameters = example.x.detach().requires_grad_(), example.y, example.parameters
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+    with _torch.tracing_autograd():
         gradients = example.compiled(x, y)[2]
     logits = example.model(x)
     (score,) = torch.autograd.grad(logits.logsumexp(1).sum(), x, create_graph=True)

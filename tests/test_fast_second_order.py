@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import nothing
+from reference import input_gradient, nothing
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import densreg
+from densreg import _torch
 from densreg.second_order import fast_second_order, third_order
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -121,7 +121,7 @@ def test_channels_last_stays():
         assert t.is_contiguous(memory_format=torch.channels_last)
 
 
-class _Count(TorchDispatchMode):
+class _Count(_torch.TorchDispatchMode):
     """The kernels of convolutions that run: "forward", "input", "weight", or several."""
 
     def __init__(self):
@@ -365,11 +365,6 @@ def _jacobian(h, x, batch=None):
     return batch(lambda v: torch.autograd.grad(y, x, v, create_graph=True)[0])(units)
 
 
-def _gradient(h, x):
-    x = x if x.requires_grad else x.clone().requires_grad_()
-    return torch.autograd.grad(h(x).sum(), x, create_graph=True)[0]
-
-
 def _tangent(h, x, v):
     with torch.autograd.forward_ad.dual_level():
         return torch.autograd.forward_ad.unpack_dual(h(torch.autograd.forward_ad.make_dual(x, v))).tangent
@@ -386,9 +381,9 @@ def _tangent_of_cotangent(h, x, v):
 vmap, grad, jvp = torch.func.vmap, torch.func.grad, torch.func.jvp
 TRANSFORMS = {
     "Jacobian": lambda h, x, v: _jacobian(h, x),
-    "Hessian": lambda h, x, v: _jacobian(lambda t: _gradient(h, t), x),
+    "Hessian": lambda h, x, v: _jacobian(lambda t: input_gradient(h, t), x),
     "vmap": lambda h, x, v: _jacobian(h, x, vmap),
-    "vmap, Hessian": lambda h, x, v: _jacobian(lambda t: _gradient(h, t), x, vmap),
+    "vmap, Hessian": lambda h, x, v: _jacobian(lambda t: input_gradient(h, t), x, vmap),
     "chunked": lambda h, x, v: _jacobian(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
     "vectorized": lambda h, x, v: torch.autograd.functional.jacobian(
         h, x.clone().requires_grad_(), create_graph=True, vectorize=True
@@ -402,7 +397,9 @@ TRANSFORMS = {
     "func.jvp(jvp)": lambda h, x, v: jvp(lambda t: jvp(h, (t,), (v,))[1], (x,), (v,))[1],
     "forward_ad": _tangent,
     "forward_ad, no_grad": torch.no_grad()(_tangent),
-    "forward_ad of the gradient": lambda h, x, v: _tangent(lambda t: _gradient(h, t), x.clone().requires_grad_(), v),
+    "forward_ad of the gradient": lambda h, x, v: _tangent(
+        lambda t: input_gradient(h, t), x.clone().requires_grad_(), v
+    ),
     "forward_ad of the cotangent": _tangent_of_cotangent,
 }
 
@@ -674,7 +671,7 @@ def test_weight_norm_of_a_weight_that_depends_on_x():
 
     def weight(v, g):
         with fast_second_order():
-            return torch._weight_norm(v, g, 0)
+            return _torch.weight_norm(v, g, 0)
 
-    torch.testing.assert_close(weight(v, g), torch._weight_norm(v, g, 0))
+    torch.testing.assert_close(weight(v, g), _torch.weight_norm(v, g, 0))
     assert torch.autograd.gradgradcheck(weight, (v, g))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import DTYPES, double, error
+from reference import DTYPES, double, error, input_gradient
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 
@@ -239,11 +239,6 @@ def _is_grads_batched(vjp):
     return lambda v: vjp(v, is_grads_batched=True)
 
 
-def _score(h, x):
-    x = x if x.requires_grad else x.clone().requires_grad_()
-    return torch.autograd.grad(h(x).sum(), x, create_graph=True)[0]
-
-
 def _along(h, x):
     """The directional derivative of h, a function of x."""
     v = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
@@ -254,7 +249,7 @@ vmap, grad, jacrev, jacfwd = torch.func.vmap, torch.func.grad, torch.func.jacrev
 ROUTES = {
     # the vmap of torch.autograd
     "Jacobian": lambda h, x: _rows(h, x, _is_grads_batched),
-    "Hessian": lambda h, x: _rows(lambda t: _score(h, t), x, _is_grads_batched),
+    "Hessian": lambda h, x: _rows(lambda t: input_gradient(h, t), x, _is_grads_batched),
     "functional.jacobian": lambda h, x: jacobian(h, x.clone().requires_grad_(), create_graph=True, vectorize=True),
     "functional.hessian": lambda h, x: hessian(
         lambda t: h(t).sum(), x.clone().requires_grad_(), create_graph=True, vectorize=True
@@ -262,7 +257,7 @@ ROUTES = {
     "of a vmap": lambda h, x: _rows(lambda t: vmap(h)(torch.stack([t, 2 * t])), x, _is_grads_batched),
     # that of torch.func
     "vmap": lambda h, x: _rows(h, x, vmap),
-    "vmap, Hessian": lambda h, x: _rows(lambda t: _score(h, t), x, vmap),
+    "vmap, Hessian": lambda h, x: _rows(lambda t: input_gradient(h, t), x, vmap),
     "chunked": lambda h, x: _rows(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
     "nested": lambda h, x: _rows(h, x, lambda vjp: lambda v: vmap(vmap(vjp))(torch.stack([v, 2 * v]))),
     "jacrev": lambda h, x: jacrev(h, chunk_size=2)(x),

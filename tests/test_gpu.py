@@ -17,7 +17,7 @@ from torch import nn
 
 import densreg
 from benchmarks.second_order import problem, reference, relative_error
-from densreg import ops
+from densreg import _torch, ops
 
 cuda_only = pytest.mark.skipif(DEVICE == "cpu", reason="needs DENSREG_TEST_DEVICE=cuda")
 GPU_BACKENDS = [name for name, one in ops.BACKENDS.items() if "cuda" in one.devices and name in available_backends()]
@@ -126,7 +126,7 @@ def test_cuda_graph_and_side_stream(name, classes):
                 assert torch.equal(a, b)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # a kernel on another stream would not wait for it
+            _torch.occupy(20_000_000)  # a kernel on another stream would not wait for it
             f.normal_()
             u.normal_()
             there = _all_operators(f, u, y)

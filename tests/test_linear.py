@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import densreg
 from benchmarks.second_order import parameter_gradient, problem, reference, relative_error, torch_penalty
 from benchmarks.timing import peak_bytes
-from densreg import linear
+from densreg import _torch, linear
 
 inf, nan = math.inf, math.nan
 f64 = torch.float64
@@ -190,7 +190,7 @@ def test_computed_weight(compiler, fresh_dynamo):
         return torch.autograd.grad(f(h, weight, 2 * bias, y, x, 0.3)[2], [raw, bias, *trunk.parameters()])
 
     ours = gradient if compiler is None else torch.compile(gradient, backend=compiler, fullgraph=True)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+    with _torch.tracing_autograd():
         for a, b in zip(ours(densreg.linear_density_loss, raw), gradient(by_logits, raw), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     for name, change in (("weight", {"weight": raw * x.mean()}), ("bias", {"bias": bias + x.mean()})):

@@ -15,7 +15,7 @@ import setuptools
 import torch
 
 import densreg
-from densreg import distributed, linear, ops
+from densreg import _torch, distributed, linear, ops
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +51,7 @@ LAB = (
     "stability",
     "evaluation",
     "experiments",
+    "coefficients",
     "pictures",
     "reproduce",
     "cli",
@@ -68,12 +69,12 @@ def test_every_operator_has_schema_fake_and_fallback():
     ]
     of_linear = (*linear.OPERATORS, *distributed.OPERATORS)
     for name in of_linear:  # in plain torch and the device's matrix products, on every device
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
+        assert _torch.has_kernel(f"densreg::{name}", "CompositeExplicitAutograd")
     overloads = {one.overload for one in ops.BACKENDS.values()}
     every = {f"{name}.{overload}".rstrip(".") for name in ops.OPERATORS for overload in overloads}
     assert every | set(of_linear) == set(names)
     for name in ops.OPERATORS:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"densreg::{name}", "CompositeExplicitAutograd")
+        assert _torch.has_kernel(f"densreg::{name}", "CompositeExplicitAutograd")
         assert callable(getattr(ops, name))
 
 

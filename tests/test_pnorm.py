@@ -31,6 +31,13 @@ def _reference(g, p, grad=None):
     return norm.detach(), torch.autograd.grad(norm, g, torch.ones_like(norm) if grad is None else grad)[0]
 
 
+def _assert_as_torch(g, p, of_norm, rtol, atol):
+    """Norm, within a relative tolerance, and gradient are those of torch in float64, NaN included."""
+    (norm, gradient), expected = _norm_and_gradient(g, p), _reference(g.double(), p)
+    torch.testing.assert_close(norm.double(), expected[0], rtol=of_norm, atol=0, equal_nan=True)
+    torch.testing.assert_close(gradient.double(), expected[1], rtol=rtol, atol=atol, equal_nan=True)
+
+
 SHAPES = ((4, 1), (4, 7), (3, 3, 8, 8), (2, 100_000))
 
 
@@ -70,10 +77,7 @@ def test_extreme_rows_give_what_torch_gives(dtype, p):
     """Each between quiet rows, which it must not poison."""
     quiet = [1.0, 2.0, -1.0, 0.0]
     g = torch.tensor([row for extreme in ROWS.values() for row in (quiet, extreme)] + [quiet]).to(dtype)
-    norm, gradient = _norm_and_gradient(g, p)
-    expected = _reference(g.double(), p)
-    torch.testing.assert_close(norm.double(), expected[0], rtol=1e-6, atol=0, equal_nan=True)
-    torch.testing.assert_close(gradient.double(), expected[1], rtol=2 * HALF_ULP[dtype], atol=1e-6, equal_nan=True)
+    _assert_as_torch(g, p, 1e-6, 2 * HALF_ULP[dtype], 1e-6)
 
 
 @pytest.mark.core
@@ -84,10 +88,7 @@ def test_extreme_rows_give_what_torch_gives(dtype, p):
 def test_rows_that_fill_a_tile(dtype, p, length, offset):
     """Rows of a power of two, which fill what a thread group holds; with offset 1 they begin beside its vectors."""
     g = torch.randn(3 * length + offset).to(dtype)[offset:].view(3, length)
-    norm, gradient = _norm_and_gradient(g, p)
-    expected = _reference(g.double(), p)
-    torch.testing.assert_close(norm.double(), expected[0], rtol=2e-6, atol=0)
-    torch.testing.assert_close(gradient.double(), expected[1], rtol=max(4e-6, 2 * HALF_ULP[dtype]), atol=1e-9)
+    _assert_as_torch(g, p, 2e-6, max(4e-6, 2 * HALF_ULP[dtype]), 1e-9)
 
 
 LONG_ROWS = {  # (from, to, value): what a row of 20,000 entries holds there
@@ -112,12 +113,7 @@ def test_extreme_long_rows_give_what_torch_gives(dtype, p):
     for row, spans in zip(g[1::2], LONG_ROWS.values(), strict=True):
         for begin, end, value in spans:
             row[begin:end] = value
-    norm, gradient = _norm_and_gradient(g, p)
-    expected = _reference(g.double(), p)
-    torch.testing.assert_close(norm.double(), expected[0], rtol=2e-6, atol=0, equal_nan=True)
-    torch.testing.assert_close(
-        gradient.double(), expected[1], rtol=max(4e-6, 2 * HALF_ULP[dtype]), atol=1e-6, equal_nan=True
-    )
+    _assert_as_torch(g, p, 2e-6, max(4e-6, 2 * HALF_ULP[dtype]), 1e-6)
 
 
 @pytest.mark.core

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -174,6 +175,18 @@ def test_penalty_alone(regularizer, compiler, fresh_dynamo):
     assert max(g.abs().max() for g in wanted) > 1e-6
 
 
+def _float32_step(name, context, coeff=1.0, scale=None, compile=False, **options):
+    """Penalty and gradients of a step in float32, always of the same model and random numbers."""
+    model, x = smooth()
+    model, x = model.float(), x.float()
+    objective = RegularizedObjective(model, coeff, compile=compile, regularizer=regularizers.make(name), **options)
+    torch.manual_seed(SEED)
+    with context:  # without the backward
+        out = objective(x, Y, scale)
+    out.loss.backward()
+    return out.penalty, [g.double() for g in gradients(model)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -181,21 +194,11 @@ def test_penalty_alone(regularizer, compiler, fresh_dynamo):
 )
 def test_penalty_alone_by_inductor(name, fresh_dynamo):
     """float32, with eager's random numbers: inductor draws others by itself."""
-    regularizer = regularizers.make(name)
-    model, x = smooth()
-    model, x = model.float(), x.float()
-    grads, values = [], []
-    for compiled in (False, True):
-        twin = copy.deepcopy(model)
-        objective = RegularizedObjective(twin, 1.0, criterion=nothing, compile=compiled, regularizer=regularizer)
-        with torch._inductor.config.patch(fallback_random=True):
-            torch.manual_seed(SEED)
-            out = objective(x, Y)
-        out.loss.backward()
-        values.append(out.penalty)
-        grads.append([g.double() for g in gradients(twin)])
-    torch.testing.assert_close(values[0], values[1], rtol=1e-2 if name == "score_matching" else 1e-4, atol=1e-6)
-    assert relative_error(grads[1], grads[0]) < (2e-2 if name == "score_matching" else 1e-4)
+    context = torch._inductor.config.patch(fallback_random=True)
+    eager, expected = _float32_step(name, context, criterion=nothing)
+    compiled, grads = _float32_step(name, context, compile=True, criterion=nothing)
+    torch.testing.assert_close(eager, compiled, rtol=1e-2 if name == "score_matching" else 1e-4, atol=1e-6)
+    assert relative_error(grads, expected) < (2e-2 if name == "score_matching" else 1e-4)
 
 
 def test_hessian_is_unbiased():
@@ -324,38 +327,18 @@ def test_penalty_value_and_its_fixed_seed():
 @pytest.mark.parametrize("name", RIVALS)
 def test_autocast(name):
     """bfloat16: what takes differences runs in float32, and its penalty is that of float32."""
-    model, x = smooth()
-    model, x = model.float(), x.float()
-    regularizer = regularizers.make(name)
-    values, grads = [], []
-    for amp in (False, True):
-        twin = copy.deepcopy(model)
-        objective = RegularizedObjective(twin, 1.0, criterion=nothing, compile=False, regularizer=regularizer)
-        torch.manual_seed(SEED)
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            out = objective(x, Y)
-        out.loss.backward()
-        values.append(out.penalty)
-        grads.append([g.double() for g in gradients(twin)])
-    tolerance = 1e-5 if regularizer.precise else 0.05
-    torch.testing.assert_close(values[1], values[0], rtol=tolerance, atol=0)
-    assert relative_error(grads[1], grads[0]) < tolerance
+    wide, expected = _float32_step(name, contextlib.nullcontext(), criterion=nothing)
+    penalty, grads = _float32_step(name, torch.autocast("cpu", torch.bfloat16), criterion=nothing)
+    tolerance = 1e-5 if regularizers.make(name).precise else 0.05
+    torch.testing.assert_close(penalty, wide, rtol=tolerance, atol=0)
+    assert relative_error(grads, expected) < tolerance
 
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_float16_with_a_loss_scale(name):
-    model, x = smooth()
-    model, x = model.float(), x.float()
-    grads = []
-    for amp in (False, True):
-        twin = copy.deepcopy(model)
-        objective = RegularizedObjective(twin, 0.1, compile=False, regularizer=name)
-        torch.manual_seed(SEED)
-        with torch.autocast("cpu", torch.float16, enabled=amp):
-            out = objective(x, Y, 1024.0 if amp else None)
-        out.loss.backward()
-        grads.append([g.double() for g in gradients(twin)])
-    assert relative_error(grads[1], grads[0]) < 0.02
+    _, expected = _float32_step(name, contextlib.nullcontext(), 0.1)
+    _, grads = _float32_step(name, torch.autocast("cpu", torch.float16), 0.1, 1024.0)
+    assert relative_error(grads, expected) < 0.02
 
 
 def test_samples_without_a_target():

@@ -25,6 +25,7 @@ from benchmarks.second_order import (
     relative_error,
     torch_penalty,
 )
+from densreg import _torch
 from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
@@ -114,7 +115,7 @@ def test_compiled_by_inductor_in_float32(p, fresh_dynamo):
 def test_compiled_loss_with_backward_outside(compiler, path, fresh_dynamo):
     """The other shape of a step: loss = compiled(x), then loss.backward()."""
     model, x = problem(torch.float64)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+    with _torch.tracing_autograd():
         loss = torch.compile(lambda x: densreg_penalty(2, path)(model(x), x), backend=compiler, fullgraph=True)(x)
     loss.backward()
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters()]
@@ -139,7 +140,7 @@ def test_compiled_log_density(compiler, fresh_dynamo):
         lambda f: densreg.log_softmax_difference(f, 3),
         lambda f: densreg.density_cross_entropy(f, y)[1],
     ):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         grads = parameter_gradient(*problem(torch.float64), penalty(function), compiler)
         assert relative_error(grads, reference(2)) < 1e-10
 
@@ -173,7 +174,7 @@ def test_compiled_density_loss(compiler, fresh_dynamo):
         loss, ce, penalty = densreg.density_loss(model(x), y, x, coeff)
         return loss.detach(), ce.detach(), penalty.detach(), torch.autograd.grad(loss, parameters)
 
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+    with _torch.tracing_autograd():
         loss, ce, penalty, grads = torch.compile(step, backend=compiler, fullgraph=True)(x, y, torch.tensor(0.5))
     plain = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
     penalty_grads = [2 * (g - c) for g, c in zip(grads, plain, strict=True)]
@@ -213,7 +214,7 @@ def test_compiled_autocast(dtype, fresh_dynamo):
             penalty = densreg.density_penalty(model(x), x)
         return torch.autograd.grad(penalty, parameters, allow_unused=True, materialize_grads=True)
 
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+    with _torch.tracing_autograd():
         compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)(x)
     assert relative_error(compiled, gradient(x)) < 1e-6
     wide = parameter_gradient(model.double(), x.detach().double().requires_grad_(), torch_penalty(2))
@@ -224,7 +225,7 @@ def test_compiled_steps_recompile_once_per_shape(fresh_dynamo):
     model, x = problem(torch.float64)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     step = torch.compile(lambda x: densreg.density_penalty(model(x), x), backend=counter, fullgraph=True, dynamic=False)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+    with _torch.tracing_autograd():
         for batch in (x, x + 1, x[:3], x):
             step(batch.detach().requires_grad_())
     assert counter.frame_count == 2
@@ -263,7 +264,7 @@ def test_own_compiled_step_without_the_flag(fullgraph, fresh_dynamo):
     def step(x):
         return densreg.density_penalty(model(x), x)
 
-    assert not torch._dynamo.config.trace_autograd_ops, "importing densreg must not set the flag"
+    assert not _torch.traces_autograd(), "importing densreg must not set the flag"
     # Unsupported (fullgraph) and RuntimeError have the instruction in common.
     with pytest.raises(RuntimeError, match="trace_autograd_ops=True"):
         torch.compile(step, backend="aot_eager", fullgraph=fullgraph)(x)
@@ -277,7 +278,7 @@ def test_graph_break_between_model_and_penalty(fresh_dynamo):
         torch._dynamo.graph_break()
         return densreg.density_penalty(logits, x)
 
-    with torch._dynamo.config.patch(trace_autograd_ops=True), pytest.raises(RuntimeError, match="double backward"):
+    with _torch.tracing_autograd(), pytest.raises(RuntimeError, match="double backward"):
         torch.compile(step, backend="aot_eager")(x).backward()
 
 
@@ -285,7 +286,7 @@ def test_import_is_silent_and_sets_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         densreg.log_density(torch.randn(2, 3))
-    assert not torch._dynamo.config.trace_autograd_ops
+    assert not _torch.traces_autograd()
 
 
 def test_the_table(monkeypatch, capsys, fresh_dynamo):

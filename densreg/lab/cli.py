@@ -258,7 +258,7 @@ def _evaluate(options: dict) -> int:
 
 
 def _reproduce(options: dict) -> int:
-    from densreg.lab import evaluation, reproduce
+    from densreg.lab import coefficients, evaluation, reproduce
 
     names, out = list(dict.fromkeys(options.pop("experiments"))), options.pop("out")
     if "list" in names:
@@ -272,7 +272,7 @@ def _reproduce(options: dict) -> int:
     options["coeff"] = reproduce.parse_coeff(options["coeff"])
     options["config"] = reproduce.preset(options.pop("budget"), reproduce.parse_config(options["config"]))
     folder = options.pop("coeff_from")
-    options["chosen"] = {} if folder is None else reproduce.read_chosen(folder)
+    options["chosen"] = {} if folder is None else coefficients.read_chosen(folder)
     options["norms"] = options.pop("p")
     for key in ("methods", "models", "seeds", "norms"):
         options[key] = None if options[key] is None else tuple(options[key])

@@ -271,6 +271,5 @@ def experiment(name: str) -> Experiment:
         ValueError: there is none of that name.
     """
     if name not in EXPERIMENTS:
-        near = runs.did_you_mean(name, NAMES)
-        raise ValueError(f"unknown experiment {name!r}; expected one of {', '.join(NAMES)}{near}")
+        raise ValueError(runs.unknown("experiment", name, NAMES))
     return EXPERIMENTS[name]

@@ -166,6 +166,13 @@ class _WideBlock(nn.Module):
         return short + self.conv2(self.norm2(self.conv1(y)).relu())
 
 
+def _kaiming(model: nn.Module) -> None:
+    """He initialization of the convolutions, for the signal backwards."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 def wrn28_10(classes: int, image_shape: Sequence[int]) -> nn.Module:
     """WRN-28-10 without dropout (Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016), pooled globally."""
     layers: list[nn.Module] = [nn.Conv2d(image_shape[0], 16, 3, padding=1, bias=False)]
@@ -176,9 +183,7 @@ def wrn28_10(classes: int, image_shape: Sequence[int]) -> nn.Module:
             width = wide
     layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
     model = nn.Sequential(*layers)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    _kaiming(model)
     nn.init.zeros_(layers[-1].bias)  # type: ignore[arg-type]
     return model
 
@@ -208,9 +213,7 @@ def resnet20(classes: int, image_shape: Sequence[int]) -> nn.Module:
             )
             width = wide
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    _kaiming(model)
     return model
 
 

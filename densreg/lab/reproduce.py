@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from densreg.lab import coefficients, evaluation, models, pictures, report, runs, training
 from densreg.lab import data as datasets
-from densreg.lab import evaluation, models, pictures, report, runs, training
 from densreg.lab.evaluation import ood, samples
 from densreg.lab.experiments import BUDGETS, EXPERIMENTS, FIG2A, METHODS, NAMES, Experiment, Measure, experiment
 from densreg.lab.options import assignments
@@ -30,7 +30,7 @@ from densreg.version import __version__
 
 __all__ = ["EXPERIMENTS", "FIG2A", "METHODS", "NAMES", "Budget", "Row", "experiment", "measured", "rows_of", "run"]
 
-TABLE, ROWS, CONFIG, MEASURED, CHOSEN = "table.md", "table.csv", "config.json", "measured.json", "chosen.json"
+TABLE, ROWS, CONFIG, MEASURED = "table.md", "table.csv", "config.json", "measured.json"
 SEARCH = "coefficients.png"
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -44,7 +44,8 @@ class Budget:
     Attributes:
         methods, models: some of the experiment's; None: all.
         coeff: by method, the coefficients that are trained; where there is none, those of
-        chosen: by "DATA MODEL" and method, see :func:`read_chosen`; where there is none either, Config's.
+        chosen: by "DATA MODEL" and method, see :func:`densreg.lab.coefficients.read_chosen`; where there is none
+            either, Config's.
         config: by method ("" for all), options of Config.
         options: by metric, options of the metric.
         norms: orders of the norm; None: the experiment's.
@@ -112,8 +113,7 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
             raise ValueError(f"expected at least one {kind}, got none")
     for method in (*(budget.methods or ()), *budget.coeff, *filter(None, budget.config)):
         if method not in METHODS:
-            near = runs.did_you_mean(method, METHODS)
-            raise ValueError(f"unknown method {method!r}; expected some of {', '.join(METHODS)}{near}")
+            raise ValueError(runs.unknown("method", method, METHODS, "some"))
     rows: dict[str, Row] = {}
     for data, model in itertools.product(chosen.data, budget.models or chosen.models):
         for method in budget.methods or chosen.methods:
@@ -207,65 +207,8 @@ def preset(name: str, config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
         ValueError: there is none of that name.
     """
     if name not in BUDGETS:
-        near = runs.did_you_mean(name, BUDGETS)
-        raise ValueError(f"unknown budget {name!r}; expected one of {', '.join(BUDGETS)}{near}")
+        raise ValueError(runs.unknown("budget", name, BUDGETS))
     return {**{method: dict(own) for method, own in config.items()}, "": {**BUDGETS[name], **config.get("", {})}}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the choice of coefficients
-
-
-WITHIN = 0.01
-"""How much clean accuracy a chosen coefficient may cost, against the standard training."""
-
-
-def choose(table: Sequence[Mapping[str, Any]], attack: Measure) -> dict[str, dict[str, dict[str, float]]]:
-    """The best coefficients by "DATA MODEL" and method, of rows measured on held-out images.
-
-    The best is the one with the highest accuracy under ``attack``, the mean over its budgets and over seeds. It is
-    chosen twice: "gentle" among those whose clean accuracy is at most a point below the standard training's, absent
-    where none is, and "best" among all.
-    """
-    columns = [c for c in table[0] if any(fnmatchcase(c, attack.column(shown)) for shown in attack.shown)]
-    measured: dict[tuple[str, str, float | str], list[tuple[float, float]]] = {}  # (under attack, clean), by seed
-    for row in table:
-        attacked = statistics.mean(row[column] for column in columns)
-        key = (f"{row['data']} {row['model']}", row["method"], row["coeff"])
-        measured.setdefault(key, []).append((attacked, row["accuracy clean"]))
-    means = {key: tuple(map(statistics.mean, zip(*seeds, strict=True))) for key, seeds in measured.items()}
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for of, method in dict.fromkeys(key[:2] for key in means if key[2] != ""):
-        tried = {float(coeff): found for (*own, coeff), found in means.items() if own == [of, method]}
-        found = {"best": max(tried, key=lambda coeff: tried[coeff][0])}
-        standard = means.get((of, "standard", ""))
-        gentle = [coeff for coeff in tried if standard and tried[coeff][1] >= standard[1] - WITHIN - 1e-9]
-        if gentle:
-            found["gentle"] = max(gentle, key=lambda coeff: tried[coeff][0])
-        result.setdefault(of, {})[method] = found
-    return result
-
-
-def read_chosen(folder: str) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The coefficients that a ``reproduce --val-size`` chose, the smaller first, for :class:`Budget`.
-
-    Args:
-        folder: its ``--out``.
-
-    Raises:
-        ValueError: there are none that can be read.
-    """
-    try:
-        found = json.loads((Path(folder) / CHOSEN).read_text())
-        return {
-            of: {method: tuple(dict.fromkeys(sorted(own.values()))) for method, own in methods.items()}
-            for of, methods in found.items()
-        }
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"--coeff-from {folder}: expected the folder of a reproduce with --val-size, with {CHOSEN}: "
-            f"{runs.first_line(error)}"
-        ) from error
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -296,7 +239,7 @@ def check(name: str, budget: Budget) -> list[Row]:
 def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     """Do an experiment: leaves table.md, table.csv (a row for each training), config.json and NAME.png in ``out``.
 
-    And coefficients.png, where a method was trained with several.
+    And coefficients.png, where a method was trained with several; with held-out images chosen.json.
 
     Returns:
         Lines that say what is done, while it goes on; the table is the last of them.
@@ -313,45 +256,49 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     done: list[Row] = []
     diverged: dict[str, str] = {}
     with runs.open_run(out, True) as folder:
-        for file in (CHOSEN, SEARCH):  # of an earlier call
+        for file in (coefficients.CHOSEN, SEARCH):  # of an earlier call
             (folder / file).unlink(missing_ok=True)
         for i, row in enumerate(rows, 1):
             yield f"{i}/{len(rows)}: {row.config.out}"
-            begun = any((Path(row.config.out) / file).exists() for file in runs.FILES)
-            torch.compiler.reset()  # or the limit of compilations of one function is met
             try:
-                training.fit(row.config, resume="auto" if begun else False)
-                found = measured(row, chosen.measures, budget)
+                found = _trained_and_measured(row, chosen, budget)
             # One of several coefficients may be too large: the loss is not finite, or the model ignores its input.
             except (runs.NotFiniteError, samples.Unmeasurable) as error:
                 diverged[Path(row.config.out).name] = str(error)
                 yield f"diverged, without a row: {error}"
             else:
                 done.append(row)
-                table.append(_describe(row) | found)
-                paper = chosen.figures.get(row.key, (None,) * len(chosen.columns))
-                table[-1] |= {f"paper: {column}": value for column, value in zip(chosen.columns, paper, strict=True)}
-            if not table:
-                continue
-            _write(folder, name, chosen, budget, table, done, diverged)
-        attack = next((measure for measure in chosen.measures if measure.metric == "pgd"), None)
-        measures_clean = any(measure.metric == "accuracy" for measure in chosen.measures)
-        orders = {row.config.p for row in rows if row.penalized}
-        if table and budget.val_size and attack and measures_clean and len(orders) == 1:
-            unfinished = {(row.key, row.config.coeff) for row in rows if row not in done}
-            whole = [
-                each for row, each in zip(done, table, strict=True) if (row.key, row.config.coeff) not in unfinished
-            ]
-            text = json.dumps(choose(whole, attack) if whole else {}, indent=2) + "\n"
-            runs.write_atomically(folder / CHOSEN, lambda file: file.write(text.encode()))
+                table.append(found)
+            if table:
+                _write(folder, name, chosen, budget, table, done, diverged)
         if not table:
             raise runs.NotFiniteError(f"every training diverged, the last: {[*diverged.values()][-1]}")
+        attack = coefficients.attack_of(chosen.measures, {row.config.p for row in rows if row.penalized})
+        if budget.val_size and attack:
+            coefficients.write_chosen(folder, _whole(rows, done, table), attack)
         if chosen.picture:
             runs.save_picture(folder / f"{name}.png", _draw(chosen, done, table, budget))
         if pictures.searched(table):
             runs.save_picture(folder / SEARCH, pictures.draw_coefficients(table))
     yield f"results: {folder}"
     yield markdown(chosen, table)
+
+
+def _trained_and_measured(row: Row, chosen: Experiment, budget: Budget) -> dict[str, Any]:
+    """The row of table.csv for a training, which goes on if it has begun."""
+    begun = any((Path(row.config.out) / file).exists() for file in runs.FILES)
+    torch.compiler.reset()  # or the limit of compilations of one function is met
+    training.fit(row.config, resume="auto" if begun else False)
+    found = measured(row, chosen.measures, budget)
+    paper = chosen.figures.get(row.key, (None,) * len(chosen.columns))
+    figures = {f"paper: {column}": value for column, value in zip(chosen.columns, paper, strict=True)}
+    return _describe(row) | found | figures
+
+
+def _whole(rows: Sequence[Row], done: Sequence[Row], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those rows of the table, of ``done``, whose coefficient has a row for each of its seeds."""
+    unfinished = {(row.key, row.config.coeff) for row in rows if row not in done}
+    return [found for row, found in zip(done, table, strict=True) if (row.key, row.config.coeff) not in unfinished]
 
 
 def _describe(row: Row) -> dict[str, Any]:
@@ -416,8 +363,7 @@ def measured(row: Row, measures: Sequence[Measure], budget: Budget) -> dict[str,
                 common = {"device": torch.device(row.config.device), "batch_size": budget.batch_size}
                 with training.threads(row.config.threads):
                     known[key] = evaluation.measure(measure.metric, model, split, folder, common, options)
-                text = json.dumps(known, indent=2) + "\n"
-                runs.write_atomically(folder / MEASURED, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+                runs.write_json(folder / MEASURED, known)
             result |= {measure.column(quantity): value for quantity, value in known[key].items()}
     return result
 
@@ -569,14 +515,11 @@ def _write(
         "runs": dict(zip((Path(row.config.out).name for row in rows), configs, strict=True)),
         "diverged": diverged,
     }
-    text = json.dumps(_plain(about), indent=2) + "\n"
     notes = "".join(f"\n{run}: {error}\n" for run, error in diverged.items())
     first = f"The first {budget.test_size}" if budget.test_size else "All"
     images = f"of {budget.val_size} held-out training" if budget.val_size else "test"
     page = f"# {chosen.what}\n\n{first} {images} images.\n\n{markdown(chosen, table)}\n{notes}"
-    try:
-        runs.write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
-        runs.write_atomically(folder / TABLE, lambda file: file.write(page.encode()))
+    with runs.writing(folder):
+        runs.write_json(folder / CONFIG, _plain(about))
+        runs.write_text(folder / TABLE, page)
         runs.write_csv(folder / ROWS, [{k: report.DASH if v is None else v for k, v in row.items()} for row in table])
-    except OSError as error:
-        raise runs.TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error

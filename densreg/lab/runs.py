@@ -7,6 +7,7 @@ import csv
 import difflib
 import hashlib
 import io
+import json
 import os
 import platform
 import sys
@@ -40,6 +41,12 @@ class TrainingError(RuntimeError):
 
 class NotFiniteError(TrainingError):
     """A loss or gradient is not finite: the training diverged."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], expected: str = "one") -> str:
+    """The message about an unknown name of a kind; ``expected`` is how many of the known ones, "one" or "some"."""
+    known = [*known]
+    return f"unknown {kind} {name!r}; expected {expected} of {', '.join(known)}{did_you_mean(name, known)}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -76,6 +83,25 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], Any], prev
         part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, see :func:`write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """Write a value as JSON, as a whole; ``options`` are those of json.dumps."""
+    write_text(path, json.dumps(value, **{"indent": 2, **options}) + "\n")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """TrainingError, in one line, for what cannot be written to a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows with the same keys as a table; without rows there is no file."""
     if not rows:
@@ -85,7 +111,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 @contextlib.contextmanager

@@ -131,11 +131,9 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _write(folder: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
-    try:
+    with runs.writing(folder):
         runs.write_csv(folder / TABLE, rows)
         _draw(folder / f"stability-{name}.png", [row for row in rows if row["data"] == name])
-    except OSError as error:
-        raise training.TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def _draw(path: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from on_disk import write_mnist
 from PIL import Image
 
 from densreg.lab import data
@@ -22,19 +23,13 @@ from densreg.lab import data
 @pytest.fixture
 def mnist_dir(tmp_path):
     """A folder as torchvision lays MNIST out, with 40 and 20 images that hold their own number."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for prefix, n in (("train", 40), ("t10k", 20)):
+    parts = []
+    for n in (40, 20):
         images = np.zeros((n, 28, 28), np.uint8)
         images[:, 14, 14] = np.arange(1, n + 1)
-        labels = (np.arange(n) % 10).astype(np.uint8)
-        for name, header, array in (
-            (f"{prefix}-images-idx3-ubyte", struct.pack(">iiii", 2051, n, 28, 28), images),
-            (f"{prefix}-labels-idx1-ubyte", struct.pack(">ii", 2049, n), labels),
-        ):
-            (raw / name).write_bytes(header + array.tobytes())
-            with gzip.open(raw / f"{name}.gz", "wb") as file:
-                file.write(header + array.tobytes())
+        parts.append((images, np.arange(n) % 10))
+    for file in [*write_mnist(tmp_path, *parts).iterdir()]:
+        Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
     return tmp_path
 
 

@@ -9,15 +9,14 @@ import json
 import math
 import pickle
 import shutil
-import struct
 import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from on_disk import write_folder, write_mnist
 
-from densreg.lab import cli, evaluation, experiments, reproduce, runs, training
+from densreg.lab import cli, coefficients, evaluation, experiments, reproduce, runs, training
 from densreg.lab.reproduce import EXPERIMENTS, METHODS, Budget, rows_of
 
 SMALL = ("--epochs", "1", "--train-size", "256", "--test-size", "20", "--threads", "1")
@@ -27,18 +26,14 @@ SMALL = ("--epochs", "1", "--train-size", "256", "--test-size", "20", "--threads
 def mnist(tmp_path_factory):
     """A folder with an MNIST of blurred class patterns, in the published format."""
     root = tmp_path_factory.mktemp("data")
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 28, 28, generator=generator)
-    for prefix, n in (("train", 320), ("t10k", 40)):
+    parts = []
+    for n in (320, 40):
         labels = torch.arange(n) % 10
         noise = torch.rand(n, 28, 28, generator=generator)
-        images = ((0.8 * patterns[labels] + 0.2 * noise) * 255).to(torch.uint8)
-        head = struct.pack(">IIII", 2051, n, 28, 28)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + images.numpy().tobytes())
-        head = struct.pack(">II", 2049, n)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.to(torch.uint8).numpy().tobytes())
+        parts.append((((0.8 * patterns[labels] + 0.2 * noise) * 255).to(torch.uint8), labels))
+    write_mnist(root, *parts)
     return root
 
 
@@ -204,28 +199,9 @@ def test_a_model_that_ignores_its_input_has_no_row(command, tmp_path):
     ]
     assert json.loads((tmp_path / "search" / "chosen.json").read_text())["blockmnist mlp"]["density"]["best"] == 0.1
     assert "The first 20 of 40 held-out training images." in (tmp_path / "search" / "table.md").read_text()
+    found = coefficients.read_chosen(str(tmp_path / "search"))
     with pytest.raises(ValueError, match="--coeff-from has no coefficient of hessian for blockmnist and mlp"):
-        rows_of(
-            "table1", Budget(methods=("density", "hessian"), chosen=reproduce.read_chosen(str(tmp_path / "search")))
-        )
-
-
-def test_the_choice_of_a_coefficient():
-    def row(method, coeff, seed, clean, *attacked):
-        budgets = {f"pgd l2_{i}": value for i, value in enumerate(attacked)}
-        return {"data": "d", "model": "m", "method": method, "coeff": coeff, "accuracy clean": clean, **budgets}
-
-    standard = [row("standard", "", 0, 0.90, 0.1, 0.0), row("standard", "", 1, 0.92, 0.1, 0.0)]
-    mild = [row("density", 0.1, 0, 0.90, 0.4, 0.2), row("density", 0.1, 1, 0.91, 0.4, 0.2)]
-    middle = [row("density", 0.3, 0, 0.90, 0.5, 0.5), row("density", 0.3, 1, 0.90, 0.3, 0.1)]
-    strong = [row("density", 1.0, 0, 0.80, 0.7, 0.7), row("density", 1.0, 1, 0.80, 0.1, 0.7)]
-    rival = [row("hessian", 0.1, 0, 0.10, 0.1, 0.1)]
-    attack = reproduce.Measure("pgd", ("l2_*",))
-    table = [*standard, *mild, *middle, *strong, *rival]
-    assert reproduce.choose(table, attack) == {
-        "d m": {"density": {"best": 1.0, "gentle": 0.3}, "hessian": {"best": 0.1}}
-    }
-    assert reproduce.choose([*mild, *strong], attack) == {"d m": {"density": {"best": 1.0}}}, "nothing to compare with"
+        rows_of("table1", Budget(methods=("density", "hessian"), chosen=found))
 
 
 def test_going_on(command, tmp_path, monkeypatch):
@@ -252,7 +228,7 @@ def test_going_on(command, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training.problem, "train_step", None)
         metric = evaluation.metric
-        patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
+        patch.setattr(evaluation.registry, "metric", lambda name: functools.wraps(metric(name))(_never))
         assert command(*arguments)[0] == 0
     assert (run / "checkpoint.pt").read_bytes() == weights
     assert _table(tmp_path / "runs" / "reproduce" / "table1") == first
@@ -298,10 +274,7 @@ def test_figures_of_other_images_do_not_count(mnist, tmp_path, monkeypatch):
 def test_figures_against_other_images_do_not_count(tmp_path, monkeypatch):
     """The folder of the out-of-distribution images, its content, and one of its own, are in what is kept."""
     for name, value in (("one", 9), ("two", 200)):
-        for part in ("train", "val"):
-            (tmp_path / name / part / "a").mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (8, 8), (value, 40 * i, 0)).save(tmp_path / name / part / "a" / f"{i}.bmp")
+        write_folder(tmp_path / name, {"a": value}, side=8, images=3)
     config = training.Config(str(tmp_path / "run"), train_size=64, test_size=20, epochs=1).complete()
     training.fit(config, progress=False)
     measures = (experiments.outside("folder"),)
@@ -316,7 +289,7 @@ def test_figures_against_other_images_do_not_count(tmp_path, monkeypatch):
     assert measured("one", data_dir=str(tmp_path / "two")) == two, "the one that is asked for"
     with monkeypatch.context() as patch:
         metric = evaluation.metric
-        patch.setattr(evaluation, "metric", lambda name: functools.wraps(metric(name))(_never))
+        patch.setattr(evaluation.registry, "metric", lambda name: functools.wraps(metric(name))(_never))
         assert (measured("one"), measured("two")) == (one, two), "both are kept"
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "two").rename(tmp_path / "one")

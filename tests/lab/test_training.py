@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from on_disk import write_folder
 from torch import nn
 
 from benchmarks.second_order import problem, torch_penalty
@@ -412,7 +412,7 @@ def test_compiled_and_resumed_run_is_the_same_run(tmp_path, options, compiler, f
     options = {"epochs": 1, "train_size": 640, "test_size": 50, "log_every": 4, "compile": True, **options}
     fit(Config(str(tmp_path / "whole"), **options), progress=False)
     for steps in (3, 10):
-        torch._dynamo.reset()  # as in a new process
+        torch.compiler.reset()  # as in a new process
         fit(Config(str(tmp_path / "parts"), max_steps=steps, **options), progress=False, resume="auto")
     _same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -549,11 +549,7 @@ def test_checkpoint_of_other_data_or_of_another_kind(tmp_path, monkeypatch):
 def folder(tmp_path):
     """Images of one size in bytes, of two classes, and the configuration of a run on them that has done one epoch."""
     root = tmp_path / "images"
-    for split in ("train", "val"):
-        for name, value in (("a", 250), ("b", 0)):
-            (root / split / name).mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (4, 4), (value, i, 0)).save(root / split / name / f"{i}.bmp")
+    write_folder(root, {"a": 250, "b": 0})
     options = {"data": "folder", "data_dir": str(root), "augment": False}
     config = Config(str(tmp_path / "run"), coeff=0.0, epochs=2, max_steps=1, **options)
     fit(config, progress=False)

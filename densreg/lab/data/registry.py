@@ -113,8 +113,7 @@ def register(
 def entry(name: str) -> Entry:
     """The entry of a data set; raises DataError if there is none of that name."""
     if name not in DATA_SETS:
-        near = runs.did_you_mean(name, DATA_SETS)
-        raise DataError(f"unknown data set {name!r}; expected one of {', '.join(DATA_SETS)}{near}")
+        raise DataError(runs.unknown("data set", name, DATA_SETS))
     return DATA_SETS[name]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,8 +65,7 @@ class State:
         """Write config.json and the tables; where the run is over, with the steps since the last row too."""
         if self.monitor.first:
             tail = [self.row()] if over and self.monitor.window.samples else []
-            text = json.dumps(self._description(), indent=2) + "\n"
-            runs.write_atomically(self.folder / runs.CONFIG, lambda file: file.write(text.encode()))
+            runs.write_json(self.folder / runs.CONFIG, self._description())
             runs.write_csv(self.folder / runs.METRICS, rows)
             runs.write_csv(self.folder / runs.STEPS, [*self.step_rows, *tail])
 
