@@ -163,7 +163,6 @@ def pnorm_parts(
     """Peak and total of one part of a row; or a row's, and its norm, from those of all its parts."""
     ACC: tl.constexpr = accumulation(g_ptr.dtype.element_ty)
     row, part, writes = turn(words_ptr, rows, parts, 0, True)
-    p = tl.full((1,), p, ACC)
     if not writes:
         columns = tl.arange(0, BLOCK)
         loads, own, _, _ = entries(row, part, units, columns, ALIGN, LANES, BLOCK)
@@ -173,7 +172,7 @@ def pnorm_parts(
             magnitude = tl.where(own, magnitude, 0.0)
         peak = _peak(magnitude)
         publish(words_ptr, rows, row, part, parts, 0, peak)
-        publish(words_ptr, rows, row, part, parts, 1, _total(magnitude, own, peak, p, ORDER))
+        publish(words_ptr, rows, row, part, parts, 1, _total(magnitude, own, peak, tl.full((1,), p, ACC), ORDER))
     else:
         peaks = published(words_ptr, rows, row, parts, 0, PARTS, 0.0)
         totals = published(words_ptr, rows, row, parts, 1, PARTS, 0.0)
@@ -186,7 +185,7 @@ def pnorm_parts(
             if ORDER == _TWO:
                 weight = weight * weight
             elif ORDER == _GENERAL:
-                weight = _power(weight, p)
+                weight = _power(weight, tl.full((1,), p, ACC))
             # A part past the row's end has the total 1 of zeros, or 0.
             total = tl.sum(totals * weight, 0)
             total = tl.where((peak == 0) | (peak == float("inf")), 1.0, total)

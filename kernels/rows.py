@@ -158,11 +158,13 @@ def launch(
         if compiled := _compiled.get(key):
             compiled[programs, 1, 1](*tensors, *numbers, *constants.values())
         else:
-            # In memory twice: the assertions on target classes are compiled in, integer overflow needs none.
+            # The assertions on target classes are compiled in; integers need none.
+            # Of kernels with two branches ptxas, told no bound, spills a few registers to fit one program more.
+            bound = {"maxnreg": min(255, 1024 // warps)} if "PARTS" in constants else {}
             compiled = kernel[(programs,)](
-                *tensors, *numbers, **constants, num_warps=warps, sanitize_overflow=False
-            )  # None in the interpreter
-            if compiled is not None:
+                *tensors, *numbers, **constants, num_warps=warps, sanitize_overflow=False, **bound
+            )
+            if compiled is not None:  # as it is in the interpreter
                 _compiled[key] = compiled
 
 
