@@ -180,6 +180,8 @@ def compile_for(job: tuple[Launch, int]) -> Row:
         knobs.nvidia.dump_ptxas_log = True  # Triton runs ptxas -v
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     report, ptx = said.getvalue(), compiled.asm["ptx"]
+    if re.search(r"ld\.volatile\S*\.v[24]", ptx):
+        raise RuntimeError(f"{launch.kernel}: expected a thread to wait for one number, got a vector of them")
 
     def number(pattern: str) -> int:
         found = re.findall(pattern, report)

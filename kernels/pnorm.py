@@ -18,6 +18,7 @@ from .rows import (
     accumulation,
     accumulation_dtype,
     as_row,
+    blocks_of,
     column,
     cut_of,
     edges,
@@ -25,6 +26,7 @@ from .rows import (
     exp_difference,
     first_entry,
     launch,
+    numbers_of,
     publish,
     published,
     store,
@@ -56,7 +58,7 @@ def _peak(magnitude):
 
 @triton.jit
 def _scales(peak):
-    """(a, b): x a b = x / peak, x itself for a peak of zero. Exact but for one rounding, whatever the peak.
+    """(a, b): x a b = x / peak, within the rounding of b and of the product; x itself for a peak of zero.
 
     a is the power of two that brings the peak near one: the reciprocal of a subnormal peak would be infinite.
     """
@@ -79,19 +81,21 @@ def _ratio(magnitude, peak, a, b):
 
 @triton.jit
 def _total(magnitude, mask, peak, p, ORDER: tl.constexpr):
-    """sum (magnitude / peak)^p of each row; the number of peaks for p = inf. Magnitudes outside of the mask are 0."""
+    """sum (magnitude / peak)^p; for p = inf the number of peaks. Magnitudes outside of the mask are 0."""
     axis: tl.constexpr = len(magnitude.shape) - 1
     if ORDER == _INF:
-        return tl.maximum(tl.sum((mask & (magnitude == column(peak))).to(peak.dtype), axis), 1.0)
-    a, b = _scales(peak)
-    if ORDER == _GENERAL:
-        r = _power(_ratio(magnitude, column(peak), column(a), column(b)), p)
-        total = tl.sum(tl.where(mask, r, 0.0), axis)
+        total = tl.sum((mask & (magnitude == column(peak))).to(peak.dtype), axis)
     else:
-        y = magnitude * column(a)
-        total = tl.sum(y * y, axis) * b * b if ORDER == _TWO else tl.sum(y, axis) * b
-    # 0 / 0 and inf / inf: such a row has the norm 0 or inf, and its gradient divides by one.
-    return tl.where((peak == 0) | (peak == float("inf")), 1.0, total)
+        a, b = _scales(peak)
+        if ORDER == _GENERAL:
+            r = _power(_ratio(magnitude, column(peak), column(a), column(b)), p)
+            total = tl.sum(tl.where(mask, r, 0.0), axis)
+        else:
+            y = magnitude * column(a)
+            total = tl.sum(y * y, axis) * b * b if ORDER == _TWO else tl.sum(y, axis) * b
+        # 0 / 0 and inf / inf: such a row has the norm 0 or inf, and its gradient divides by one.
+        total = tl.where((peak == 0) | (peak == float("inf")), 1.0, total)
+    return total
 
 
 @triton.jit
@@ -132,6 +136,8 @@ def _dual(g, peak, total, less_one, inverse_p, grad, ORDER: tl.constexpr):
 
 @triton.jit
 def _store_rows(row, live, peak, total, norm_ptr, peak_ptr, total_ptr, inverse_p, ORDER: tl.constexpr):
+    if ORDER == _INF:
+        total = tl.maximum(total, 1.0)  # a NaN has no ties, not even itself
     tl.store(norm_ptr + row, _norm(peak, total, inverse_p, ORDER), mask=live)
     tl.store(peak_ptr + row, peak, mask=live)
     tl.store(total_ptr + row, total, mask=live)
@@ -178,7 +184,7 @@ def pnorm_parts(
         totals = published(words_ptr, rows, row, parts, 1, PARTS, 0.0)
         peak = _peak(peaks)
         if ORDER == _INF:
-            total = tl.maximum(tl.sum(tl.where(peaks == peak, totals, 0.0), 0), 1.0)
+            total = tl.sum(tl.where(peaks == peak, totals, 0.0), 0)
         else:
             a, b = _scales(peak)
             weight = _ratio(peaks, peak, a, b)
@@ -247,7 +253,7 @@ def row_stride(g: Tensor) -> int | None:
 
 def _tile_of(g: Tensor, p: float) -> tuple[Tile, bool]:
     """What a program works on, and whether that is part of a row."""
-    length, itemsize, general = g[0].numel(), g.element_size(), order_of(p) == GENERAL
+    length, itemsize, general = g.numel() // g.shape[0], g.element_size(), order_of(p) == GENERAL
     # exp and log take registers: with 32 entries a thread ptxas spills.
     if tile := tile_of(length, itemsize, *((8192,) if general else ())):
         return tile, False
@@ -261,7 +267,7 @@ def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
     if g.numel() == 0:  # no rows, or rows without entries
         zero = g.new_zeros(rows, dtype=dtype)
         return zero, zero.clone(), torch.ones_like(zero)
-    length = g[0].numel()
+    length = g.numel() // rows
     stride = row_stride(g)
     if stride is None:
         g, stride = g.contiguous(), length
@@ -272,15 +278,15 @@ def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
     sizes = (rows, length // align, stride // align)
     if not split:
         launch(
-            pnorm_rows, triton.cdiv(rows, group), tensors, (*sizes, *_powers(p)[:2]), warps,
+            pnorm_rows, blocks_of(rows, group), tensors, (*sizes, *_powers(p)[:2]), warps,
             ALIGN=align, BLOCK=block, ROWS=group, ORDER=order_of(p),
         )  # fmt: skip
     else:
-        parts = triton.cdiv(length + lanes - 1, block)
+        parts = blocks_of(length + lanes - 1, block)
         launch(
             pnorm_parts, rows * (parts + 1), (*tensors, words_for(g, rows, parts, 2)),
             (*sizes, parts, *_powers(p)[:2]), warps,
-            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=triton.next_power_of_2(parts), ORDER=order_of(p),
+            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=numbers_of(parts, warps), ORDER=order_of(p),
         )  # fmt: skip
     return norm, peak, total
 
@@ -290,7 +296,7 @@ def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: floa
     out = torch.empty_like(g)  # g's memory format
     if g.numel() == 0:
         return out
-    rows, length = g.shape[0], g[0].numel()
+    rows, length = g.shape[0], g.numel() // g.shape[0]
     # Where the kernel writes: dense rows one after the other, in the order of g's; another tensor where g has none.
     dense, stride = out, row_stride(g)
     if stride is None or out.stride()[1:] != g.stride()[1:] or row_stride(out) != length:
@@ -299,9 +305,9 @@ def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: floa
     grad, peak, total = (as_row(t, accumulation_dtype(g.dtype)) for t in (grad, peak, total))
     (block, group, warps), split = _tile_of(g, p)
     align, lanes = cut_of(length, split, block, (g, stride))
-    parts = triton.cdiv(length + lanes - 1, block)
+    parts = blocks_of(length + lanes - 1, block)
     launch(
-        pnorm_backward_tiles, triton.cdiv(rows, group) * parts, (grad, g, peak, total, dense),
+        pnorm_backward_tiles, blocks_of(rows, group) * parts, (grad, g, peak, total, dense),
         (rows, length // align, stride // align, parts, *_powers(p)[1:]), warps,
         ALIGN=align, LANES=lanes, BLOCK=block, ROWS=group, ORDER=order_of(p),
     )  # fmt: skip

@@ -57,7 +57,10 @@ TILES = {
 """The configurations for whole rows: the first whose block holds the row is taken."""
 
 SPLIT = {2: Tile(8192, 1, 4), 4: Tile(8192, 1, 8), 8: Tile(2048, 1, 8)}
-"""For longer rows: each program's part. Not measured; it may not depend on the GPU, or the sums would."""
+"""For longer rows: each program's part. Not measured; it may not depend on the GPU, or the sums would.
+
+A program that writes reads the numbers of all the row's parts: from ten million entries on that counts.
+"""
 
 SPLIT_PAIRS = {2: Tile(4096, 1, 4), 4: Tile(4096, 1, 4), 8: Tile(2048, 1, 8)}
 """The same for two tensors, which are in registers at once."""
@@ -119,15 +122,20 @@ def cut_of(length: int, split: bool, block: int, *rows: tuple[Tensor, int]) -> C
     return Cut(align, 1)
 
 
+def blocks_of(length: int, block: int) -> int:
+    """How many blocks hold so much. triton.cdiv takes 8 microseconds: it may be called in kernels, too."""
+    return -(-length // block)
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def lag_of(device: torch.device, parts: int) -> int:
-    """How many programs that reduce come before the first that writes: it must find its row's parts there.
+    """How many programs that reduce come before the first that writes, so that it seldom waits for its row's parts.
 
-    A multiprocessor holds up to about 8 programs. Modelled, not measured.
+    From a model in which a multiprocessor has three of them at work. Not measured.
     """
     count = _multiprocessors(device)
     return parts + 3 * count + 64 if count else parts
@@ -136,6 +144,15 @@ def lag_of(device: torch.device, parts: int) -> int:
 def words_for(t: Tensor, rows: int, parts: int, numbers: int) -> Tensor:
     """Where programs draw their tickets and leave their parts' numbers; zero says that a number is not there yet."""
     return t.new_zeros(TICKET + numbers * rows * parts, dtype=torch.int64 if t.dtype == torch.float64 else torch.int32)
+
+
+def numbers_of(parts: int, warps: int) -> int:
+    """PARTS, how many numbers a program loads that waits for those of a row's parts.
+
+    At least as many as it has threads: of fewer each would be loaded by several threads, and those that loaded it
+    before it was there would go on with what they have, on the word of one that loaded it later.
+    """
+    return max(32 * warps, 1 << (parts - 1).bit_length())
 
 
 _compiled: dict[Any, Any] = {}
@@ -147,11 +164,11 @@ def launch(
     """``kernel[(programs,)](*tensors, *numbers, **constants, num_warps=warps)``, sooner.
 
     Triton looks at every argument of every call to find what it has compiled. Here dtypes, alignments and constants are
-    enough: the numbers are not specialized.
+    enough, and whether the integers among the numbers fit into 32 bits: they are not specialized beyond that.
     """
     device = next(t for t in tensors if t is not None).device
     key = (
-        kernel.__name__, device, warps, *constants.values(),
+        kernel.__name__, device, warps, max(numbers) >= 1 << 31, *constants.values(),
         *[t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
     )  # fmt: skip
     with on(device):
@@ -309,7 +326,7 @@ def _exp2(x):
 
 @triton.jit
 def exp_in_sum(f, m):
-    """exp(f - m), within |f - m| 2^-23 of it: little in a sum whose largest term is 1."""
+    """exp(f - m), within (|f - m| + 2) 2^-23 of it: little in a sum whose largest term is 1."""
     return tl.exp(f - m) if f.dtype == tl.float64 else _exp2((f - m) * 1.4426950408889634)
 
 

@@ -16,6 +16,7 @@ from .rows import (
     accumulation,
     accumulation_dtype,
     as_row,
+    blocks_of,
     column,
     cut_of,
     edges,
@@ -27,6 +28,7 @@ from .rows import (
     lag_of,
     launch,
     length_of_part,
+    numbers_of,
     publish,
     published,
     store,
@@ -359,16 +361,16 @@ def softmax(
     numbers = (ignore_index, label_smoothing, scale)
     if tile:
         launch(
-            softmax_rows, triton.cdiv(rows, group), tensors, (*sizes, *numbers), warps,
+            softmax_rows, blocks_of(rows, group), tensors, (*sizes, *numbers), warps,
             ALIGN=align, BLOCK=block, ROWS=group, SMOOTH=smooth,
         )  # fmt: skip
     else:
-        parts = triton.cdiv(classes + lanes - 1, block)
+        parts = blocks_of(classes + lanes - 1, block)
         words = words_for(f, rows, parts, 3 if smooth else 2)
         launch(
             softmax_parts, rows * (2 * parts if need_softmax else parts + 1), (*tensors, words),
             (*sizes, parts, lag_of(f.device, parts), *numbers), warps,
-            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=triton.next_power_of_2(parts), SMOOTH=smooth,
+            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=numbers_of(parts, warps), SMOOTH=smooth,
         )  # fmt: skip
     return density, ce, p, statistics
 
@@ -409,16 +411,16 @@ def softmax_backward(
     sizes = (rows, classes // align, rows_of[0][1] // align, rows_of[-1][1] // align)
     if tile:
         launch(
-            softmax_backward_rows, triton.cdiv(rows, group), tensors, (*sizes, *numbers), warps,
+            softmax_backward_rows, blocks_of(rows, group), tensors, (*sizes, *numbers), warps,
             ALIGN=align, BLOCK=block, ROWS=group, SMOOTH=smooth,
         )  # fmt: skip
     else:
-        parts = triton.cdiv(classes + lanes - 1, block)
+        parts = blocks_of(classes + lanes - 1, block)
         words = None if u is None else words_for(source, rows, parts, 1)
         launch(
             softmax_backward_parts, rows * parts * (1 if u is None else 2), (*tensors, words),
             (*sizes, parts, lag_of(source.device, parts), *numbers), warps,
-            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=triton.next_power_of_2(parts), SMOOTH=smooth,
+            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=numbers_of(parts, warps), SMOOTH=smooth,
         )  # fmt: skip
     return out
 

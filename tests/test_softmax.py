@@ -233,6 +233,7 @@ ROWS = {
     "masked class": [1.0, -inf, 2.0, -inf],
     "only one class left": [-inf, -inf, 3.0, -inf],
     "+inf": [1.0, inf, 2.0, 3.0],
+    "+inf beside what overflows": [800.0, inf, 90.0, 95.0],
     "nan": [1.0, nan, 2.0, 3.0],
     "both infinities": [inf, -inf, 0.0, 1.0],
 }

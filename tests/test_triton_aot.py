@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no Triton kernels to compile")
 
@@ -52,3 +53,55 @@ def test_every_kernel_is_reported():
     if "TRITON_INTERPRET" in os.environ:
         pytest.skip("interpreted kernels record no launches")
     assert {launch.kernel for launch in launches("float32")} == KERNELS
+
+
+def test_one_thread_waits_for_each_number():
+    """A number that several threads load may be there for one and not yet for another."""
+    from benchmarks.triton_aot import launches
+
+    if "TRITON_INTERPRET" in os.environ:
+        pytest.skip("interpreted kernels record no launches")
+    split = [launch for launch in launches("float32") if launch.constant("PARTS")]
+    assert split
+    assert all(launch.constant("PARTS") >= 32 * dict(launch.options)["num_warps"] for launch in split)
+
+
+def test_what_is_compiled_is_found_again_where_it_fits():
+    """By dtype, alignment, absence, constants, warps, and integers of more than 32 bits; not by other numbers."""
+    from densreg.kernels import rows
+
+    calls = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: calls.append(("again", grid, arguments))
+
+    class Kernel:
+        __name__ = "a kernel of this test"
+
+        def __getitem__(self, grid):
+            def first(*arguments, **options):
+                calls.append(("compiled", grid, arguments))
+                return Compiled()
+
+            return first
+
+    def launch(tensor, other=None, numbers=(3, 0.5), warps=4, **constants):
+        rows.launch(Kernel(), 7, (tensor, other), numbers, warps, **{"BLOCK": 16, "SMOOTH": False} | constants)
+        return calls[-1][0]
+
+    x = torch.zeros(9)
+    assert launch(x) == "compiled"
+    assert launch(x) == launch(x.clone()) == launch(x, numbers=(2**31 - 1, 0.25)) == "again"
+    assert calls[-1][1:] == ((7, 1, 1), (x, None, 2**31 - 1, 0.25, 16, False))
+    for changed in (
+        {"tensor": x.double()},
+        {"tensor": x[1:]},
+        {"other": x},
+        {"numbers": (2**31, 0.5)},
+        {"warps": 8},
+        {"BLOCK": 32},
+        {"SMOOTH": True},
+    ):
+        assert launch(**{"tensor": x} | changed) == "compiled", changed
+        assert launch(**{"tensor": x} | changed) == "again", changed

@@ -30,7 +30,8 @@ DENSREG_DEVICE float exp2_approximately(float x) {
 DENSREG_DEVICE float exp_to_sum(float f, float m) { return exp2_approximately((f - m) * 1.44269504f); }
 DENSREG_DEVICE double exp_to_sum(double f, double m) { return exp(f - m); }
 
-// For P itself, with what was rounded off put back: at f - m = -80 the difference alone would cost 4e-6 in float32.
+// For P itself, with what was rounded off put back: at f - m = -80 the difference alone would cost 4e-6 in float32. Not
+// where that is a NaN, at infinities, nor where the exponential is infinite, above a base of 0.
 DENSREG_DEVICE float exp_to_write(float f, float m) {
   constexpr float log2_e = 1.44269504f, log2_e_low = 1.925963033500e-08f;  // what float32 rounds off log2 e
   const float x = f - m;
@@ -39,14 +40,14 @@ DENSREG_DEVICE float exp_to_write(float f, float m) {
   const float y = exp2_approximately(h);
   const float low = fmaf(x, log2_e_low, fmaf(x, log2_e, -h));  // log2 e x = h + low
   const float rest = fmaf(low, 0.693147181f, (f - (x - b)) - (m + b));
-  return fabsf(rest) < 1 ? fmaf(y, rest, y) : y;  // not where it is a NaN: at infinities
+  return fabsf(rest) < 1 && y < kInfinity<float> ? fmaf(y, rest, y) : y;
 }
 DENSREG_DEVICE double exp_to_write(double f, double m) {
   const double x = f - m;
   const double y = exp(x);
   const double b = x - f;
   const double rest = (f - (x - b)) - (m + b);
-  return fabs(rest) < 1 ? fma(y, rest, y) : y;
+  return fabs(rest) < 1 && y < kInfinity<double> ? fma(y, rest, y) : y;
 }
 
 // Half precision rounds P far more than the cheaper one.

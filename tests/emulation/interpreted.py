@@ -65,6 +65,14 @@ def test_every_element_is_written(classes, dtype, p):
         twice(kernels.pnorm_backward, norm, g, peak, total, p)
 
 
+def _parts_of(monkeypatch, block):
+    """Rows of more than 64 entries are split into parts."""
+    for itemsize in layout.TILES:
+        monkeypatch.setitem(layout.TILES, itemsize, (layout.Tile(64, 1, 1),))
+        for split in (layout.SPLIT, layout.SPLIT_PAIRS):
+            monkeypatch.setitem(split, itemsize, layout.Tile(block, 1, 1))
+
+
 LAGS = (lambda parts: parts, lambda parts: 2 * parts + 1, lambda parts: 10**6)
 
 
@@ -81,10 +89,7 @@ LAGS = (lambda parts: parts, lambda parts: 2 * parts + 1, lambda parts: 10**6)
 )
 def test_long_rows(monkeypatch, dtype, classes, p):
     """Rows over parts of 1024 entries: the same bits whatever the lag, and no neighbour's entries in any of them."""
-    for tiles in (layout.TILES, layout.SPLIT, layout.SPLIT_PAIRS):
-        for itemsize in tiles:
-            tile = layout.Tile(1024, 1, 1)
-            monkeypatch.setitem(tiles, itemsize, (tile._replace(block=64),) if tiles is layout.TILES else tile)
+    _parts_of(monkeypatch, 1024)
     softmax_file = sys.modules["densreg.kernels.softmax"]  # the package's attribute is the function
     f, u = (torch.randn(5, classes).mul(3).to(dtype) for _ in range(2))
     f[1], f[3, 1000:], u[1], u[3, 7] = math.nan, -math.inf, math.inf, math.nan
@@ -128,6 +133,12 @@ def test_long_rows(monkeypatch, dtype, classes, p):
     assert error(dual[quiet], torch.autograd.grad(right.sum(), v)[0]) < 2 * bound
     assert norm[1] == math.inf
     assert norm[3].isnan()
+
+
+def test_zeros_over_parts_of_which_one_has_no_entry(monkeypatch):
+    """Rows of 2047 that begin where 16 bytes do need a part less than the others."""
+    _parts_of(monkeypatch, 1024)
+    assert kernels.pnorm(torch.zeros(4, 2047), math.inf)[2].tolist() == [2047] * 4
 
 
 @triton.jit
