@@ -442,9 +442,8 @@ def long_rows(options: argparse.Namespace) -> Work:
     dry, triton = options.dry_run, "triton" in _backends()
     for size in (4096,) if dry else (LOGITS_BYTES, 67_112_000):
         yield f"yardsticks {size}", functools.partial(yardstick_row, size, 0.0 if dry else 0.5)
-    odd, middle, million = (1025, 1101, 1200) if dry else LONG
-    sizes = [(dtype, classes) for classes in (odd, middle, million) for dtype in DTYPES]
-    sizes = [*sizes[: 3 if dry else None], (torch.float16, middle)]
+    widths = (1025, 1101) if dry else LONG
+    sizes = [*((dtype, classes) for classes in widths for dtype in DTYPES), (torch.float16, widths[1])]
     with _short_long_rows() if dry and triton else contextlib.nullcontext():
         for name in OPERATORS:
             for backend in _backends():
