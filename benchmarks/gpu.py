@@ -2,18 +2,26 @@
 
     python -m benchmarks gpu [--stage NAME ...] [--minutes 9] [--json FILE] [--again] [--dry-run]
 
-Stages, in order of value; each is a process of its own, so that a crash or an illegal access costs one stage:
+Stages, in order of value, and the seconds that each is expected to take; each is a process of its own, so that a crash
+or an illegal access costs one row:
 
-    build      the extension with its CUDA sources, in place; where that fails, without them
-    tests      the operators' tests and tests/test_gpu.py on CUDA tensors, every backend that is there
-    kernels    the operators at sizes past the L2, long rows first, by every backend, torch and torch.compile
-    paths      the paths at the logits and through a linear head, for 10 to 1,000,000 classes (class_counts.py)
-    heads      steps through a linear head of 100,000 and 1,000,000 classes, with logits and without (linear_head.py)
-    steps      whole training steps: plain, the paper's paths in eager, compiled, the objective (steps.py)
-    epochs     an epoch of CIFAR-100 by every path, 12,800 images timed (test_epoch.py)
-    training   short trainings by `densreg train`: plain and the objective
-    small      the compiled step of an MLP, where launches are the cost, and in CUDA graphs
-    sanitizer  compute-sanitizer over the operators' tests at their smallest, where the tool is there
+    build      120  the extension with its CUDA sources, in place; where that fails, without them
+    long_rows  200  how fast memory can be moved; every operator on rows that several blocks share, by every backend:
+                    against float64, with NaN and infinities, and the same bits again, beside another stream, and
+                    replayed; then Triton's kernels for them with other lags and other tiles
+    kernels    210  the operators at sizes past the L2, long rows first, by every backend, torch and torch.compile
+    eager       30  small calls of softmax and its backward, launches included
+    tests      180  the operators' tests and tests/test_gpu.py on CUDA tensors, every backend that is there
+    paths      120  the paths at the logits and through a linear head, for 10 to 1,000,000 classes (class_counts.py)
+    heads      120  steps through a linear head of 100,000 and 1,000,000 classes, with logits and without
+    steps      300  whole training steps: plain, the paper's paths in eager, compiled, the objective (steps.py)
+    epochs     150  an epoch of CIFAR-100 by every path, 12,800 images timed (test_epoch.py)
+    training   150  short trainings by `densreg train`: plain and the objective
+    small       90  the compiled step of an MLP, where launches are the cost, and in CUDA graphs
+    sanitizer  150  compute-sanitizer over the operators' tests at their smallest, where the tool is there
+
+The second to the fourth, of gpu_kernels.py, give a row a minute: a kernel that hangs costs no more. One that long_rows
+finds wrong is not timed on such rows.
 
 The JSON file is written after every row. Rows that are there, of the same sources, GPU and versions, are not measured
 again without --again, those that failed neither; what does not fit into --minutes is left for the next call. A stage
@@ -23,8 +31,8 @@ steps are compiled by processes beside the tests, so that their first call may f
 other programs say when they fail is in .log files beside the JSON. `report --from FILE.json` makes a CSV of the JSON.
 
 The kernels are timed in CUDA graphs of a few calls, each on tensors of its own, all outputs kept, so that neither
-launches nor the L2 count. --dry-run goes through every stage at tiny sizes on CPU tensors, Triton's kernels in its
-interpreter: no figure in it means anything.
+launches nor the L2 count; ratios are to a Triton kernel that only moves memory. --dry-run goes through every stage at
+tiny sizes on CPU tensors, Triton's kernels in its interpreter: no figure in it means anything.
 """
 
 from __future__ import annotations
@@ -44,223 +52,32 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import densreg
-from densreg import ops
 from densreg.lab import training
 from densreg.lab.runs import write_json
 
-from . import class_counts, linear_head, steps, test_epoch
+from . import class_counts, gpu_kernels, linear_head, steps, test_epoch
+from .gpu_kernels import Work, device, noted
 from .records import Row, tables
-from .timing import WrongResult, copies_past_cache, environment, interleave, peak_bytes, summarize, synchronize
+from .timing import environment
 
 ROOT = Path(__file__).parent.parent
 GPU_TESTS = [f"tests/test_{name}.py" for name in ("gpu", "softmax", "pnorm", "second_order")]
 
-CLASSES = (131_072, 1_000_000, 1000, 4096, 21_841, 32_768, 262_144, 65_536)
-"""Of the kernels, the most telling first: what does not fit into the time is left out."""
-LOGITS_BYTES = 64 << 20
-"""At least so many bytes of logits: past the L2 of any GPU there is."""
-DTYPES = (torch.float32, torch.bfloat16)
 STEPS = {"resnet18": 256, "mlp": 1024, "vgg11_bn": 256, "wrn28-10": 64}
 """Models of steps.py and the batch on a GPU."""
 COMPILED = ("objective", "taylor compiled", "plain")
 """Columns of the steps that are compiled, those that take longest first."""
 
-Work = Iterator[tuple[str, Callable[[], Row]]]
-"""The rows of a stage: the key of each, and what measures it."""
 FAILED = ("failed", "not timed")
 """How the note of a column begins that makes its row a failed one."""
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available()
-
-
-def _device() -> str:
-    return "cuda" if _cuda() else "cpu"
-
-
-@contextlib.contextmanager
-def _noted(column: dict[str, Any]) -> Iterator[None]:
-    """A failure is noted, and costs no other column; but after an illegal access nothing works, and that is raised."""
-    try:
-        yield
-    except Exception as error:
-        synchronize()
-        traceback.print_exc()
-        column["note"] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# kernels
-
-
-class Inputs(NamedTuple):
-    """What the operators take, on tensors of one set: logits f, softmax P, a cotangent U, and U's norms."""
-
-    f: Tensor
-    p: Tensor
-    u: Tensor
-    ones: Tensor
-    norm: Tensor
-    peak: Tensor
-    total: Tensor
-
-
-def _inputs(rows: int, classes: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    f, u = (torch.randn(rows, classes, device=generator.device, generator=generator).to(dtype) for _ in range(2))
-    with densreg.backend("torch"):
-        norm, peak, total = ops.pnorm(u, 2.0)
-    return Inputs(f, torch.softmax(f, 1), u, torch.ones_like(norm), norm, peak, total)
-
-
-class Operator(NamedTuple):
-    """One of densreg's operators at p = 2, and what stands beside it.
-
-    Attributes:
-        moved: tensors of [B, C] that must be read or written.
-        ours: densreg's call.
-        formula: the same in torch, which torch.compile gets too.
-        expected: some rows of the result in float64.
-        others: further calls of torch that give the same.
-    """
-
-    moved: int
-    ours: Callable[[Inputs], Tensor]
-    formula: Callable[[Inputs], Any]
-    expected: Callable[[Inputs, slice], Tensor]
-    others: Mapping[str, Callable[[Inputs], Any]] = MappingProxyType({})
-
-
-def _hessian(i: Inputs, part: slice) -> Tensor:
-    p, u = i.p[part].double(), i.u[part].double()
-    return p * (u - (p * u).sum(1, keepdim=True))
-
-
-def _dual(i: Inputs, part: slice) -> Tensor:
-    u = i.u[part].double()
-    return u / u.norm(dim=1, keepdim=True)
-
-
-OPERATORS = {
-    "softmax": Operator(
-        2,
-        lambda i: ops.softmax(i.f)[2],
-        lambda i: (torch.logsumexp(i.f, 1), torch.softmax(i.f, 1)),
-        lambda i, part: torch.softmax(i.f[part].double(), 1),
-    ),
-    "softmax_backward": Operator(
-        3,
-        lambda i: ops.softmax_backward(i.p, None, None, None, None, i.u),
-        lambda i: i.p * (i.u - (i.p * i.u).sum(1, keepdim=True)),
-        _hessian,
-        {"torch's own backward": lambda i: torch._softmax_backward_data(i.u, i.p, 1, i.p.dtype)},
-    ),
-    "pnorm": Operator(
-        1,
-        lambda i: ops.pnorm(i.u, 2.0)[0],
-        lambda i: torch.linalg.vector_norm(i.u, 2, dim=1),
-        lambda i, part: i.u[part].double().norm(dim=1),
-    ),
-    "pnorm_backward": Operator(
-        2,
-        lambda i: ops.pnorm_backward(i.ones, i.u, i.peak, i.total, 2.0),
-        lambda i: i.u / i.norm.unsqueeze(1).to(i.u.dtype),
-        _dual,
-    ),
-}
-
-
-def _check(name: str, actual: Tensor, expected: Callable[[slice], Tensor], bound: float) -> float:
-    """The relative error of a [B, C] or [B] result against float64, some rows at a time."""
-    step, worst = max(1, (1 << 24) // max(1, actual[0].numel())), 0.0
-    for first in range(0, len(actual), step):
-        part = slice(first, first + step)
-        right = expected(part)
-        error = float((actual[part].double() - right).abs().max() / right.abs().max())
-        if not error <= bound:
-            raise WrongResult(f"{name}: expected a relative error of at most {bound:.1e}, got {error:.1e}")
-        worst = max(worst, error)
-    return worst
-
-
-def _graph(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
-    """The calls as one CUDA graph; on the CPU one after the other."""
-    if not _cuda():
-
-        def one_after_the_other() -> None:
-            for call in calls:
-                call()
-
-        return one_after_the_other
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:  # compiles and allocates
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for call in calls:
-            kept.append(call())  # alive: the next call writes somewhere else
-
-    def replay(graph: Any = graph, kept: list = kept) -> None:
-        graph.replay()
-
-    return replay
-
-
-def kernel_row(name: str, rows: int, classes: int, dtype: torch.dtype, seconds: float) -> Row:
-    """One operator at one size by every backend, torch and torch.compile."""
-    operator, size = OPERATORS[name], rows * classes * dtype.itemsize
-    copies = max(2, copies_past_cache(size))
-    generator = torch.Generator(_device()).manual_seed(0)
-    inputs = [_inputs(rows, classes, dtype, generator) for _ in range(copies)]
-    columns: dict[str, dict[str, Any]] = {}
-    graphs: dict[str, Callable[[], None]] = {}
-    for backend in class_counts.backends("cuda")[:-1]:
-        columns[backend] = {}
-        if ops.BACKENDS[backend].implementation(name, _device()) is None:
-            columns[backend]["note"] = "not implemented"
-            continue
-        with _noted(columns[backend]), densreg.backend(backend):
-            bound, before = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype], ops.calls()
-            output, expected = operator.ours(inputs[0]), functools.partial(operator.expected, inputs[0])
-            class_counts.require_served(name, before, class_counts.kernels(backend, name))
-            columns[backend]["error"] = _check(f"{name} by {backend}", output, expected, bound)
-            columns[backend]["peak_bytes"] = peak_bytes(functools.partial(operator.ours, inputs[0]))
-            graphs[backend] = _graph([functools.partial(operator.ours, i) for i in inputs])
-    torch.compiler.reset()
-    compiled = torch.compile(operator.formula, fullgraph=True, dynamic=False)
-    for column, call in {"torch": operator.formula, "torch.compile": compiled, **operator.others}.items():
-        columns[column] = {}
-        with _noted(columns[column]):
-            graphs[column] = _graph([functools.partial(call, i) for i in inputs])
-    graphs["copy"] = _graph([functools.partial(torch.empty_like(i.f).copy_, i.f) for i in inputs])
-    times = {column: [t / copies for t in each] for column, each in interleave(graphs, seconds, ahead=True).items()}
-    for column, of in summarize(times, "copy").items():
-        columns.setdefault(column, {}).update(of, bytes=(2 if column == "copy" else operator.moved) * size)
-    case = {"operator": name, "dtype": str(dtype).removeprefix("torch."), "B": rows, "C": classes}
-    return {"suite": "kernels", "case": case, "columns": columns}
-
-
-def kernels(options: argparse.Namespace) -> Work:
-    for classes in (40,) if options.dry_run else CLASSES:
-        for dtype in DTYPES:
-            for name in OPERATORS:
-                rows = 3 if options.dry_run else math.ceil(LOGITS_BYTES / (classes * dtype.itemsize))
-                seconds = 0.0 if options.dry_run else 0.2
-                measure = functools.partial(kernel_row, name, rows, classes, dtype, seconds)
-                yield f"{name} {rows}x{classes} {dtype}", measure
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -270,11 +87,11 @@ def kernels(options: argparse.Namespace) -> Work:
 def paths(options: argparse.Namespace) -> Work:
     seconds = 0.0 if options.dry_run else 1.0
     for rows, classes in ((4, 10),) if options.dry_run else class_counts.SHAPES:
-        logits = functools.partial(class_counts.measure, rows, classes, seconds, True, True, _device())
+        logits = functools.partial(class_counts.measure, rows, classes, seconds, True, True, device())
         yield f"logits {rows}x{classes}", logits
         yield (
             f"head {rows}x{classes}",
-            functools.partial(class_counts.measure_head, rows, classes, seconds, True, _device()),
+            functools.partial(class_counts.measure_head, rows, classes, seconds, True, device()),
         )
 
 
@@ -289,15 +106,15 @@ def heads(options: argparse.Namespace) -> Work:
                 "dtype": dtype,
                 "bound": 0.05 if dtype == torch.bfloat16 else 1e-4,
             }
-            measure = functools.partial(linear_head.measure, "none", rows, classes, seconds, device=_device(), **size)
+            measure = functools.partial(linear_head.measure, "none", rows, classes, seconds, device=device(), **size)
             yield f"head {rows}x{classes}x{features} {dtype}", measure
 
 
 def warm(name: str, column: str, dry_run: bool) -> None:
     """The first call of a compiled step: what it takes to compile is then in inductor's cache on disk."""
     torch.backends.cudnn.allow_tf32 = False  # as in the stage
-    model, x, y = steps.problem(steps.CASES[name]._replace(batch=8 if dry_run else STEPS[name]), _device())
-    with torch.autocast(_device(), torch.bfloat16, enabled=not dry_run):
+    model, x, y = steps.problem(steps.CASES[name]._replace(batch=8 if dry_run else STEPS[name]), device())
+    with torch.autocast(device(), torch.bfloat16, enabled=not dry_run):
         steps.step_of(column, model, x, y)()
 
 
@@ -341,7 +158,7 @@ def steps_stage(options: argparse.Namespace) -> Work:
         columns, models, seconds = ["plain", "taylor", "objective"], {"mlp": 8}, 0.0
     for amp in (torch.bfloat16, None):
         for name, batch in models.items():
-            measure = functools.partial(steps.measure, name, columns, seconds, batch=batch, device=_device(), amp=amp)
+            measure = functools.partial(steps.measure, name, columns, seconds, batch=batch, device=device(), amp=amp)
             yield f"{name} {batch} {amp}", measure
 
 
@@ -364,7 +181,7 @@ def small(options: argparse.Namespace) -> Work:
     if options.dry_run:
         columns, batches, seconds = ["plain"], (4,), 0.0  # type: ignore[assignment]
     for batch in batches:
-        measure = functools.partial(steps.measure, "mlp", columns, seconds, batch=batch, device=_device(), more=more)
+        measure = functools.partial(steps.measure, "mlp", columns, seconds, batch=batch, device=device(), more=more)
         yield f"mlp {batch}", measure
 
 
@@ -375,7 +192,7 @@ def epochs(options: argparse.Namespace) -> Work:
         data, images, batch, columns = "blockmnist", 32, 8, ["plain", "taylor", "objective eager"]
 
     def measure() -> Row:
-        return test_epoch.measure(data, images, options.data_dir, columns, _device(), batch)[0]
+        return test_epoch.measure(data, images, options.data_dir, columns, device(), batch)[0]
 
     yield f"{data} {images}", measure
 
@@ -391,7 +208,7 @@ def training_row(name: str, changes: dict[str, Any], options: argparse.Namespace
         settings |= {"workers": 0, "compile": False}
     settings |= changes
     with tempfile.TemporaryDirectory() as out:
-        rows = training.fit(training.Config(out=out, device=_device(), channels_last=True, **settings), progress=False)
+        rows = training.fit(training.Config(out=out, device=device(), channels_last=True, **settings), progress=False)
     last, accuracy = rows[-1], ", ".join(f"{row['test_accuracy']:.4f}" for row in rows)
     case = {name: settings[name] for name in ("data", "model", "epochs", "train_size", "batch_size", "amp")}
     note = f"test accuracy by epoch {accuracy}; test penalty {last['test_penalty']:.4g}"
@@ -454,7 +271,7 @@ def test_row(path: str, options: argparse.Namespace) -> Row:
     elif importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler's
         command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     fine = (0, 5) if options.dry_run else (0,)  # 5: none chosen
-    column, _ = _run(Path(path).stem, options, command, {"DENSREG_TEST_DEVICE": _device()}, fine)
+    column, _ = _run(Path(path).stem, options, command, {"DENSREG_TEST_DEVICE": device()}, fine)
     return {"suite": "tests", "case": {"what": path}, "columns": {"pytest": column}}
 
 
@@ -474,7 +291,7 @@ def sanitizer_row(tool: str, check: str, options: argparse.Namespace) -> Row:
 
 def sanitizer(options: argparse.Namespace) -> Work:
     tool = shutil.which("compute-sanitizer")
-    if tool is None or not _cuda():
+    if tool is None or not torch.cuda.is_available():
         column = {"note": "not run: no GPU" if tool else "not run: not on the PATH"}
         yield "none", lambda: {"suite": "tests", "case": {"what": "compute-sanitizer"}, "columns": {"none": column}}
         return
@@ -482,19 +299,28 @@ def sanitizer(options: argparse.Namespace) -> Work:
         yield check, functools.partial(sanitizer_row, tool, check, options)
 
 
-STAGES: dict[str, tuple[Callable[[argparse.Namespace], Work], int]] = {
-    "build": (build, 120),
-    "tests": (tests, 180),
-    "kernels": (kernels, 150),
-    "paths": (paths, 120),
-    "heads": (heads, 120),
-    "steps": (steps_stage, 300),
-    "epochs": (epochs, 150),
-    "training": (trainings, 150),
-    "small": (small, 90),
-    "sanitizer": (sanitizer, 150),
+class Stage(NamedTuple):
+    """What makes a stage's rows, the seconds that it is expected to take, an estimate, and the most that a row may."""
+
+    work: Callable[[argparse.Namespace], Work]
+    seconds: int
+    of_row: float = math.inf  # where a kernel may hang
+
+
+STAGES = {
+    "build": Stage(build, 120),
+    "long_rows": Stage(gpu_kernels.long_rows, 200, 60),
+    "kernels": Stage(gpu_kernels.kernels, 210, 60),
+    "eager": Stage(gpu_kernels.eager, 30, 60),
+    "tests": Stage(tests, 180),
+    "paths": Stage(paths, 120),
+    "heads": Stage(heads, 120),
+    "steps": Stage(steps_stage, 300),
+    "epochs": Stage(epochs, 150),
+    "training": Stage(trainings, 150),
+    "small": Stage(small, 90),
+    "sanitizer": Stage(sanitizer, 150),
 }
-"""Each stage and the seconds it is expected to take, an estimate."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -525,13 +351,13 @@ def _work(stage: str, options: argparse.Namespace) -> None:
     """The rows of a stage that are not in the file yet, one after the other."""
     torch.backends.cudnn.allow_tf32 = False
     have = {row["key"] for row in json.loads(options.json.read_text())["stages"][stage]["rows"]}
-    for key, measure in STAGES[stage][0](options):
+    for key, measure in STAGES[stage].work(options):
         if key in have:
             continue
         print(json.dumps({"begun": key}), flush=True)
         whole: dict[str, Any] = {}
         row = _failed_row(key, whole)
-        with _noted(whole):
+        with noted(whole):
             row = measure()
         failed = any(column.get("note", "").startswith(FAILED) for column in row["columns"].values())
         print(json.dumps({"row": {"key": key, "code": int(failed), **row}}), flush=True)
@@ -552,14 +378,22 @@ def _run_stage(name: str, options: argparse.Namespace, seconds: float, keep: Cal
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
     )
     assert process.stdout is not None
-    late = threading.Event()
+    end, late = time.monotonic() + seconds, ""
 
-    def out_of_time() -> None:
-        late.set()
-        _kill(process)
+    def watch() -> threading.Timer:
+        """Ends the process, unless cancelled, when the time of the row or of the stage is over."""
+        left, most = end - time.monotonic(), STAGES[name].of_row
 
-    watchdog = threading.Timer(seconds, out_of_time)
-    watchdog.start()
+        def out_of_time() -> None:
+            nonlocal late
+            late = "out of time" if left <= most else f"no end after {most:g} s"
+            _kill(process)
+
+        timer = threading.Timer(min(left, most), out_of_time)
+        timer.start()
+        return timer
+
+    watchdog = watch()
     begun, rows = None, 0
     try:
         for line in process.stdout:
@@ -568,6 +402,8 @@ def _run_stage(name: str, options: argparse.Namespace, seconds: float, keep: Cal
                 begun, rows = None, rows + 1
             elif line.startswith('{"begun": '):
                 begun = json.loads(line)["begun"]
+                watchdog.cancel()
+                watchdog = watch()
             else:
                 print(line, end="", flush=True)
         code = process.wait()
@@ -576,8 +412,8 @@ def _run_stage(name: str, options: argparse.Namespace, seconds: float, keep: Cal
         _kill(process)
     if code == 0:
         return "whole"
-    ended = "out of time" if late.is_set() else f"exit code {code}"
-    if begun is not None and (not late.is_set() or (not rows and seconds >= STAGES[name][1])):
+    ended = late or f"exit code {code}"
+    if begun is not None and (ended != "out of time" or (not rows and seconds >= STAGES[name].seconds)):
         # What kills the stage, or hangs, is not tried again, so that the rows after it have their turn.
         keep({"key": begun, "code": 1, **_failed_row(begun, {"note": f"failed: {ended}"})})
     return ended
@@ -617,7 +453,7 @@ def run(options: argparse.Namespace) -> int:
         name, column = options.warm
         warm(name, column, options.dry_run)
         return 0
-    if not options.dry_run and not _cuda():
+    if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("expected a GPU, got none: --dry-run goes through the code on the CPU")
     end = time.monotonic() + 60 * options.minutes
     name = "dry-run" if options.dry_run else "-".join(torch.cuda.get_device_name().lower().split())
@@ -628,9 +464,10 @@ def run(options: argparse.Namespace) -> int:
     for capped in (True, False):  # every stage has its turn before one takes what is left
         for stage in options.stage:
             kept = stages[stage]
-            left, expected = end - time.monotonic(), STAGES[stage][1]
+            left = end - time.monotonic()
             if kept["ended"] in ("whole", "failed") or left < (1 if options.dry_run else 30):
                 continue
+            until = end - (max(0.0, left - 1.5 * STAGES[stage].seconds) if capped else 0)
             print(f"{stage} ...", flush=True)
 
             def keep(row: Row, rows: list[Row] = kept["rows"]) -> None:
@@ -640,7 +477,13 @@ def run(options: argparse.Namespace) -> int:
             # Beside the tests, which are not timed, the steps are compiled.
             to_come = stage == "tests" and "steps" in options.stage and stages["steps"]["ended"] == "not begun"
             with _warmers(left / 2) if to_come and not options.dry_run else contextlib.nullcontext():
-                kept["ended"] = _run_stage(stage, options, min(left, 1.5 * expected) if capped else left, keep)
+                rows = -1
+                # What kills the process has its row: those after it get another process.
+                while len(kept["rows"]) > rows and (seconds := until - time.monotonic()) > 0:
+                    rows = len(kept["rows"])
+                    kept["ended"] = _run_stage(stage, options, seconds, keep)
+                    if kept["ended"] in ("whole", "out of time"):
+                        break
             if kept["ended"] == "whole" and any(row["code"] for row in kept["rows"]):
                 kept["ended"] = "failed"
             _write(options.json, result)

@@ -116,7 +116,30 @@ SUITES = {
         "Cross-entropy, penalty and all gradients: from logits by naive, taylor and fused, in eager, and compiled; and "
         "without logits, head. products: the linear head's own matrix products and nothing else.",
     ),
-    "kernels": Suite("Operators", "p = 2, on tensors past the caches, in CUDA graphs; copy: of one such tensor."),
+    "yardsticks": Suite(
+        "Moving memory", "Triton kernels that copy, or read two tensors and write one; copy: torch's `copy_`."
+    ),
+    "right": Suite(
+        "Rows that several blocks share: whether they are right",
+        "Against float64, beside rows with NaN and infinities; the same bits in calls one after the other, beside "
+        "another stream's work, and in a CUDA graph.",
+    ),
+    "kernels": Suite(
+        "Operators",
+        "p = 2, on tensors past the caches, in CUDA graphs; copy: of one such tensor, by `copy_`; yardstick: a Triton "
+        "kernel that copies one, or reads two and writes one where the operator does.",
+    ),
+    "lags": Suite(
+        "Triton, rows that several blocks share: the lag",
+        "How many programs that reduce come before the first that writes.",
+    ),
+    "tiles": Suite(
+        "Triton, rows that several blocks share: the tile",
+        "Entries / warps of one program (`SPLIT`, `SPLIT_PAIRS` in kernels/rows.py).",
+    ),
+    "eager": Suite(
+        "Small calls in eager", "softmax and its backward once, without autograd, launches included; no CUDA graph."
+    ),
     "small": Suite(
         "Compiled steps of a small MLP", "28 x 28 pixels; times include launches and Python."
     ),  # until 2026-11

@@ -16,7 +16,19 @@ import torch.nn.functional as F
 
 import densreg
 from benchmarks import __main__ as command
-from benchmarks import class_counts, compare, gpu, linear_head, records, report, steps, test_epoch, test_growth, timing
+from benchmarks import (
+    class_counts,
+    compare,
+    gpu,
+    gpu_kernels,
+    linear_head,
+    records,
+    report,
+    steps,
+    test_epoch,
+    test_growth,
+    timing,
+)
 from densreg import _torch
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -429,7 +441,7 @@ def fails() -> dict:
 
 def test_gpu_rows_that_are_there_are_not_measured_and_a_failure_costs_one(tmp_path, monkeypatch, capsys):
     work = [("a", fails), ("b", fails), ("c", lambda: ROW)]
-    monkeypatch.setattr(gpu, "STAGES", {"small": (lambda options: iter(work), 9)})
+    monkeypatch.setattr(gpu, "STAGES", {"small": gpu.Stage(lambda options: iter(work), 9)})
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps({"stages": {"small": {"rows": [{"key": "a", "code": 0}]}}}))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
@@ -441,13 +453,13 @@ def test_gpu_rows_that_are_there_are_not_measured_and_a_failure_costs_one(tmp_pa
     assert c["row"] == {"key": "c", "code": 0, **ROW}
 
 
-def run_stage(tmp_path, monkeypatch, script: str, seconds: float) -> tuple[str, list[dict]]:
+def run_stage(tmp_path, monkeypatch, script: str, seconds: float, of_row: float = 50) -> tuple[str, list[dict]]:
     """A stage whose worker is this script."""
     worker = tmp_path / "worker"
     worker.write_text(f"#!/bin/sh\n{script}\n")
     worker.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(worker))
-    monkeypatch.setattr(gpu, "STAGES", {"small": (None, 1)})
+    monkeypatch.setattr(gpu, "STAGES", {"small": gpu.Stage(None, 1, of_row)})
     rows: list[dict] = []
     options = types.SimpleNamespace(json=tmp_path / "gpu.json", dry_run=False, data_dir=None)
     return gpu._run_stage("small", options, seconds, rows.append), rows
@@ -473,6 +485,13 @@ HANGS = dead("out of time")
 )
 def test_gpu_stage_that_dies_or_hangs(script, seconds, ended, rows, tmp_path, monkeypatch):
     assert run_stage(tmp_path, monkeypatch, script, seconds) == (ended, rows)
+
+
+def test_gpu_row_that_hangs(tmp_path, monkeypatch):
+    script = """echo '{"begun": "a"}'; echo '{"row": {"key": "a"}}'; echo '{"begun": "b"}'; sleep 100"""
+    ended, rows = run_stage(tmp_path, monkeypatch, script, 60, of_row=2)
+    assert ended == "no end after 2 s"
+    assert rows == [{"key": "a"}, dead("no end after 2 s")]
 
 
 def test_gpu_stage_takes_what_it_started_with_it(tmp_path, monkeypatch):
@@ -527,10 +546,88 @@ def test_gpu_calls_go_on_where_the_last_one_stopped(tmp_path, monkeypatch, capsy
     assert command.main(arguments) == 1
     # Every stage has its turn, 1.5 times what it is expected to take; then what is unfinished has the rest.
     assert [name for name, _ in calls] == ["tests", "small", "small"]
-    assert [seconds for _, seconds in calls] == [270, 135, pytest.approx(3000, abs=60)]
+    assert [seconds for _, seconds in calls] == [
+        pytest.approx(270, abs=5),
+        pytest.approx(135, abs=5),
+        pytest.approx(3000, abs=60),
+    ]
     stages = json.loads(file.read_text())["stages"]
     assert {name: stage["ended"] for name, stage in stages.items()} == {"tests": "failed", "small": "whole"}
     assert command.main(arguments) == 1
     assert len(calls) == 3
     command.main([*arguments, "--again"])
     assert len(calls) == 5
+
+
+def test_gpu_stage_goes_on_after_what_killed_it(tmp_path, monkeypatch):
+    """In another process; but not at once where the one before has not come to a row."""
+    ends = iter(["exit code -6", "no end after 60 s", "exit code 1"])
+    ended = []
+
+    def run_stage(name, options, seconds, keep):
+        ended.append(next(ends, "whole"))
+        if ended[-1] != "exit code 1":
+            keep({"key": str(len(ended)), "code": int(ended[-1] != "whole"), **ROW})
+        return ended[-1]
+
+    monkeypatch.setattr(gpu, "_run_stage", run_stage)
+    file = tmp_path / "gpu.json"
+    assert command.main(["gpu", "--dry-run", "--json", str(file), "--stage", "long_rows"]) == 1
+    assert ended == ["exit code -6", "no end after 60 s", "exit code 1", "whole"]  # the last in the second turn
+    (stage,) = json.loads(file.read_text())["stages"].values()
+    assert stage["ended"] == "failed"
+    assert [row["code"] for row in stage["rows"]] == [1, 1, 0]
+
+
+SIZES = [(torch.float32, 40), (torch.bfloat16, 41), (torch.float16, 40)]
+
+
+@pytest.mark.parametrize("name", gpu_kernels.OPERATORS)
+def test_gpu_kernels_are_compared(name):
+    """By plain torch: as wrong as it is, and the rows that are not finite are those of float64."""
+    columns = gpu_kernels.right_row(name, "torch", SIZES, 0, 1)["columns"]
+    assert list(columns) == ["40 float32", "41 bfloat16", "40 float16"]
+    assert all(column.keys() == {"error"} for column in columns.values()), columns
+
+
+def _elsewhere(outputs, calls):
+    return tuple(t.roll(1, 0) for t in outputs)
+
+
+def _not_the_same(outputs, calls):
+    return tuple(t * (1 + 2**-20 * (calls > 3)) for t in outputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (_elsewhere, "other rows are finite than in float64"),
+        (lambda outputs, calls: tuple(t * 1.001 for t in outputs), "expected a relative error of at most 2.0e-06"),
+        (_not_the_same, "beside another stream: other bits"),
+    ],
+)
+def test_gpu_kernel_that_is_wrong(change, note, monkeypatch):
+    operator, calls = gpu_kernels.OPERATORS["softmax"], []
+
+    def wrong(inputs):
+        calls.append(1)
+        return change(operator.ours(inputs), len(calls))
+
+    monkeypatch.setitem(gpu_kernels.OPERATORS, "softmax", operator._replace(ours=wrong))
+    (column,) = gpu_kernels.right_row("softmax", "torch", SIZES[:1], 0, 1)["columns"].values()
+    assert note in column["note"]
+    assert column["note"].startswith("failed: WrongResult")
+
+
+def test_gpu_kernel_that_was_wrong_is_not_timed(tmp_path):
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"stages": {"long_rows": {"rows": [{"key": "pnorm by torch", "code": 1}]}}}))
+    options = types.SimpleNamespace(json=file, dry_run=True)
+    ours = {"torch": ("torch", contextlib.nullcontext())}
+    short, long = (
+        gpu_kernels._timed("kernels", "pnorm", 2, classes, torch.float32, options, ours)["columns"]
+        for classes in (gpu_kernels.WHOLE, gpu_kernels.WHOLE + 1)
+    )
+    assert short["torch"]["seconds"] > 0
+    assert short["torch"]["error"] < 2e-6
+    assert long["torch"] == {"note": "not timed: long_rows found it wrong"}
