@@ -139,9 +139,11 @@ def test_small_entries_at_orders_near_one():
 @pytest.mark.core
 @pytest.mark.parametrize("p", [1e3, 1e5, 1e7, 1e30])
 def test_ties_at_large_orders(p):
-    norm, gradient = _norm_and_gradient(torch.tensor([[5.0, 5.0, -5.0, 1.0]]), p)
-    torch.testing.assert_close(norm, torch.tensor([5 * 3 ** (1 / p)]))
-    torch.testing.assert_close(gradient, torch.tensor([[1.0, 1.0, -1.0, 0.0]]) * 3 ** (1 / p - 1))
+    peaks = torch.tensor([[5.0], [0.7], [41.0], [1 / 3], [1e5]])  # 41 (1 / 41) is not 1
+    norm, gradient = _norm_and_gradient(peaks * torch.tensor([1.0, 1.0, -1.0, 0.2]), p)
+    torch.testing.assert_close(norm, peaks[:, 0] * 3 ** (1 / p))
+    expected = torch.tensor([1.0, 1.0, -1.0, 0.0]) * 3 ** (1 / p - 1)
+    torch.testing.assert_close(gradient, expected.expand(5, 4))
 
 
 @pytest.mark.core

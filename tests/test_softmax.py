@@ -311,6 +311,17 @@ def test_large_logits_keep_their_digits():
 
 
 @pytest.mark.core
+def test_small_probabilities_keep_their_digits(backend):
+    """Down to the smallest normal number: there the rounding of f - m alone would cost 4e-6."""
+    logits = torch.rand(4, 300).mul(-87) + torch.tensor([[0.0], [0.123], [-3.7], [900.0]])
+    logits[:, 7] = torch.tensor([0.0, 0.123, -3.7, 900.0])
+    p, expected = ops.softmax(logits)[2], torch.softmax(logits.double(), 1)
+    normal = expected > torch.finfo(torch.float32).tiny
+    off = [((q.double() - expected)[normal] / expected[normal]).abs().max() for q in (p, torch.softmax(logits, 1))]
+    assert off[0] < 2e-6 < off[1] or backend == "torch"
+
+
+@pytest.mark.core
 def test_million_classes():
     logits = torch.randn(2, 1_000_000)
     log_density, _, p, _ = ops.softmax(logits)
