@@ -291,8 +291,9 @@ class RegularizedObjective(nn.Module):
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
-        self._value_checked = self._head_checked = False
+        self._value_checked = False
         self._one: Tensor | None = None
+        self._head_checked: set[tuple[bool, ...]] = set()
         self._interacting: dict[tuple, bool] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -334,8 +335,8 @@ class RegularizedObjective(nn.Module):
                 self._head = self._head_to_take()
                 raise
             self._checks = DifferenceChecks()
-            self._value_checked = self._head_checked = False
-            self._interacting = {}
+            self._value_checked = False
+            self._head_checked, self._interacting = set(), {}
 
     def _set(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -552,16 +553,20 @@ class RegularizedObjective(nn.Module):
 
     def _samples_interact(self, spec: StepSpec, batch: Batch) -> bool:
         """:func:`densreg.step.samples_interact`, tried once for each mode of the modules."""
-        mode = tuple(module.training for module in self.model.modules())
+        mode = self._modes()
         if mode not in self._interacting:
             self._interacting[mode] = samples_interact(spec, batch)
         return self._interacting[mode]
 
+    def _modes(self) -> tuple[bool, ...]:
+        """Whether each module is in training mode: a model may do something else in eval mode."""
+        return tuple(module.training for module in self.model.modules())
+
     def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> Any:
         if self._compiled_step is not None:
-            if spec.head is not None and not self._head_checked:
+            if spec.head is not None and (mode := self._modes()) not in self._head_checked:
                 check_head(spec, args[0])
-                self._head_checked = True
+                self._head_checked.add(mode)
             return self._compiled_step(spec, *args, **kwargs)
         with _torch.without_gradient_hooks(spec.trained):
             step: Any = directional_step if self.path == "directional" else whole_step
@@ -571,8 +576,8 @@ class RegularizedObjective(nn.Module):
         return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        new = {"head": None, "_head": None, "_head_checked": False, "_one": None}  # older ones have none of these
-        super().__setstate__({**new, **state})
+        new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
+        super().__setstate__({**new, **state, "_head_checked": set()})
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:

@@ -97,8 +97,16 @@ def mean_of(t: torch.Tensor, group) -> torch.Tensor:
     return t / dist.get_world_size(group)
 
 
-def loss_case(sizes, rows=2, masked=(), bias=True, tile=3, kind="plain", scale=1.0, ignored=(), **options):
-    """The largest error of the loss, its terms, and the gradients of each, in trunk and shard."""
+def loss_case(
+    sizes, rows=2, masked=(), bias=True, tile=3, kind="plain", scale=1.0, ignored=(), targets=(), low=0.0, **options
+):
+    """The largest error of the loss, its terms, and the gradients of each, in trunk and shard.
+
+    Args:
+        masked: classes whose logit is -inf; the target of all rows is the first behind them, but
+        targets: of the first rows.
+        low: added to every logit.
+    """
 
     def case():
         group = group_of(len(sizes))
@@ -108,11 +116,14 @@ def loss_case(sizes, rows=2, masked=(), bias=True, tile=3, kind="plain", scale=1
         trunk, weight, offset, x, y = head_problem(sum(sizes), rows=rows * world, bias=bias)
         with torch.no_grad():
             weight.mul_(scale)
+            if low:
+                offset.add_(low)
             for i in masked:
                 offset[i] = -inf
         y = y % sum(sizes)
         if masked:
             y[:] = max(masked) + 1
+        y[: len(targets)] = torch.tensor(targets, dtype=y.dtype)
         for i in ignored:
             y[i] = options.get("ignore_index", -100)
         shard = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -296,6 +307,9 @@ RIGHT = {
     "masked class, p = 1": loss_case([1, 40, 31, 31], masked=(4,), p=1, tile=16),
     "masked shard": loss_case([3, 4], masked=(0, 1, 2), tile=2),
     "all but one masked": loss_case([3, 4], masked=range(6)),
+    # Of these rows exp(-L) is infinite, and the sum over the shard's other classes is 0.
+    "only the target in a shard": loss_case([1, 11], targets=(0, 4, 0, 11), low=-800.0),
+    "all others of a shard masked": loss_case([3, 4], masked=(0, 1), targets=(2, 5, 2, 3), low=-800.0, tile=2),
     "no bias, margin, p = inf": loss_case([5, 1, 4], bias=False, margin=cosface, p=inf),
     "large logits": loss_case([5, 4], scale=50.0),
     "one row, tile by size": loss_case([3, 3, 3, 4], rows=1, tile=None, p=1.5),

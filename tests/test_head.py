@@ -242,19 +242,19 @@ def test_errors():
 # other models
 
 
-def penalty_gradients(model, x, y, head):
+def penalty_gradients(model, x, y, **options):
     """The penalty's gradient alone, as the difference to a step of coefficient 0."""
     each = []
     for coeff in (0.0, 1.0):
         torch.manual_seed(2)
-        objective = densreg.RegularizedObjective(copy.deepcopy(model), coeff, compile=False, head=head)
+        objective = densreg.RegularizedObjective(copy.deepcopy(model), coeff, **{"compile": False, **options})
         objective(x, y).loss.backward()
         each.append([torch.zeros_like(w) if w.grad is None else w.grad for w in objective.model.parameters()])
     return [a - b for a, b in zip(each[1], each[0], strict=True)]
 
 
-def assert_penalty_as_with_logits(model, x, y, head):
-    ours, expected = (penalty_gradients(model, x, y, layer) for layer in (head, None))
+def assert_penalty_as_with_logits(model, x, y, head, **options):
+    ours, expected = penalty_gradients(model, x, y, head=head, **options), penalty_gradients(model, x, y)
     size = max(g.abs().max() for g in expected)
     assert size > 1e-8
     for a, b in zip(ours, expected, strict=True):
@@ -405,6 +405,27 @@ def test_hidden_changes_of_the_logits_are_seen(change, compiled, fresh_dynamo):
         objective(x, torch.tensor([0, 1, 2]))
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["checked in train", "checked in eval"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_change_in_the_other_mode_is_seen(compiled, checked, fresh_dynamo):
+    """A change that Dynamo hides, in the mode in which the head was not checked: it raises, and is nowhere silent."""
+
+    class Changed(_Changed):
+        def forward(self, x):
+            return self.head(x) if self.training == checked else super().forward(x)
+
+    torch.manual_seed(0)
+    model, x, y = Changed(_CHANGES["data"][0]).double(), torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    ours = densreg.RegularizedObjective(model, 0.5, compile=compiled, backend="aot_eager", head="head")
+    expected = densreg.RegularizedObjective(model, 0.5, compile=False)
+    for _ in range(2):
+        model.train(checked)
+        torch.testing.assert_close(ours(x, y).penalty.detach(), expected(x, y).penalty.detach(), rtol=1e-12, atol=0)
+        model.train(not checked)
+        with pytest.raises(ValueError, match=r"it went through a property, as \.T or \.data"):
+            ours(x, y)
+
+
 @pytest.mark.parametrize("gradients_", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_features_that_change_after_the_head(compiled, gradients_, fresh_dynamo):
@@ -424,9 +445,12 @@ def test_features_that_change_after_the_head(compiled, gradients_, fresh_dynamo)
 
     torch.manual_seed(0)
     model, x, y = Reuses().double(), torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 6])
+    ours = {"head": "head", "compile": compiled, "backend": "aot_eager"}
     found = []
-    for options in ({"compile": False}, {"head": "head", "compile": compiled, "backend": "aot_eager"}):
+    for options in ({"compile": False}, ours):
         with torch.set_grad_enabled(gradients_):
             out = densreg.RegularizedObjective(model, 0.5, **options)(x, y)
         found.append([out.ce, *([out.penalty] if gradients_ else [])])
     assert_same([t.detach() for t in found[1]], [t.detach() for t in found[0]])
+    if gradients_:
+        assert_penalty_as_with_logits(model, x, y, **ours)

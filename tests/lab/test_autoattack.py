@@ -10,6 +10,7 @@ from analytic import linear, pixels, split
 
 from densreg.lab.data import Split
 from densreg.lab.evaluation.autoattack import autoattack
+from densreg.lab.evaluation.samples import Unmeasurable
 
 
 @pytest.fixture
@@ -52,6 +53,36 @@ def test_standard_version(images):
     assert result == {"clean": 0.5, "linf_0.0001": 0.5}
     assert torch.equal(torch.get_rng_state(), state)
     assert sys.gettrace() is trace
+
+
+class _NaN(torch.nn.Module):
+    """Sure of class 0, but for images of which ``lost`` holds."""
+
+    def __init__(self, lost):
+        super().__init__()
+        self.body, self.lost = linear(), lost
+        self.body[1].bias.data[0] += 20
+
+    def forward(self, x):
+        return self.body(x).masked_fill(self.lost(x).unsqueeze(1), float("nan"))
+
+
+def _dark(x):
+    return x.flatten(1)[:, 0] < 127 / 255
+
+
+def _attacked(x):
+    return ((255 * x).round() - 255 * x).flatten(1).abs().amax(1) > 1e-3
+
+
+@pytest.mark.parametrize("lost", [_dark, _attacked])
+def test_nan_is_not_robust(images, lost):
+    """The largest of NaN logits is the first, here the label: also of an image that an attack only tried."""
+    pytest.importorskip("pyautoattack")
+    labels = torch.zeros_like(images.labels)
+    options = {"version": "custom", "attacks": ("apgd-ce",), "eps": (0.1,)}
+    with pytest.raises(Unmeasurable, match="the model's logits are NaN"):
+        autoattack(_NaN(lost), Split(images.images, labels), device="cpu", batch_size=12, **options)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,19 @@ def correct(model: nn.Module, split: data.Split, device: torch.device | str, bat
 
 
 def is_right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """[B] bool; raises ValueError where a logit is NaN, of which the largest would be the first."""
+    """[B] bool; raises ValueError where a logit is NaN."""
     with torch.no_grad():
-        logits = model(x)
-    if logits.isnan().any():
+        return logits_of(model, x).argmax(1) == y
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """The logits; raises ValueError where an image has one that is NaN, of which the largest would be the first."""
+    logits = model(x)
+    lost = logits.isnan()
+    # An attack may itself have made an image of NaN, as a trial that it drops.
+    if lost.any() and (lost.any(1) & x.isfinite().flatten(1).all(1)).any():
         raise Unmeasurable("the model's logits are NaN: it has no accuracy")
-    return logits.argmax(1) == y
+    return logits
 
 
 def accuracy(

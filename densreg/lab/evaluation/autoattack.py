@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from densreg.lab import data
-from densreg.lab.evaluation.accuracy import is_right
+from densreg.lab.evaluation.accuracy import is_right, logits_of
 from densreg.lab.evaluation.attacks import accuracies, check_attacked, check_budgets
 from densreg.lab.evaluation.attacks import draw as draw_budgets
 from densreg.lab.evaluation.samples import Comparison, batches, check_one_of, require
@@ -72,10 +73,9 @@ def autoattack(
                     if robust.any():
                         # One seed would give the images at the same place of every batch the same noise.
                         mixed = int(data.seeded(seed, int(index[0])).initial_seed())
-                        options = {"attacks": [*attacks]} if attacks else {}
-                        attack = package.AutoAttack(
-                            model, device=on, eps=budget, norm=NORMS[norm], seed=mixed, version=version, **options
-                        )
+                        options: dict[str, Any] = {"attacks": [*attacks]} if attacks else {}
+                        options |= {"norm": NORMS[norm], "seed": mixed, "version": version}
+                        attack = package.AutoAttack(partial(logits_of, model), device=on, eps=budget, **options)
                         targets = min(9, logits.shape[1] - 1)
                         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
                         robust[robust.clone()] = _withstands(model, attack, x[robust], y[robust], budget, norm)
