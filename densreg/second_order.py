@@ -237,6 +237,8 @@ class _Mode(TorchFunctionMode):
         if func is Tensor.backward and not torch.compiler.is_compiling():  # calls autograd.backward
             with self:
                 return torch.autograd.backward(args[0], kwargs.pop("gradient"), **kwargs)
+        if func is Tensor.unflatten:  # written in Python, which torch 2.11's Dynamo cannot trace under a mode
+            func = torch.unflatten
         return self._call(func, args, kwargs)
 
     def _call(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
