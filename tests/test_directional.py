@@ -120,6 +120,24 @@ def test_large_inputs_in_half_precision():
     assert float(h) == pytest.approx(float(wide) * ratio, rel=1e-3)
 
 
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize(("central", "bound"), [(False, 0.08), (True, 0.04)])
+def test_a_penalty_in_half_precision(central, bound, p):
+    """A model and inputs in float16, whose squares overflow, against float64: the value to 1e-3 and the gradient.
+
+    Measured: 3e-4; 0.045 and 0.021. No ReLU of this seed is on another piece in float16, which would cost 0.1.
+    """
+    model, x = problem(torch.float16)
+    x = 10 * x.detach()
+    assert x.square().sum() == math.inf
+    value, expected = by_autograd(copy.deepcopy(model).double(), x.double(), Y, 1.0, p, nothing)
+    objective = RegularizedObjective(model, 1.0, p, path="directional", central=central, criterion=nothing)
+    out = objective(x, Y, loss_scale=256.0)
+    out.loss.backward()
+    assert out.penalty.item() == pytest.approx(value.item(), rel=1e-3)
+    assert relative_error(gradients(model), expected) < bound
+
+
 def test_a_difference_that_is_not_a_number_is_an_error():
     nan, one = torch.tensor(math.nan), torch.tensor(1.0)
     with pytest.raises(RuntimeError, match="the difference of the log density is nan"):

@@ -160,8 +160,8 @@ class Config:
     compile: bool | None = _option(
         None,
         _SPEED,
-        f"compile the step as one graph; by default runs of {COMPILE_STEPS} steps and more, but not per_class, "
-        "directional and ig_sum",
+        f"compile the step as one graph; by default runs of {COMPILE_STEPS} steps and more, whatever max_steps is, but "
+        "not per_class, directional and ig_sum",
         free=True,
     )
     amp: str = _option("none", _SPEED, "autocast; fp16 with a scaled loss", choices=AMP)

@@ -256,7 +256,7 @@ def run(name: str, budget: Budget, out: str) -> Iterator[str]:
     done: list[Row] = []
     diverged: dict[str, str] = {}
     with runs.open_run(out, True) as folder:
-        for file in (coefficients.CHOSEN, SEARCH):  # of an earlier call
+        for file in (coefficients.CHOSEN, SEARCH, f"{name}.png"):  # of an earlier call
             (folder / file).unlink(missing_ok=True)
         for i, row in enumerate(rows, 1):
             yield f"{i}/{len(rows)}: {row.config.out}"

@@ -211,11 +211,7 @@ def test_going_on(command, tmp_path, monkeypatch):
     (row,) = rows_of("table1", Budget(methods=("density",), epochs=1, train_size=256, threads=1))
     assert row.config.out == str(run.relative_to(tmp_path))
     with monkeypatch.context() as patch:
-
-        def killed(*args):
-            raise KeyboardInterrupt
-
-        patch.setattr(training.loop, "evaluate", killed)
+        patch.setattr(training.loop, "evaluate", _interrupted)
         patch.setattr(reproduce, "rows_of", lambda name, budget: _every_step(rows_of(name, budget)))
         status, said = command(*arguments)
     assert status == 130
@@ -340,7 +336,11 @@ def test_a_coefficient_of_zero_has_a_label(command, tmp_path):
 
 
 def _never(*args, **options):
-    raise AssertionError("measured again")
+    raise AssertionError("this was not to be done")
+
+
+def _interrupted(*args, **options):
+    raise KeyboardInterrupt
 
 
 def _every_step(rows):
@@ -445,6 +445,50 @@ def test_what_is_missing_is_said_before_anything_is_trained(command, tmp_path, m
     assert status == 2
     assert "out_of_distribution needs another data set" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_missing_data_is_said_before_anything_is_trained(mnist, tmp_path, monkeypatch, capsys):
+    """Also that of the last of several experiments, and the other images of a metric: one line, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "fit", _never)
+    measures = (experiments.outside("cifar10"),)
+    other = dataclasses.replace(EXPERIMENTS["table1"], measures=measures, figures={}, columns=())
+    monkeypatch.setitem(EXPERIMENTS, "outside", other)
+    for names, folder, message in [
+        (("table1",), "nowhere", "--data-dir nowhere is not a folder"),
+        (("table1", "table7"), mnist, "no usable CIFAR10 in"),
+        (("outside",), mnist, "no usable CIFAR10 in"),
+    ]:
+        assert cli.main(["reproduce", *names, *SMALL, "--data-dir", str(folder)]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"densreg reproduce: error: {message}")
+        assert said.err.count("\n") == 1
+        assert not [*tmp_path.iterdir()]
+
+
+def test_files_of_an_earlier_call_do_not_stay(command, tmp_path):
+    """What this call may not write again, even if it is interrupted: the choice and pictures were of other rows."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    earlier = ("chosen.json", "coefficients.png", "table1.png")
+    for name in (*earlier, "notes.txt"):
+        (folder / name).write_text("of an earlier call")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "measured", _interrupted)
+        assert command("table1", *SMALL, "--methods", "density", "--out", "out")[0] == 130
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_of_another_configuration_is_not_gone_on_with(command, tmp_path):
+    """Coefficients that the name of a run does not tell apart."""
+    arguments = ("table1", *SMALL, "--methods", "density", "--set", "pgd.steps=1", "leakage.steps=2", "--coeff")
+    assert command(*arguments, "density=0.12345671")[0] == 0
+    first = _table(tmp_path / "runs" / "reproduce" / "table1")
+    status, said = command(*arguments, "density=0.12345672")
+    assert status == 2
+    assert "has coeff 0.12345671, got 0.12345672; give the same, or another --out" in said
+    assert _table(tmp_path / "runs" / "reproduce" / "table1") == first
 
 
 def test_figures_of_the_paper():

@@ -438,10 +438,26 @@ def test_when_a_run_is_compiled(tmp_path):
 
     assert not compiled(epochs=1)
     assert compiled(epochs=100)  # 1000 steps
-    assert not compiled(epochs=100, max_steps=999)
+    assert not compiled(epochs=99)
     assert not compiled(epochs=100, compile=False)
     assert not compiled(epochs=100, path="per_class")
     assert compiled(epochs=1, compile=True)
+
+
+def test_a_run_in_parts_is_compiled_as_a_whole_one_is(tmp_path, monkeypatch):
+    """Or its weights would be others, in the last digits."""
+    decisions, compiles = [], training.Problem._compiles
+
+    def decides(problem):
+        decisions.append(compiles(problem))
+        return False  # that takes no time
+
+    monkeypatch.setattr(training.Problem, "_compiles", decides)
+    monkeypatch.setattr(training.problem, "COMPILE_STEPS", 4)
+    options = {"epochs": 2, "train_size": 128, "test_size": 20}  # four steps
+    for out, steps in (("whole", None), ("parts", 1), ("parts", 3), ("parts", None)):
+        fit(Config(str(tmp_path / out), max_steps=steps, **options), progress=False, resume="auto")
+    assert decisions == [True] * 4
 
 
 def test_the_head_without_logits(tmp_path, capsys):

@@ -203,12 +203,11 @@ class Problem:
         assert config.epochs is not None
         if config.compile is not None:
             return config.compile
-        steps = config.epochs * self.steps_per_epoch
+        steps = config.epochs * self.steps_per_epoch  # whatever max_steps is: a run in parts is the same run
         compiler = self.device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))
-        long = min(steps, config.max_steps or steps) >= COMPILE_STEPS
         rival = config.coeff > 0 and regularizers.trait(regularizers.REGULARIZERS[config.regularizer], "unrolled")
         unrolled = config.path in ("per_class", "directional") or rival
-        return long and bool(compiler) and not unrolled
+        return steps >= COMPILE_STEPS and bool(compiler) and not unrolled
 
     @property
     def batch_size(self) -> int:
