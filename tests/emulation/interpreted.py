@@ -65,38 +65,30 @@ def test_every_element_is_written(classes, dtype, p):
         twice(kernels.pnorm_backward, norm, g, peak, total, p)
 
 
-def _parts_of(monkeypatch, block):
-    """Rows of more than 64 entries are split into parts."""
+@pytest.fixture
+def parts_of_1024(monkeypatch):
+    """Rows of more than 64 entries are split."""
     for itemsize in layout.TILES:
         monkeypatch.setitem(layout.TILES, itemsize, (layout.Tile(64, 1, 1),))
         for split in (layout.SPLIT, layout.SPLIT_PAIRS):
-            monkeypatch.setitem(split, itemsize, layout.Tile(block, 1, 1))
+            monkeypatch.setitem(split, itemsize, layout.Tile(1024, 1, 1))
+    layout.tile_of.cache_clear()
+    yield
+    layout.tile_of.cache_clear()
 
 
 LAGS = (lambda parts: parts, lambda parts: 2 * parts + 1, lambda parts: 10**6)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "classes", "p"),
-    [
-        (torch.float32, 1025, 2.0),  # 2 parts; of an odd width: cut at 16 bytes
-        (torch.float32, 5000, 1.5),
-        (torch.bfloat16, 4099, math.inf),
-        (torch.bfloat16, 2048, 1.5),
-        (torch.float16, 5121, 1.0),  # 6 parts
-        (torch.float64, 2047, 2.0),
-    ],
-)
-def test_long_rows(monkeypatch, dtype, classes, p):
-    """Rows over parts of 1024 entries: the same bits whatever the lag, and no neighbour's entries in any of them."""
-    _parts_of(monkeypatch, 1024)
-    softmax_file = sys.modules["densreg.kernels.softmax"]  # the package's attribute is the function
+def _check_rows_over_parts(monkeypatch, dtype, classes, p):
+    """The same bits whatever the lag, and no neighbour's entries in any of them."""
     f, u = (torch.randn(5, classes).mul(3).to(dtype) for _ in range(2))
     f[1], f[3, 1000:], u[1], u[3, 7] = math.nan, -math.inf, math.inf, math.nan
     f[2, :-2] -= 40  # parts with other maxima than the row's
     quiet = [0, 2, 4]
     y, l, a = torch.tensor([classes - 1, 0, 5, 17, 1]), torch.randn(5), torch.randn(5)
     found = []
+    softmax_file = sys.modules["densreg.kernels.softmax"]  # the package's attribute is the function
     for lag in LAGS:
         monkeypatch.setattr(softmax_file, "lag_of", lambda device, parts, lag=lag: lag(parts))
         density, ce, softmax, statistics = kernels.softmax(f, y, 0.1, -100, True, 1.0)
@@ -136,9 +128,29 @@ def test_long_rows(monkeypatch, dtype, classes, p):
     assert norm[3].isnan()
 
 
-def test_zeros_over_parts_of_which_one_has_no_entry(monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "classes", "p"),
+    [(torch.float32, 1025, 2.0), (torch.float64, 2047, 1.5)],  # of odd widths: cut at 16 bytes
+)
+def test_rows_over_parts(monkeypatch, parts_of_1024, dtype, classes, p):
+    _check_rows_over_parts(monkeypatch, dtype, classes, p)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "p"),
+    [
+        (torch.float32, 5000, 1.5),
+        (torch.bfloat16, 4099, math.inf),
+        (torch.bfloat16, 2048, 1.5),
+        (torch.float16, 5121, 1.0),
+    ],
+)
+def test_long_rows(monkeypatch, parts_of_1024, dtype, classes, p):
+    _check_rows_over_parts(monkeypatch, dtype, classes, p)
+
+
+def test_zeros_over_parts_of_which_one_has_no_entry(parts_of_1024):
     """Rows of 2047 that begin where 16 bytes do need a part less than the others."""
-    _parts_of(monkeypatch, 1024)
     assert kernels.pnorm(torch.zeros(4, 2047), math.inf)[2].tolist() == [2047] * 4
 
 
