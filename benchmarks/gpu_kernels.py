@@ -371,11 +371,11 @@ def kernel_row(name: str, rows: int, classes: int, dtype: torch.dtype, options: 
 
 def _with_lags() -> Ours:
     """Triton's kernels for long rows, each with another lag."""
-    softmax_file = importlib.import_module("densreg.kernels.softmax")
+    layout = importlib.import_module("densreg.kernels.rows")
     count = torch.cuda.get_device_properties(0).multi_processor_count if device() == "cuda" else 1
     ours: dict[str, tuple[str, AbstractContextManager[Any]]] = {"as it is": ("triton", contextlib.nullcontext())}
     for column, lag in LAGS.items():
-        patch = mock.patch.object(softmax_file, "lag_of", lambda _, parts, lag=lag: lag(parts, count))
+        patch = mock.patch.object(layout, "lag_of", lambda _, parts, lag=lag: lag(parts, count))
         ours[column] = ("triton", patch)
     return ours
 

@@ -26,13 +26,12 @@ from .rows import (
     exp_difference,
     first_entry,
     launch,
-    numbers_of,
+    launch_parts,
     publish,
     published,
     store,
     tile_of,
     turn,
-    words_for,
 )
 
 GENERAL, ONE, TWO, INF = range(4)
@@ -163,12 +162,13 @@ def pnorm_rows(
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def pnorm_parts(
-    g_ptr, norm_ptr, peak_ptr, total_ptr, words_ptr, rows, units, stride, parts, p: tl.float64, inverse_p: tl.float64,
+    g_ptr, norm_ptr, peak_ptr, total_ptr, words_ptr, rows, units, stride, parts, lag, p: tl.float64,
+    inverse_p: tl.float64,
     ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """Peak and total of one part of a row; or a row's, and its norm, from those of all its parts."""
     ACC: tl.constexpr = accumulation(g_ptr.dtype.element_ty)
-    row, part, writes = turn(words_ptr, rows, parts, 0, True)
+    row, part, writes = turn(words_ptr, rows, parts, lag, True)
     if not writes:
         columns = tl.arange(0, BLOCK)
         loads, own, _, _ = entries(row, part, units, columns, ALIGN, LANES, BLOCK)
@@ -272,21 +272,16 @@ def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
     if stride is None:
         g, stride = g.contiguous(), length
     norm, peak, total = (g.new_empty(rows, dtype=dtype) for _ in range(3))
-    (block, group, warps), split = _tile_of(g, p)
-    align, lanes = cut_of(length, split, block, (g, stride))
+    tile, split = _tile_of(g, p)
+    cut = cut_of(length, split, tile.block, (g, stride))
     tensors = (g, norm, peak, total)
-    sizes = (rows, length // align, stride // align)
-    if not split:
-        launch(
-            pnorm_rows, blocks_of(rows, group), tensors, (*sizes, *_powers(p)[:2]), warps,
-            ALIGN=align, BLOCK=block, ROWS=group, ORDER=order_of(p),
-        )  # fmt: skip
+    sizes = (rows, length // cut.align, stride // cut.align)
+    if split:
+        launch_parts(pnorm_parts, length, tile, cut, 2, True, tensors, sizes, _powers(p)[:2], ORDER=order_of(p))
     else:
-        parts = blocks_of(length + lanes - 1, block)
         launch(
-            pnorm_parts, rows * (parts + 1), (*tensors, words_for(g, rows, parts, 2)),
-            (*sizes, parts, *_powers(p)[:2]), warps,
-            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=numbers_of(parts, warps), ORDER=order_of(p),
+            pnorm_rows, blocks_of(rows, tile.rows), tensors, (*sizes, *_powers(p)[:2]), tile.warps,
+            ALIGN=cut.align, BLOCK=tile.block, ROWS=tile.rows, ORDER=order_of(p),
         )  # fmt: skip
     return norm, peak, total
 

@@ -141,20 +141,6 @@ def lag_of(device: torch.device, parts: int) -> int:
     return parts + 3 * count + 64 if count else parts
 
 
-def words_for(t: Tensor, rows: int, parts: int, numbers: int) -> Tensor:
-    """Where programs draw their tickets and leave their parts' numbers; zero says that a number is not there yet."""
-    return t.new_zeros(TICKET + numbers * rows * parts, dtype=torch.int64 if t.dtype == torch.float64 else torch.int32)
-
-
-def numbers_of(parts: int, warps: int) -> int:
-    """PARTS, how many numbers a program loads that waits for those of a row's parts.
-
-    At least as many as it has threads: of fewer each would be loaded by several threads, and those that loaded it
-    before it was there would go on with what they have, on the word of one that loaded it later.
-    """
-    return max(32 * warps, 1 << (parts - 1).bit_length())
-
-
 _compiled: dict[Any, Any] = {}
 
 
@@ -183,6 +169,34 @@ def launch(
             )
             if compiled is not None:  # as it is in the interpreter
                 _compiled[key] = compiled
+
+
+def launch_parts(
+    kernel: Any, length: int, tile: Tile, cut: Cut, leaves: int, one: bool, tensors: Sequence[Tensor | None],
+    sizes: Sequence[int], numbers: Sequence[float], **constants: Any,
+) -> None:  # fmt: skip
+    """:func:`launch` over the parts of ``sizes[0]`` rows that do not fit on chip.
+
+    Args:
+        kernel: takes tensors, words, sizes, parts, lag, numbers, and ALIGN, LANES, BLOCK, PARTS beside the constants.
+        length: entries of a row.
+        leaves: how many numbers a part leaves for the programs that write; 0: nothing is reduced, nobody waits.
+        one: whether one program writes for each row, not one for each part.
+    """
+    like, rows = next(t for t in tensors if t is not None), sizes[0]
+    parts = blocks_of(length + cut.lanes - 1, tile.block)
+    words = None
+    if leaves:  # the ticket, and numbers that are zero until they are there; of this call alone, as graphs need
+        dtype = torch.int64 if like.dtype == torch.float64 else torch.int32
+        words = like.new_zeros(TICKET + leaves * rows * parts, dtype=dtype)
+    # A program that waits loads at least as many numbers as it has threads. Of fewer each would be loaded by several
+    # threads, and those that loaded it before it was there would go on, on the word of one that loaded it later.
+    loaded = max(32 * tile.warps, 1 << (parts - 1).bit_length())
+    launch(
+        kernel, rows * ((parts if leaves else 0) + (1 if one else parts)), (*tensors, words),
+        (*sizes, parts, lag_of(like.device, parts), *numbers), tile.warps,
+        ALIGN=cut.align, LANES=cut.lanes, BLOCK=tile.block, PARTS=loaded, **constants,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -219,27 +233,27 @@ def entries(row, part, units, columns, ALIGN: tl.constexpr, LANES: tl.constexpr,
     LANES > 1 the row's first and last entries are not among those to store: :func:`edges`.
     """
     if LANES > 1:
-        column = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) - row * units
+        start = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) - row * units
         # Local columns in 32 bits.
-        begin = tl.maximum(-column, -1).to(tl.int32)
-        end = tl.minimum(units - column, BLOCK).to(tl.int32)
+        begin = tl.maximum(-start, -1).to(tl.int32)
+        end = tl.minimum(units - start, BLOCK).to(tl.int32)
         loads = columns < (end + LANES - 1) // LANES * LANES
         own = (columns >= begin) & (columns < end)
         stores = (columns < end // LANES * LANES) & (columns >= tl.where(begin > 0, LANES, 0))
     else:
-        column = part * BLOCK
+        start = part * BLOCK
         loads = columns < tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN).to(tl.int32) * ALIGN
         own = loads
         stores = loads
-    return loads, own, stores, column
+    return loads, own, stores, start
 
 
 @triton.jit
 def length_of_part(row, part, units, ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
     """How many of a part's entries are the row's; part in 64 bits."""
     if LANES > 1:
-        column = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) - row * units
-        length = tl.minimum(units - column, BLOCK) - tl.maximum(-column, 0)
+        start = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) - row * units
+        length = tl.minimum(units - start, BLOCK) - tl.maximum(-start, 0)
     else:
         length = tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN) * ALIGN
     return tl.maximum(length, 0)

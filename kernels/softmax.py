@@ -25,16 +25,14 @@ from .rows import (
     exp_in_sum,
     finite_or_zero,
     first_entry,
-    lag_of,
     launch,
+    launch_parts,
     length_of_part,
-    numbers_of,
     publish,
     published,
     store,
     tile_of,
     turn,
-    words_for,
 )
 
 _INTEGERS = [
@@ -352,25 +350,22 @@ def softmax(
     if rows == 0:
         return density, ce, p, statistics
     stride = f.stride(0) if rows > 1 else classes
-    tile = tile_of(classes, f.element_size())
-    block, group, warps = tile or SPLIT[f.element_size()]
-    align, lanes = cut_of(classes, not tile, block, (f, stride))
+    whole = tile_of(classes, f.element_size())
+    tile = whole or SPLIT[f.element_size()]
+    cut = cut_of(classes, not whole, tile.block, (f, stride))
     smooth = target is not None and label_smoothing > 0
     tensors = (f, target, density, ce, p if need_softmax else None, statistics)
-    sizes = (rows, classes // align, stride // align)
+    sizes = (rows, classes // cut.align, stride // cut.align)
     numbers = (ignore_index, label_smoothing, scale)
-    if tile:
+    if whole:
         launch(
-            softmax_rows, blocks_of(rows, group), tensors, (*sizes, *numbers), warps,
-            ALIGN=align, BLOCK=block, ROWS=group, SMOOTH=smooth,
+            softmax_rows, blocks_of(rows, tile.rows), tensors, (*sizes, *numbers), tile.warps,
+            ALIGN=cut.align, BLOCK=tile.block, ROWS=tile.rows, SMOOTH=smooth,
         )  # fmt: skip
     else:
-        parts = blocks_of(classes + lanes - 1, block)
-        words = words_for(f, rows, parts, 3 if smooth else 2)
-        launch(
-            softmax_parts, rows * (2 * parts if need_softmax else parts + 1), (*tensors, words),
-            (*sizes, parts, lag_of(f.device, parts), *numbers), warps,
-            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=numbers_of(parts, warps), SMOOTH=smooth,
+        launch_parts(
+            softmax_parts, classes, tile, cut, 3 if smooth else 2, not need_softmax, tensors, sizes, numbers,
+            SMOOTH=smooth,
         )  # fmt: skip
     return density, ce, p, statistics
 
@@ -405,22 +400,19 @@ def softmax_backward(
     smooth = a is not None and label_smoothing > 0
     tensors = (source, statistics, target, l, a, u, out, dots)
     numbers = (ignore_index, label_smoothing, scale)
-    tile = tile_of(classes, source.element_size())
-    block, group, warps = tile or SPLIT_PAIRS[source.element_size()]
-    align, lanes = cut_of(classes, not tile, block, *rows_of)
-    sizes = (rows, classes // align, rows_of[0][1] // align, rows_of[-1][1] // align)
-    if tile:
+    whole = tile_of(classes, source.element_size())
+    tile = whole or SPLIT_PAIRS[source.element_size()]
+    cut = cut_of(classes, not whole, tile.block, *rows_of)
+    sizes = (rows, classes // cut.align, rows_of[0][1] // cut.align, rows_of[-1][1] // cut.align)
+    if whole:
         launch(
-            softmax_backward_rows, blocks_of(rows, group), tensors, (*sizes, *numbers), warps,
-            ALIGN=align, BLOCK=block, ROWS=group, SMOOTH=smooth,
+            softmax_backward_rows, blocks_of(rows, tile.rows), tensors, (*sizes, *numbers), tile.warps,
+            ALIGN=cut.align, BLOCK=tile.block, ROWS=tile.rows, SMOOTH=smooth,
         )  # fmt: skip
     else:
-        parts = blocks_of(classes + lanes - 1, block)
-        words = None if u is None else words_for(source, rows, parts, 1)
-        launch(
-            softmax_backward_parts, rows * parts * (1 if u is None else 2), (*tensors, words),
-            (*sizes, parts, lag_of(source.device, parts), *numbers), warps,
-            ALIGN=align, LANES=lanes, BLOCK=block, PARTS=numbers_of(parts, warps), SMOOTH=smooth,
+        launch_parts(
+            softmax_backward_parts, classes, tile, cut, 0 if u is None else 1, False, tensors, sizes, numbers,
+            SMOOTH=smooth,
         )  # fmt: skip
     return out
 

@@ -318,7 +318,8 @@ def test_small_probabilities_keep_their_digits(backend):
     p, expected = ops.softmax(logits)[2], torch.softmax(logits.double(), 1)
     normal = expected > torch.finfo(torch.float32).tiny
     off = [((q.double() - expected)[normal] / expected[normal]).abs().max() for q in (p, torch.softmax(logits, 1))]
-    assert off[0] < 2e-6 < off[1] or backend == "torch"
+    assert off[0] < 2e-6 or (backend == "torch" and off[0] < 1.1 * off[1])
+    assert off[1] > 2e-6, "the bound shows nothing"
 
 
 @pytest.mark.core

@@ -56,7 +56,7 @@ struct Fronts {
     return since % 2 ? item(since / 2, true) : item(ahead + since / 2, false);
   }
 
-  DENSREG_DEVICE void leave(const Item& item, int number, A x) const {
+  DENSREG_DEVICE void publish(const Item& item, int number, A x) const {
     atomicExch(words + int64_t{reduces} * number + item.row * split.chunks + item.chunk, word_of(x));
   }
 

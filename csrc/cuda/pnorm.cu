@@ -189,8 +189,8 @@ DENSREG_DEVICE void reduce_chunk(const NormArgs<Raw>& a, const Item& item) {
   }
   total = group_reduce<T>(total, Sum{});
   if (lane == 0) {
-    a.fronts.leave(item, 0, from_bits(bits));
-    a.fronts.leave(item, 1, total);
+    a.fronts.publish(item, 0, from_bits(bits));
+    a.fronts.publish(item, 1, total);
   }
 }
 

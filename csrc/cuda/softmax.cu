@@ -206,9 +206,9 @@ DENSREG_DEVICE void reduce_chunk(const ForwardArgs<Raw>& a, const Item& item) {
   s = group_reduce<T>(s, Sum{});
   if (a.label_smoothing > 0) shortfall = group_reduce<T>(shortfall, Sum{});
   if (lane == 0) {
-    a.fronts.leave(item, 0, m);
-    a.fronts.leave(item, 1, s);
-    if (a.label_smoothing > 0) a.fronts.leave(item, 2, shortfall);
+    a.fronts.publish(item, 0, m);
+    a.fronts.publish(item, 1, s);
+    if (a.label_smoothing > 0) a.fronts.publish(item, 2, shortfall);
   }
 }
 
@@ -427,7 +427,7 @@ DENSREG_DEVICE void reduce_chunk(const BackwardArgs<Raw>& a, const Item& item) {
     dot += of_tile;
   }
   dot = group_reduce<T>(dot, Sum{});
-  if (lane == 0) a.fronts.leave(item, 0, dot);
+  if (lane == 0) a.fronts.publish(item, 0, dot);
 }
 
 // The gradient in a chunk, with <Q, U> of its row from those of the row's chunks.

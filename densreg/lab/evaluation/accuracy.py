@@ -22,7 +22,7 @@ def is_right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    """The logits; raises ValueError where an image has one that is NaN, of which the largest would be the first."""
+    """The logits [B, C] of images x [B, ...]; raises ValueError where one has a NaN, which argmax would prefer."""
     logits = model(x)
     lost = logits.isnan()
     # An attack may itself have made an image of NaN, as a trial that it drops.
