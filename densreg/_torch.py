@@ -245,6 +245,20 @@ def inductor_pass(own: CustomGraphPass) -> AbstractContextManager:
     return torch._inductor.config.patch(post_grad_custom_pre_pass=own)
 
 
+def indices_of_maxima() -> torch._ops.OpOverload:
+    """By which inductor writes the flat indices of max pooling's maxima, from their places in the windows."""
+    import torch._inductor.inductor_prims  # which defines it
+
+    return torch.ops.prims._low_memory_max_pool_offsets_to_indices.default
+
+
+def inductor_decompositions() -> dict:
+    """By which inductor rewrites operators before densreg's passes see them."""
+    import torch._inductor.lowering  # which they need
+
+    return torch._inductor.decomposition.select_decomp_table()
+
+
 def lays_out_convolutions() -> bool:
     """Whether inductor makes channels_last of images around convolutions on a CPU, as it does by default."""
     return bool(torch._inductor.config.layout_optimization and torch.backends.mkldnn.enabled)

@@ -1,4 +1,4 @@
-"""What densreg changes in inductor's graphs of a training step: products are merged, images laid out, sums split.
+"""What densreg changes in inductor's graphs of a training step: products, images, sums and max pooling.
 
 **Products.** In a penalized step the gradient of a linear layer's weight is a sum, of the classification's product and
 the double backward's: gy1^T x1 + gy2^T x2. Over a batch smaller than the layer the two results, not their operands, are
@@ -10,12 +10,18 @@ ResNet-20 takes 1.7 times as long.
 
 **Sums.** BatchNorm and its two backwards sum over all pixels of a batch. inductor adds up the first pixels of all
 images, then the second ones, and so on, which jumps through memory: a kernel takes up to 2.5 times as long.
+
+**Max pooling.** In each kernel of its two backwards inductor looks for the maxima again, and adds and loads their
+gradients one at a time, in contiguous images. Where windows do not overlap, comparing a pixel's place in its window
+with the maximum's, kept as int8, does the same for many pixels at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +31,7 @@ from torch.fx.node import map_arg
 from densreg import _torch
 from densreg._torch import CustomGraphPass, get_hash_for_files
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 class GraphPasses(CustomGraphPass):
@@ -39,6 +45,7 @@ class GraphPasses(CustomGraphPass):
         if _torch.lays_out_convolutions():
             lay_out_images(graph)
         split_sums(graph)
+        mask_pools(graph)
 
     def uuid(self) -> object:
         return get_hash_for_files((__file__,))
@@ -133,6 +140,108 @@ def split_sums(graph: Graph) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# max pooling
+
+_RESHAPES = (aten.reshape.default, aten.view.default)
+
+
+def mask_pools(graph: Graph) -> None:
+    """Max pooling's backward and double backward become comparisons, where windows do not overlap.
+
+    Both use flat indices of pixels: the one adds gradients to zeros there, the other takes them from there.
+    """
+    for indices in graph.find_nodes(op="call_function", target=_torch.indices_of_maxima()):
+        places, window, size, step, padding, dilation = indices.args
+        pooled = places.meta["val"].shape
+        apart = window == step and not any(padding) and all(d == 1 for d in dilation)
+        if not (apart and _is_image(places.meta["val"]) and all(isinstance(n, int) for n in (*pooled, *size))):
+            continue
+        if [n * k for n, k in zip(pooled[2:], window, strict=True)] != list(size):
+            continue  # pixels at the end are in no window
+        maxima = next(user for user in places.args[0].users if user.args[1] == 0)
+        with graph.inserting_after(places):  # kept, and laid out as they are
+            kept = _call(graph, prims.inductor_force_stride_order.default, places, maxima.meta["val"].stride())
+        for node in _indexed(indices, math.prod(pooled[2:]), math.prod(size)):
+            with graph.inserting_before(node), kept.meta["val"].fake_mode:
+                if node.target == aten.gather.default:
+                    image = _reshaped(graph, node.args[0], (*pooled[:2], *size))
+                    result = _of_maxima(graph, image, kept, window)
+                else:
+                    image = _reshaped(graph, node.args[3], pooled)
+                    result = _at_maxima(graph, image, kept, window)
+                flat = _call(graph, aten.reshape.default, result, list(node.meta["val"].shape))
+            for user in node.users:
+                if user.target in _RESHAPES and user.meta["val"].shape == result.meta["val"].shape:
+                    user.replace_all_uses_with(result)
+            node.replace_all_uses_with(flat)
+            _torch.count("pools masked")
+    graph.eliminate_dead_code()
+
+
+def _indexed(indices: Node, maxima: int, pixels: int) -> list[Node]:
+    """What adds to zeros at the indices of each image's pixels, or takes pixels there."""
+    found, pending = [], [indices]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.target in (*_RESHAPES, aten.clone.default):
+                pending.append(user)
+            elif user.target in (aten.gather.default, aten.scatter_add.default) and user.args[2] is node:
+                base, dim = user.args[:2]
+                sizes = base.meta["val"].shape, node.meta["val"].shape
+                rows = sizes[0][:-1] == sizes[1][:-1] and [size[-1] for size in sizes] == [pixels, maxima]
+                zeros = base.target == aten.full.default and base.args[1] == 0
+                uses = [user for near in user.users for user in (near, *near.users)]
+                if (
+                    rows
+                    and dim in (-1, len(sizes[0]) - 1)
+                    and (zeros or user.target == aten.gather.default)
+                    and not any(map(_reads_strides, uses))
+                ):
+                    found.append(user)
+    return found
+
+
+def _of_maxima(graph: Graph, image: Node, places: Node, window: Sequence[int]) -> Node:
+    """[N, C, H, W] -> [N, C, H / h, W / w], the pixels at the maxima's places."""
+    result: Node | None = None
+    for place, start in enumerate(itertools.product(*map(range, window))):
+        pixel = image
+        for dim in range(2):
+            pixel = _call(
+                graph, aten.slice.Tensor, pixel, 2 + dim, start[dim], image.meta["val"].shape[2 + dim], window[dim]
+            )
+        if result is None:
+            result = pixel
+        else:
+            result = _call(graph, aten.where.self, _call(graph, aten.eq.Scalar, places, place), pixel, result)
+    return result
+
+
+def _at_maxima(graph: Graph, image: Node, places: Node, window: Sequence[int]) -> Node:
+    """[N, C, H, W] -> [N, C, H h, W w], zero but at the maxima's places."""
+    value = image.meta["val"]
+    (n, c, height, width), (h, w) = value.shape, window
+
+    def spread(node: Node) -> Node:  # [N, C, H, 1, W, 1]
+        return _call(graph, aten.unsqueeze.default, _call(graph, aten.unsqueeze.default, node, 3), 5)
+
+    place = _call(
+        graph, prims.iota.default, h * w, start=0, step=1, dtype=torch.int8, device=value.device, requires_grad=False
+    )
+    here = _call(graph, aten.eq.Tensor, spread(places), _call(graph, aten.reshape.default, place, [h, 1, w]))
+    zero = _call(graph, aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
+    result = _call(graph, aten.where.self, here, spread(image), zero)
+    return _call(graph, aten.reshape.default, result, [n, c, height * h, width * w])
+
+
+def _reshaped(graph: Graph, node: Node, shape: Sequence[int]) -> Node:
+    """The node in this shape: what it was before it was made flat, if it was."""
+    before = node.args[0] if node.target in _RESHAPES else node
+    return before if before.meta["val"].shape == tuple(shape) else _call(graph, aten.reshape.default, node, list(shape))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # products
 
 
@@ -187,9 +296,9 @@ def _worth_it(one: Node, other: Node) -> bool:
     return 2 * sum(v.numel() for v in factors) <= 3 * result.numel()
 
 
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
     return node
 
 

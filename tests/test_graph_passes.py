@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import densreg
 from benchmarks.second_order import relative_error
 from densreg import _torch
-from densreg.graph_passes import GraphPasses, lay_out_images, split_sums
+from densreg.graph_passes import GraphPasses, lay_out_images, mask_pools, split_sums
 
 aten = torch.ops.aten
 
@@ -260,12 +261,70 @@ def test_other_sums_stay(total):
     assert len(_split(total, images)[1]) == 1
 
 
+def _pooled_twice(pool):
+    """Max pooling, its backward, and that one's own: all three of images, gradients of the maxima, and of these."""
+
+    def both(x, gy, v):
+        y = pool(x)
+        (gx,) = torch.autograd.grad(y, x, gy, create_graph=True)
+        (ggy,) = torch.autograd.grad(gx, gy, v)
+        return y, gx + 0, ggy + 0
+
+    return both
+
+
+def _masked(pool, x, memory_format=torch.contiguous_format):
+    """What the two backwards are, and what they are after the pass; how many it changed."""
+    inputs = x, torch.randn_like(pool(x)), torch.randn_like(x)
+    inputs = [t.to(memory_format=memory_format).requires_grad_() for t in inputs]
+    function, before = _pooled_twice(pool), torch._dynamo.utils.counters["densreg"]["pools masked"]
+    module = make_fx(function, tracing_mode="fake", decomposition_table=_torch.inductor_decompositions())(*inputs)
+    mask_pools(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return function(*inputs), module(*inputs), torch._dynamo.utils.counters["densreg"]["pools masked"] - before
+
+
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [(2, 2), (3, 2), (1, 4), (1, 1)])
+def test_the_backwards_of_max_pooling_are_comparisons(window, dtype, memory_format):
+    x = torch.randint(3, (3, 5, 6, 8)).to(dtype)  # with ties: the same pixel must be the maximum
+    x[0, 0, 1, 1], x[1, 0, :2] = math.nan, -math.inf
+    expected, got, masked = _masked(lambda x: F.max_pool2d(x, window), x, memory_format)
+    assert masked == 2
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.max_pool2d(x, 3, 2),
+        lambda x: F.max_pool2d(x, 2, 3),
+        lambda x: F.max_pool2d(x, 2, padding=1),
+        lambda x: F.max_pool2d(x, 2, dilation=2),
+        lambda x: F.max_pool2d(x, 4),
+        lambda x: F.max_pool2d(x, 4, ceil_mode=True),
+        lambda x: F.max_pool3d(x[None], 2)[0],
+    ],
+    ids=["overlapping", "between windows", "padded", "dilated", "pixels in no window", "beyond the image", "volumes"],
+)
+def test_other_max_pooling_stays(pool):
+    expected, got, masked = _masked(pool, torch.randn(2, 4, 6, 10))
+    assert masked == 0
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 class _Tutorial(nn.Module):
     """As people write them: contiguous images, a view of them; one by its strides, one that is changed in place."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, bias=False)
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, bias=False)
         self.third = nn.Conv2d(4, 4, 3, padding=1)
         self.norm, self.last = nn.BatchNorm2d(6), nn.Linear(6 * 3 * 3, 7)
         self.register_buffer("masked", torch.tensor([0, 2]))
@@ -277,7 +336,7 @@ class _Tutorial(nn.Module):
         rows[:, self.masked] = 0.5
         gate = self.third(rows.permute(0, 3, 1, 2)).mean((2, 3)) + self.third(patch).mean((2, 3))
         h = self.third(F.softplus(h) * gate.sigmoid()[:, :, None, None])
-        h = F.softplus(self.norm(self.second(h)))
+        h = F.max_pool2d(F.softplus(self.norm(self.second(h))), 2)
         return self.last(h.view(len(x), -1))
 
 
@@ -296,3 +355,4 @@ def test_contiguous_images_in_the_objective(dtype, fresh_dynamo):
     counted = torch._dynamo.utils.counters["densreg"]
     assert counted["images laid out"] > 10
     assert counted["sums split"] >= 4
+    assert counted["pools masked"] == 3  # the score's backward, the classification's, and the double backward
