@@ -150,6 +150,7 @@ def mask_pools(graph: Graph) -> None:
 
     Both use flat indices of pixels: the one adds gradients to zeros there, the other takes them from there.
     """
+    indices: Any
     for indices in graph.find_nodes(op="call_function", target=_torch.indices_of_maxima()):
         places, window, size, step, padding, dilation = indices.args
         pooled = places.meta["val"].shape
@@ -158,63 +159,60 @@ def mask_pools(graph: Graph) -> None:
             continue
         if [n * k for n, k in zip(pooled[2:], window, strict=True)] != list(size):
             continue  # pixels at the end are in no window
-        maxima = next(user for user in places.args[0].users if user.args[1] == 0)
-        with graph.inserting_after(places):  # kept, and laid out as they are
+        uses = _indexed(indices, math.prod(pooled[2:]), math.prod(size))
+        if not uses:
+            continue
+        maxima = next((user for user in places.args[0].users if user.args[1] == 0), places)
+        with graph.inserting_after(places):  # kept, and laid out as the maxima are
             kept = _call(graph, prims.inductor_force_stride_order.default, places, maxima.meta["val"].stride())
-        for node in _indexed(indices, math.prod(pooled[2:]), math.prod(size)):
+        for node in uses:
             with graph.inserting_before(node), kept.meta["val"].fake_mode:
                 if node.target == aten.gather.default:
-                    image = _reshaped(graph, node.args[0], (*pooled[:2], *size))
-                    result = _of_maxima(graph, image, kept, window)
+                    result = _of_maxima(graph, _reshaped(graph, node.args[0], (*pooled[:2], *size)), kept, window)
                 else:
-                    image = _reshaped(graph, node.args[3], pooled)
-                    result = _at_maxima(graph, image, kept, window)
-                flat = _call(graph, aten.reshape.default, result, list(node.meta["val"].shape))
-            for user in node.users:
+                    result = _at_maxima(graph, _reshaped(graph, node.args[3], pooled), kept, window)
+                flat = _reshaped(graph, result, node.meta["val"].shape)
+            for user in list(node.users):
                 if user.target in _RESHAPES and user.meta["val"].shape == result.meta["val"].shape:
                     user.replace_all_uses_with(result)
+                    graph.erase_node(user)
             node.replace_all_uses_with(flat)
+            _erase_unused(graph, node, flat)
             _torch.count("pools masked")
-    graph.eliminate_dead_code()
 
 
-def _indexed(indices: Node, maxima: int, pixels: int) -> list[Node]:
+def _indexed(indices: Node, maxima: int, pixels: int) -> list[Any]:
     """What adds to zeros at the indices of each image's pixels, or takes pixels there."""
-    found, pending = [], [indices]
+    found: list[Any] = []
+    pending: list[Any] = [indices]
     while pending:
-        node = pending.pop()
-        for user in node.users:
+        index = pending.pop()
+        for user in index.users:
             if user.target in (*_RESHAPES, aten.clone.default):
                 pending.append(user)
-            elif user.target in (aten.gather.default, aten.scatter_add.default) and user.args[2] is node:
+            elif user.target in (aten.gather.default, aten.scatter_add.default) and user.args[2] is index:
                 base, dim = user.args[:2]
-                sizes = base.meta["val"].shape, node.meta["val"].shape
-                rows = sizes[0][:-1] == sizes[1][:-1] and [size[-1] for size in sizes] == [pixels, maxima]
+                sizes = base.meta["val"].shape, index.meta["val"].shape
+                rows = sizes[0][:-1] == sizes[1][:-1] and (sizes[0][-1], sizes[1][-1]) == (pixels, maxima)
+                last = dim in (-1, len(sizes[0]) - 1)
+                takes = user.target == aten.gather.default
                 zeros = base.target == aten.full.default and base.args[1] == 0
-                uses = [user for near in user.users for user in (near, *near.users)]
-                if (
-                    rows
-                    and dim in (-1, len(sizes[0]) - 1)
-                    and (zeros or user.target == aten.gather.default)
-                    and not any(map(_reads_strides, uses))
-                ):
+                ends = [end for near in user.users for end in (near, *near.users)]
+                if rows and last and (takes or zeros) and not any(map(_reads_strides, ends)):
                     found.append(user)
     return found
 
 
 def _of_maxima(graph: Graph, image: Node, places: Node, window: Sequence[int]) -> Node:
     """[N, C, H, W] -> [N, C, H / h, W / w], the pixels at the maxima's places."""
-    result: Node | None = None
-    for place, start in enumerate(itertools.product(*map(range, window))):
-        pixel = image
-        for dim in range(2):
-            pixel = _call(
-                graph, aten.slice.Tensor, pixel, 2 + dim, start[dim], image.meta["val"].shape[2 + dim], window[dim]
-            )
-        if result is None:
-            result = pixel
-        else:
-            result = _call(graph, aten.where.self, _call(graph, aten.eq.Scalar, places, place), pixel, result)
+    (*_, height, width), (h, w) = image.meta["val"].shape, window
+    pixels = [
+        _call(graph, aten.slice.Tensor, _call(graph, aten.slice.Tensor, image, 2, i, height, h), 3, j, width, w)
+        for i, j in itertools.product(range(h), range(w))
+    ]
+    result = pixels[0]
+    for place, pixel in enumerate(pixels[1:], start=1):
+        result = _call(graph, aten.where.self, _call(graph, aten.eq.Scalar, places, place), pixel, result)
     return result
 
 
@@ -226,19 +224,27 @@ def _at_maxima(graph: Graph, image: Node, places: Node, window: Sequence[int]) -
     def spread(node: Node) -> Node:  # [N, C, H, 1, W, 1]
         return _call(graph, aten.unsqueeze.default, _call(graph, aten.unsqueeze.default, node, 3), 5)
 
-    place = _call(
-        graph, prims.iota.default, h * w, start=0, step=1, dtype=torch.int8, device=value.device, requires_grad=False
-    )
-    here = _call(graph, aten.eq.Tensor, spread(places), _call(graph, aten.reshape.default, place, [h, 1, w]))
+    options = {"start": 0, "step": 1, "dtype": torch.int8, "device": value.device, "requires_grad": False}
+    place = _reshaped(graph, _call(graph, prims.iota.default, h * w, **options), (h, 1, w))
+    here = _call(graph, aten.eq.Tensor, spread(places), place)
     zero = _call(graph, aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
     result = _call(graph, aten.where.self, here, spread(image), zero)
-    return _call(graph, aten.reshape.default, result, [n, c, height * h, width * w])
+    return _reshaped(graph, result, (n, c, height * h, width * w))
 
 
-def _reshaped(graph: Graph, node: Node, shape: Sequence[int]) -> Node:
+def _reshaped(graph: Graph, node: Any, shape: Sequence[int]) -> Node:
     """The node in this shape: what it was before it was made flat, if it was."""
     before = node.args[0] if node.target in _RESHAPES else node
-    return before if before.meta["val"].shape == tuple(shape) else _call(graph, aten.reshape.default, node, list(shape))
+    return before if before.meta["val"].shape == shape else _call(graph, aten.reshape.default, node, list(shape))
+
+
+def _erase_unused(graph: Graph, *nodes: Node) -> None:
+    """Erases what nothing uses, and what nothing uses then; inductor would compute it."""
+    for node in nodes:
+        if node.op == "call_function" and not node.users and node in graph.nodes:
+            inputs = node.all_input_nodes
+            graph.erase_node(node)
+            _erase_unused(graph, *inputs)
 
 
 # --------------------------------------------------------------------------------------------------------------------
