@@ -273,16 +273,24 @@ def _pooled_twice(pool):
     return both
 
 
-def _masked(pool, x, memory_format=torch.contiguous_format):
-    """What the two backwards are, and what they are after the pass; how many it changed."""
-    inputs = x, torch.randn_like(pool(x)), torch.randn_like(x)
-    inputs = [t.to(memory_format=memory_format).requires_grad_() for t in inputs]
-    function, before = _pooled_twice(pool), torch._dynamo.utils.counters["densreg"]["pools masked"]
+def _after_masking(function, *inputs):
+    """The function's graph after the pass, and how many backwards it changed."""
+    counted = torch._dynamo.utils.counters["densreg"]
+    before = counted["pools masked"]
     module = make_fx(function, tracing_mode="fake", decomposition_table=_torch.inductor_decompositions())(*inputs)
     mask_pools(module.graph)
     module.graph.lint()
     module.recompile()
-    return function(*inputs), module(*inputs), torch._dynamo.utils.counters["densreg"]["pools masked"] - before
+    return module, counted["pools masked"] - before
+
+
+def _masked(pool, x, memory_format=torch.contiguous_format):
+    """What the two backwards are, what they are after the pass, and how many of them it changed."""
+    inputs = x, torch.randn_like(pool(x)), torch.randn_like(x)
+    inputs = [t.to(memory_format=memory_format).requires_grad_() for t in inputs]
+    function = _pooled_twice(pool)
+    module, masked = _after_masking(function, *inputs)
+    return function(*inputs), module(*inputs), masked
 
 
 @pytest.mark.parametrize(
@@ -303,20 +311,30 @@ def test_the_backwards_of_max_pooling_are_comparisons(window, dtype, memory_form
     "pool",
     [
         lambda x: F.max_pool2d(x, 3, 2),
-        lambda x: F.max_pool2d(x, 2, 3),
-        lambda x: F.max_pool2d(x, 2, padding=1),
-        lambda x: F.max_pool2d(x, 2, dilation=2),
+        lambda x: F.max_pool2d(x, 3, padding=1),
+        lambda x: F.max_pool2d(x, 2, dilation=2, ceil_mode=True),
         lambda x: F.max_pool2d(x, 4),
         lambda x: F.max_pool2d(x, 4, ceil_mode=True),
         lambda x: F.max_pool3d(x[None], 2)[0],
     ],
-    ids=["overlapping", "between windows", "padded", "dilated", "pixels in no window", "beyond the image", "volumes"],
+    ids=["overlapping", "padded", "dilated", "pixels in no window", "beyond the image", "volumes"],
 )
 def test_other_max_pooling_stays(pool):
-    expected, got, masked = _masked(pool, torch.randn(2, 4, 6, 10))
+    expected, got, masked = _masked(pool, torch.randn(2, 4, 6, 6))  # of which the first three have as many windows
     assert masked == 0
     for ours, theirs in zip(got, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_adding_at_the_maxima_of_other_images_stays():
+    def add(x, base, gy):
+        _, indices = F.max_pool2d(x, 2, return_indices=True)
+        return base.flatten(2).scatter_add(2, indices.flatten(2), gy.flatten(2)) + 0
+
+    inputs = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6), torch.randn(2, 4, 3, 3)
+    module, masked = _after_masking(add, *inputs)
+    assert masked == 0
+    assert torch.equal(module(*inputs), add(*inputs))
 
 
 class _Tutorial(nn.Module):
