@@ -197,7 +197,7 @@ def _indexed(indices: Node, maxima: int, pixels: int) -> list[Any]:
                 last = dim in (-1, len(sizes[0]) - 1)
                 takes = user.target == aten.gather.default
                 zeros = base.target == aten.full.default and base.args[1] == 0
-                ends = [end for near in user.users for end in (near, *near.users)]
+                ends = [end for near in user.users for end in (near.users if near.target in _RESHAPES else (near,))]
                 if rows and last and (takes or zeros) and not any(map(_reads_strides, ends)):
                     found.append(user)
     return found
