@@ -326,6 +326,17 @@ def test_other_max_pooling_stays(pool):
         assert torch.equal(ours, theirs)
 
 
+def test_a_gradient_stays_whose_memory_is_looked_at():
+    def first_row(x, gy):
+        (gx,) = torch.autograd.grad(F.max_pool2d(x, 2), x, gy)
+        return gx.as_strided((2, 6), (144, 1)) + 0
+
+    inputs = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(2, 4, 3, 3)
+    module, masked = _after_masking(first_row, *inputs)
+    assert masked == 0
+    assert torch.equal(module(*inputs), first_row(*inputs))
+
+
 def test_adding_at_the_maxima_of_other_images_stays():
     def add(x, base, gy):
         _, indices = F.max_pool2d(x, 2, return_indices=True)
