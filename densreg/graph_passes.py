@@ -9,7 +9,8 @@ one as the model had it. In a penalized step, with two backwards, contiguous ima
 ResNet-20 takes 1.7 times as long.
 
 **Sums.** BatchNorm and its two backwards sum over all pixels of a batch. inductor adds up the first pixels of all
-images, then the second ones, and so on, which jumps through memory: a kernel takes up to 2.5 times as long.
+images, then the second ones, and so on, which jumps through memory: a kernel takes up to 2.5 times as long. The double
+backward even writes such a sum for each pixel, and reads them column by column.
 
 **Max pooling.** In each kernel of its two backwards inductor looks for the maxima again, and adds and loads their
 gradients one at a time, in contiguous images. Where windows do not overlap, comparing a pixel's place in its window
@@ -112,7 +113,6 @@ def _is_image(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 4 and value.device.type == "cpu"
 
 
-_WIDE = (torch.float32, torch.float64)  # in half precision an image's sum would be rounded
 MOST_PIXELS = 1024
 """So many float32 values are summed up in a row: of more the sum would lose digits."""
 
@@ -120,23 +120,50 @@ MOST_PIXELS = 1024
 def split_sums(graph: Graph) -> None:
     """Sums over a batch of channels_last images, for each channel, are taken of each image first."""
     for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
-        image, dims = node.args[:2]
+        image, dims, keepdim = _summed(node)
         value = image.meta["val"]
-        if (
-            not _is_image(value)
-            or value.dtype not in _WIDE
-            or sorted(dim % 4 for dim in dims or ()) != [0, 2, 3]
-            or node.kwargs
-        ):
+        if not _is_image(value) or sorted(dims) != [0, 2, 3] or dims[0] != 0 or node.kwargs:
             continue
         (_, channels, *pixels), strides = value.shape, value.stride()
         if strides[1] != 1 or strides[3] != channels or math.prod(pixels) == 1:
             continue
+        # In half precision an image's sum would be rounded.
+        wide = {"dtype": torch.float32} if value.dtype in (torch.bfloat16, torch.float16) else {}
         with graph.inserting_before(node):
             for inner in ([2, 3],) if math.prod(pixels) <= MOST_PIXELS else ([3], [2]):
-                image = _call(graph, aten.sum.dim_IntList, image, inner, True)
-            node.args = (image, *node.args[1:])
+                image = _call(graph, aten.sum.dim_IntList, image, inner, True, **wide)
+            total = _call(graph, aten.sum.dim_IntList, image, [0, 2, 3], keepdim)
+            if wide:
+                total = _call(graph, prims.convert_element_type.default, total, value.dtype)
+        node.replace_all_uses_with(total)
+        _erase_unused(graph, node)
         _torch.count("sums split")
+
+
+def _summed(node: Any) -> tuple[Any, list[int], bool]:
+    """What is summed, over which of its dimensions, the first first, and whether they stay.
+
+    BatchNorm's double backward has a sum over the batch, of this one over the rows, of that one over the columns.
+    """
+    keepdim = _keeps(node)
+    sums = [node]
+    while _is_sum(below := sums[-1].args[0]) and _keeps(below) == keepdim and len(below.users) == 1:
+        sums.append(below)
+    left, dims = list(range(below.meta["val"].ndim)), []
+    for each in reversed(sums):
+        now = sorted(left[dim] for dim in each.args[1] or range(len(left)))
+        dims += now
+        if not keepdim:
+            left = [dim for dim in left if dim not in now]
+    return below, dims, keepdim
+
+
+def _is_sum(node: Any) -> bool:
+    return node.target == aten.sum.dim_IntList and not node.kwargs
+
+
+def _keeps(node: Any) -> bool:
+    return len(node.args) > 2 and node.args[2]
 
 
 # --------------------------------------------------------------------------------------------------------------------

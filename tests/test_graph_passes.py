@@ -246,19 +246,55 @@ def test_sums_over_a_batch_of_images_take_each_image_first(keepdim, side, steps)
 @pytest.mark.parametrize(
     "total",
     [
+        lambda images: images.sum(0, keepdim=True).sum(3, keepdim=True).sum(2, keepdim=True),
+        lambda images: images.sum(0).sum(2).sum(1),
+        lambda images: images.sum((0, -1)).sum(-1),
+    ],
+    ids=["as in BatchNorm's double backward", "without dimensions of one", "two at once"],
+)
+def test_a_sum_over_one_dimension_after_the_other_takes_each_image_first(total):
+    images = torch.randn(3, 5, 4, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
+    module, dims = _split(total, images)
+    assert dims == [[2, 3], [0, 2, 3]]
+    assert module(images).shape == total(images).shape
+    torch.testing.assert_close(module(images), total(images))
+
+
+def test_sums_of_images_in_half_precision_are_not_rounded():
+    images = torch.randn(3, 5, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    module, _ = _split(lambda images: images.sum((0, 2, 3)), images)
+    inner, outer = module.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)
+    assert inner.meta["val"].dtype == outer.meta["val"].dtype == torch.float32
+    torch.testing.assert_close(module(images), images.double().sum((0, 2, 3)).bfloat16(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
         lambda images: images.contiguous().sum((0, 2, 3)),
         lambda images: images.sum((0, 2)),
         lambda images: images.sum((0, 2, 3), dtype=torch.float64),
         lambda images: images[:, :, 0, 0].sum(0),
         lambda images: images[:, ::2].sum((0, 2, 3)),
-        lambda images: images.bfloat16().sum((0, 2, 3)),  # the sum of each image would be rounded
+        lambda images: images.sum((2, 3)).sum(0),
+        lambda images: (rows := images.sum(0), rows.sum(2).sum(1)),
         lambda images: images.sum().sum([]),
     ],
-    ids=["contiguous", "other dimensions", "dtype", "no image", "strided", "half precision", "a number"],
+    ids=[
+        "contiguous",
+        "other dimensions",
+        "dtype",
+        "no image",
+        "strided",
+        "split already",
+        "of use before",
+        "a number",
+    ],
 )
 def test_other_sums_stay(total):
     images = torch.randn(3, 5, 4, 4).to(memory_format=torch.channels_last)
-    assert len(_split(total, images)[1]) == 1
+    module, before = _split(total, images)[0], make_fx(total)(images)
+    assert module.code == before.code
 
 
 def _pooled_twice(pool):
