@@ -2,7 +2,8 @@
 
 **Products.** In a penalized step the gradient of a linear layer's weight is a sum, of the classification's product and
 the double backward's: gy1^T x1 + gy2^T x2. Over a batch smaller than the layer the two results, not their operands, are
-what the products move. [gy1; gy2]^T [x1; x2] writes the sum alone.
+what the products move. [gy1; gy2]^T [x1; x2] writes the sum alone. So for a convolution, whose weight's gradient oneDNN
+also reorders and copies: the gradient over both batches is the sum.
 
 **Images.** On a CPU inductor lays out the images of convolutions as channels_last, but what goes into the backward of
 one as the model had it. In a penalized step, with two backwards, contiguous images are copied back and forth: a
@@ -45,6 +46,7 @@ class GraphPasses(CustomGraphPass):
         merge_products(graph)
         if _torch.lays_out_convolutions():
             lay_out_images(graph)
+        merge_convolutions(graph)
         split_sums(graph)
         mask_pools(graph)
 
@@ -293,7 +295,7 @@ def _merge(graph: Graph, node: Any) -> None:
     if first is None or second is None or first == second:
         return
     (one, turned), (other, other_turned) = first, second
-    if turned != other_turned or not _worth_it(one, other):
+    if turned != other_turned or not _worth_it((one, other), (*one.args, *other.args)):
         return
     (a, b), (c, d) = one.args, other.args
     with graph.inserting_before(node):
@@ -319,14 +321,44 @@ def _is_turned(*nodes: Any) -> bool:
     return all(n.target == aten.permute.default and list(n.args[1]) == [1, 0] for n in nodes)
 
 
-def _worth_it(one: Node, other: Node) -> bool:
+def merge_convolutions(graph: Graph) -> None:
+    """Sums of two gradients of a convolution's weight become one, where that moves less memory, on a CPU."""
+    node: Any
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        one, other = (_of_weight(term) for term in node.args)
+        if one is None or other is None or one is other or node.kwargs:
+            continue
+        (gy, x, weight, *how), (other_gy, other_x, _, *other_how) = one.args, other.args
+        if how != other_how or not _is_image(weight.meta["val"]):
+            continue
+        if not _worth_it(node.args, (gy, x, other_gy, other_x)):
+            continue
+        with graph.inserting_before(node):
+            gy, x = _cat(graph, gy, other_gy, 0), _cat(graph, x, other_x, 0)
+            both = _call(graph, aten.convolution_backward.default, gy, x, weight, *how)
+            total = _call(graph, operator.getitem, both, 1)
+        node.replace_all_uses_with(total)
+        _erase_unused(graph, node)
+        _torch.count("convolutions merged")
+
+
+def _of_weight(node: Any) -> Any:
+    """What a node is the gradient of a convolution's weight from, if nothing else is and it is used here alone."""
+    if not isinstance(node, Node) or node.target is not operator.getitem or node.args[1] != 1 or len(node.users) > 1:
+        return None
+    source: Any = node.args[0]
+    alone = source.target == aten.convolution_backward.default and list(source.args[-1]) == [False, True, False]
+    return source if alone else None
+
+
+def _worth_it(results: Sequence[Any], factors: Sequence[Any]) -> bool:
     """Copying the factors together (a read and a write) moves less than two results and their sum instead of one."""
-    result, same, *factors = (n.meta["val"] for n in (one, other, *one.args, *other.args))  # type: ignore[union-attr]
-    if not all(v.dtype == result.dtype and v.device == result.device for v in (same, *factors)):
+    result, same, *values = (n.meta["val"] for n in (*results, *factors))
+    if not all(v.dtype == result.dtype and v.device == result.device for v in (same, *values)):
         return False
-    if result.shape != same.shape or not all(isinstance(n, int) for v in (result, *factors) for n in v.shape):
+    if result.shape != same.shape or not all(isinstance(n, int) for v in (result, *values) for n in v.shape):
         return False
-    return 2 * sum(v.numel() for v in factors) <= 3 * result.numel()
+    return 2 * sum(v.numel() for v in values) <= 3 * result.numel()
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:

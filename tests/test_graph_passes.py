@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import densreg
 from benchmarks.second_order import relative_error
 from densreg import _torch
-from densreg.graph_passes import GraphPasses, lay_out_images, mask_pools, split_sums
+from densreg.graph_passes import GraphPasses, lay_out_images, mask_pools, merge_convolutions, split_sums
 
 aten = torch.ops.aten
 
@@ -99,6 +99,71 @@ def test_left_alone(function):
     module, products = _merged(function, *inputs)
     assert products == before
     torch.testing.assert_close(module(*inputs), function(*inputs))
+
+
+def _weights_gradient(gy, x, weight, stride=1, padding=0, groups=1, mask=(False, True, False)):
+    how = None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, list(mask)
+    return aten.convolution_backward(gy, x, weight, *how)[1]
+
+
+def _convolutions(function, *inputs):
+    """The function's graph, merged; and how many gradients of a convolution it has then."""
+    module = make_fx(function, tracing_mode="fake")(*inputs)
+    module.graph.eliminate_dead_code()  # the gradients that were not asked for
+    merge_convolutions(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module, len(module.graph.find_nodes(op="call_function", target=aten.convolution_backward.default))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("how", [{}, {"stride": 2, "padding": 1}, {"groups": 4}], ids=["plain", "strided", "in groups"])
+def test_two_gradients_of_a_convolutions_weight_are_one(how, memory_format):
+    def both(gy, x, other_gy, other_x, weight):
+        return _weights_gradient(gy, x, weight, **how) + _weights_gradient(other_gy, other_x, weight, **how)
+
+    weight = torch.randn(16, 16 // how.get("groups", 1), 3, 3, dtype=torch.float64)
+    images = []
+    for batch in (2, 3):
+        x = torch.randn(batch, 16, 4, 4, dtype=torch.float64)
+        gy = torch.randn_like(F.conv2d(x, weight, **how))
+        images += [image.to(memory_format=memory_format) for image in (gy, x)]
+    module, gradients_left = _convolutions(both, *images, weight)
+    assert gradients_left == (2 if "groups" in how else 1)  # there the weight is smaller than the images
+    torch.testing.assert_close(module(*images, weight), both(*images, weight))
+
+
+_BOTH = (True, True, False)
+GRADIENTS_LEFT_ALONE = {
+    "a result that is used elsewhere too": lambda a, b, w: (
+        (g := _weights_gradient(*a, w)) + _weights_gradient(*b, w),
+        g,
+    ),
+    "weighted": lambda a, b, w: torch.add(_weights_gradient(*a, w), _weights_gradient(*b, w), alpha=2),
+    "one convolution": lambda a, b, w: (g := _weights_gradient(*a, w)) + g,
+    "no convolution": lambda a, b, w: _weights_gradient(*a, w) + (b[0].sum() + b[1].sum()),
+    "another padding": lambda a, b, w: (
+        _weights_gradient(*a, w) + _weights_gradient(b[0][..., 1:-1, 1:-1], b[1][..., :2, :2], w, padding=1)
+    ),
+    "of the images too": lambda a, b, w: _weights_gradient(*a, w, mask=_BOTH) + _weights_gradient(*b, w, mask=_BOTH),
+    "large images": lambda a, b, w: (
+        _weights_gradient(*a, w) + _weights_gradient(*(image.repeat(40, 1, 1, 1) for image in b), w)
+    ),
+}
+
+
+@pytest.mark.parametrize("function", GRADIENTS_LEFT_ALONE.values(), ids=GRADIENTS_LEFT_ALONE)
+def test_convolutions_left_alone(function):
+    def flat(gy, x, other_gy, other_x, weight):
+        return function((gy, x), (other_gy, other_x), weight)
+
+    inputs = [torch.randn(2, 16, side, side, dtype=torch.float64) for side in (4, 6, 4, 6)]
+    inputs.append(torch.randn(16, 16, 3, 3, dtype=torch.float64))
+    before = make_fx(flat, tracing_mode="fake")(*inputs)
+    before.graph.eliminate_dead_code()
+    before.recompile()
+    module, _ = _convolutions(flat, *inputs)
+    assert module.code == before.code
 
 
 def _mlp():
@@ -391,7 +456,7 @@ class _Tutorial(nn.Module):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, bias=False)
         self.third = nn.Conv2d(4, 4, 3, padding=1)
-        self.norm, self.last = nn.BatchNorm2d(6), nn.Linear(6 * 3 * 3, 7)
+        self.norm, self.deep, self.last = nn.BatchNorm2d(6), nn.Conv2d(6, 96, 3), nn.Linear(96, 7)
         self.register_buffer("masked", torch.tensor([0, 2]))
 
     def forward(self, x):
@@ -402,7 +467,7 @@ class _Tutorial(nn.Module):
         gate = self.third(rows.permute(0, 3, 1, 2)).mean((2, 3)) + self.third(patch).mean((2, 3))
         h = self.third(F.softplus(h) * gate.sigmoid()[:, :, None, None])
         h = F.max_pool2d(F.softplus(self.norm(self.second(h))), 2)
-        return self.last(h.view(len(x), -1))
+        return self.last(F.softplus(self.deep(h)).view(len(x), -1))
 
 
 @pytest.mark.slow
@@ -420,4 +485,5 @@ def test_contiguous_images_in_the_objective(dtype, fresh_dynamo):
     counted = torch._dynamo.utils.counters["densreg"]
     assert counted["images laid out"] > 10
     assert counted["sums split"] >= 4
+    assert counted["convolutions merged"] == 1
     assert counted["pools masked"] == 3  # the score's backward, the classification's, and the double backward
