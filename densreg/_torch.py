@@ -120,6 +120,11 @@ def is_reentrant_checkpoint(node: Any) -> bool:
     return node.name() == "CheckpointFunctionBackward"
 
 
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf whose gradient a node accumulates; None for any other node."""
+    return node.variable if node.name() == "torch::autograd::AccumulateGrad" else None
+
+
 def sharded_by(node: Any) -> str | None:
     """The wrapper that loses gradients of gradients, of which this is a node."""
     name = node.name()
@@ -197,7 +202,7 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """A module's own attributes and buffers, without its parameters and children."""
     containers = ("_parameters", "_buffers", "_modules")
-    return {name: v for name, v in (module._buffers | vars(module)).items() if name not in containers}
+    return {name: v for name, v in {**module._buffers, **vars(module)}.items() if name not in containers}
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable]:

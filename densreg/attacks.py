@@ -36,14 +36,17 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _direction(gradient: Tensor, norm: float) -> Tensor:
-    """The direction in which a step of length 1 in ``norm`` raises the loss most; 0 where the gradient is."""
+    """The direction in which a step of length 1 in ``norm`` raises the loss most; 0 where the gradient is.
+
+    NaN where that is NaN, which would otherwise look like a classifier that no step can break.
+    """
     if norm == math.inf:
-        return gradient.sign()
+        return torch.where(gradient.isnan(), gradient, gradient.sign())
     # A confident classifier's gradient is so small that its squares are 0: scaled by the largest entry first.
     largest = _per_sample(gradient.abs().flatten(1).amax(1), gradient)
-    gradient = torch.where(largest > 0, gradient / largest, 0.0)
+    gradient = torch.where(largest == 0, 0.0, gradient / largest)
     length = _per_sample(gradient.flatten(1).norm(dim=1), gradient)
-    return torch.where(length > 0, gradient / length, 0.0)
+    return torch.where(length == 0, 0.0, gradient / length)
 
 
 def project(delta: Tensor, norm: float, eps: float) -> Tensor:
@@ -118,7 +121,8 @@ def perturb(
         start: begin at x + unit * start, [B, ...], instead of at a random point.
 
     Returns:
-        [B, ...] without graph, in the ball (up to rounding) and in [0, 1].
+        [B, ...] without graph, in the ball (up to rounding) and in [0, 1]; NaN in an image where the model's gradient
+        was not finite, which there is no attack along.
 
     Raises:
         ValueError: an impossible norm, radius, step or number of steps.

@@ -23,7 +23,7 @@ from densreg import _torch, directional, ops
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
 from densreg.second_order import hardsigmoid_under_compile, of_a_graph
-from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, restore_buffers, save_buffers
+from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, restore_buffers, save_buffers, try_trained
 
 OFTEN = 5
 """As many versions of a compiled step are taken for granted: a last batch of another size, skipped penalties."""
@@ -98,6 +98,11 @@ class CompiledStep:
             except _torch.compile_error() as error:
                 failure = error
             else:
+                if self._backend.differentiated:  # a new graph
+                    others = self._backend.differentiated - {id(t) for t in (*spec.trained, *batch.xs)}
+                    self._backend.differentiated = set()
+                    if others:  # perhaps the criterion's alone: the graph does not say
+                        try_trained(spec, batch)
                 if first:
                     _inform(f"the first training step took {time.perf_counter() - start:.1f} s with its compilation")
                 # Dynamo's own count takes longer than the rest of this function: only where there can be so many.
@@ -119,8 +124,7 @@ class CompiledStep:
         """After a failed compilation: the error of the step itself, if it has one, says more than Dynamo's."""
         saved, device = save_buffers(spec), batch.xs[0].device
         try:
-            replayed = directional.replayed(directional.random_states(device), device)
-            with replayed, _torch.without_gradient_hooks(spec.trained):
+            with directional.replayed(directional.random_states(device), device):
                 self.step(spec, batch, *args, **kwargs)
         finally:
             restore_buffers(saved)
@@ -145,11 +149,14 @@ class CheckedBackend:
         self.penalized = penalized
         self.graphs = 0
         """How many were compiled."""
+        self.differentiated: set[int] = set()
+        """The ids of those inputs of the last one that require grad."""
         self.stores = _torch.scoped_reductions if backend == "inductor" else contextlib.nullcontext
         self.inner = _torch.compiler_backend(backend, mode)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.graphs += 1
+        self.differentiated = {id(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad}
         if any(_overrides_functions(t) for t in inputs):
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
         graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]

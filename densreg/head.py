@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx.traceback
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,7 +18,18 @@ from densreg import directional
 from densreg._torch import tree_leaves
 from densreg.linear import linear_log_density, linear_loss_and_correct, product_dtype
 from densreg.second_order import fast_second_order
-from densreg.step import Batch, Outputs, StepSpec, classify, loss_of, restore_buffers, save_buffers
+from densreg.step import (
+    Batch,
+    Buffers,
+    Outputs,
+    StepSpec,
+    check_trained,
+    classify,
+    gradients_of,
+    loss_of,
+    restore_buffers,
+    save_buffers,
+)
 
 AUTO_CLASSES = 100_000
 """From so many classes on ``head="auto"`` takes the head without logits: it costs no time there, and saves the memory.
@@ -87,7 +97,7 @@ class Features(NamedTuple):
     dtype: torch.dtype
 
 
-def _features(spec: StepSpec, batch: Batch, mode: _Linears, buffers: dict[str, Tensor] | None = None) -> Features:
+def _features(spec: StepSpec, batch: Batch, mode: _Linears, buffers: Buffers | None = None) -> Features:
     """The model's features; to be called in the mode. Raises ValueError where the head is not the last layer."""
     head = spec.head
     assert head is not None
@@ -116,15 +126,17 @@ def head_step(
     mode = _Linears(head.weight)
     with fast_second_order(), mode:  # to the end: a checkpoint runs the model again
         h, auxiliary, dtype = _features(spec, batch, mode)
-        saved = [] if torch.compiler.is_compiling() else save_buffers(spec)
+        saved = []
+        if not torch.compiler.is_compiling():
+            check_trained(spec, batch, [(1.0, h), *auxiliary])
+            saved = save_buffers(spec)
         with torch.autocast(xs[0].device.type, enabled=False):
             _, ce, penalty, correct = linear_loss_and_correct(
                 h, head.weight, head.bias, target, xs if penalized else None, coeff, spec.p, dtype=dtype
             )
             ce = ce + loss_of(spec, auxiliary, target)
             loss = ce + coeff.to(penalty.dtype) * penalty if penalized else ce
-            with torch.fx.traceback.annotate({"phase": "backward"}):
-                gradients = torch.autograd.grad(loss * scale.to(loss.dtype), spec.trained, allow_unused=True)
+            gradients = gradients_of(spec, loss * scale.to(loss.dtype))
     restore_buffers(saved)
     return HeadResult(loss.detach(), h.detach(), ce.detach(), penalty.detach(), correct, gradients)
 
@@ -161,7 +173,7 @@ def check_head(spec: StepSpec, batch: Batch) -> None:
         _features(spec, batch, mode)
 
 
-def log_density_without_logits(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor]) -> Tensor:
+def log_density_without_logits(spec: StepSpec, batch: Batch, buffers: Buffers) -> Tensor:
     """The log density [B], differentiable once, with copies of these buffers in place of the model's own."""
     head = spec.head
     assert head is not None

@@ -299,6 +299,7 @@ class RegularizedObjective(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """An option that is assigned is checked as in the constructor, and counts from the next step on."""
         if name == "coeff" and hasattr(self, name):
+            _check_constant(value)
             with torch.no_grad():
                 on_device = isinstance(value, Tensor) and value.device.type != "cpu"  # a look at it would wait
                 self.coeff.fill_(value if on_device else _coefficient(value))
@@ -455,7 +456,7 @@ class RegularizedObjective(nn.Module):
             self.calls += 1
         if penalized:
             trait(self.regularizer, "check_model")(self.model)
-        factor, scale = self._scales(xs, loss_scale, coeff)
+        factor, scale = self._scales(xs, spec.trained, loss_scale, coeff)
         try:
             *values, gradients = self._run(spec, batch, target, coeff, scale, penalized)
         except RuntimeError as error:
@@ -495,7 +496,7 @@ class RegularizedObjective(nn.Module):
         try:
             if not trait(self.regularizer, "first_order"):
                 return _penalty_of_rival(spec, batch, target)
-            buffers = buffers_of(spec.model)
+            buffers = buffers_of(spec)
             if spec.head is not None:
                 log_density = log_density_without_logits(spec, batch, buffers)
             else:
@@ -506,12 +507,14 @@ class RegularizedObjective(nn.Module):
         finally:
             restore_buffers(saved)
 
-    def _scales(self, xs: tuple[Tensor, ...], loss_scale: float | Tensor | None, coeff: Tensor) -> tuple[Any, Tensor]:
+    def _scales(
+        self, xs: tuple[Tensor, ...], trained: Sequence[Tensor], loss_scale: float | Tensor | None, coeff: Tensor
+    ) -> tuple[Any, Tensor]:
         """What the gradients are multiplied by after the graph, and the loss before it is differentiated."""
         device = xs[0].device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
         if loss_scale is None:
-            if autocast or xs[0].dtype == torch.float16:
+            if autocast or any(t.dtype == torch.float16 for t in (*xs, *trained)):
                 raise ValueError(
                     "float16 needs loss_scale, or small gradients underflow without a word: with a GradScaler, "
                     "objective(x, y, loss_scale=scaler.scale(torch.ones((), device=x.device)))"
@@ -555,7 +558,10 @@ class RegularizedObjective(nn.Module):
         """:func:`densreg.step.samples_interact`, tried once for each mode of the modules."""
         mode = self._modes()
         if mode not in self._interacting:
-            self._interacting[mode] = samples_interact(spec, batch)
+            found = samples_interact(spec, batch)
+            if found is None:  # undecided: what is right either way, and another trial in the next step
+                return True
+            self._interacting[mode] = found
         return self._interacting[mode]
 
     def _modes(self) -> tuple[bool, ...]:
@@ -568,9 +574,11 @@ class RegularizedObjective(nn.Module):
                 check_head(spec, args[0])
                 self._head_checked.add(mode)
             return self._compiled_step(spec, *args, **kwargs)
-        with _torch.without_gradient_hooks(spec.trained):
-            step: Any = directional_step if self.path == "directional" else whole_step
-            return (step if spec.head is None else head_step)(spec, *args, **kwargs)
+        if self.path == "directional":
+            with _torch.without_gradient_hooks(spec.trained):
+                return directional_step(spec, *args, **kwargs)
+        step: Any = whole_step if spec.head is None else head_step
+        return step(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled_step": None}
@@ -673,10 +681,19 @@ def _penalty_options(p: float, path: str, regularizer: Any) -> dict[str, Any]:
 def _coefficient(coeff: Any) -> float:
     if isinstance(coeff, (bool, str)) or not isinstance(coeff, (int, float, Tensor)):
         raise TypeError(f"coeff must be a number, got {type(coeff).__name__}")
+    _check_constant(coeff)
     value = float(coeff)
     if not 0 <= value < float("inf"):
         raise ValueError(f"coeff must be finite and at least 0, got {value}")
     return value
+
+
+def _check_constant(coeff: Any) -> None:
+    if isinstance(coeff, Tensor) and coeff.requires_grad:
+        raise ValueError(
+            "coeff must be a constant, got a tensor that requires grad, which no gradient would reach: detach() it, or "
+            "train it with densreg.density_loss"
+        )
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -765,7 +782,7 @@ def _penalty_of_rival(spec: StepSpec, batch: Batch, target: Any) -> Tensor:
     def logits_of(inputs: tuple[Tensor, ...]) -> Tensor:
         return classify(spec, with_inputs(batch, inputs), buffers)[0][1]
 
-    buffers, xs = buffers_of(spec.model), batch.xs
+    buffers, xs = buffers_of(spec), batch.xs
     device = xs[0].device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),

@@ -156,6 +156,11 @@ class Density(Traits):
     p: float = 2
     path: str = "fused"
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__call__" in vars(cls) and "first_order" not in vars(cls):
+            cls.first_order = False  # another penalty, which is more than the norm
+
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Any) -> Tensor:
         return density_penalty(logits, xs, self.p, self.path, "none")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from densreg import _torch, directional, functional, ops
+from densreg.paths import graph_nodes
 from densreg.penalty import density_loss, mean_cross_entropy
 from densreg.regularizers import Regularizer, trait
 from densreg.second_order import KEPT_ADVICE, fast_second_order, kept_from_earlier
@@ -135,14 +136,29 @@ def leaves(batch: Batch) -> Batch:
 # buffers
 
 
-def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+Buffers = list[dict[str, Tensor]]
+"""By name, of the model and, where it is a module, of the output."""
+
+
+def _owners(spec: StepSpec) -> list[nn.Module]:
+    return [owner for owner in (spec.model, spec.output) if isinstance(owner, nn.Module)]
+
+
+def buffers_of(spec: StepSpec) -> Buffers:
     """Each module's buffers once, by a name for it: functional_call would lose one that it is given by two names."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules()
-        for name, buffer in _torch.buffers_of(module).items()
-        if buffer is not None
-    }
+    return [
+        {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, module in owner.named_modules()
+            for name, buffer in _torch.buffers_of(module).items()
+            if buffer is not None
+        }
+        for owner in _owners(spec)
+    ]
+
+
+def copies_of(buffers: Buffers) -> Buffers:
+    return [{name: buffer.clone() for name, buffer in each.items()} for each in buffers]
 
 
 _SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
@@ -151,8 +167,7 @@ _SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
 
 def save_buffers(spec: StepSpec) -> _SavedBuffers:
     """The buffers' values, for :func:`restore_buffers`."""
-    owners = [owner for owner in (spec.model, spec.output) if isinstance(owner, nn.Module)]
-    named = [(m, *each) for owner in owners for m in owner.modules() for each in _torch.buffers_of(m).items()]
+    named = [(m, *each) for owner in _owners(spec) for m in owner.modules() for each in _torch.buffers_of(m).items()]
     return [(module, name, b, b.detach().clone()) for module, name, b in named if b is not None]
 
 
@@ -170,7 +185,7 @@ Outputs = list[tuple[float, Tensor]]
 """Logits with their weight in the loss: the classifier's own first, of weight 1, then those of auxiliary ones."""
 
 
-def classify(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor] | None = None) -> Outputs:
+def classify(spec: StepSpec, batch: Batch, buffers: Buffers | None = None) -> Outputs:
     """The model's logits; with copies of these buffers in place of its own, which stay as they are."""
     # Copies, as a model may change its inputs in place, and a leaf does not allow it.
     given = {**dict(zip(batch.keys, batch.xs, strict=True)), **batch.others}
@@ -180,9 +195,11 @@ def classify(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor] | None = N
     if buffers is None:
         output = _torch.call_uncompiled(spec.model, *args, **named)
     else:
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        output = torch.func.functional_call(spec.model, copies, args, named, tie_weights=False)
-    if spec.output is not None:
+        own, *outputs = copies_of(buffers)
+        output = torch.func.functional_call(spec.model, own, args, named, tie_weights=False)
+    if isinstance(spec.output, nn.Module) and buffers is not None:
+        output = torch.func.functional_call(spec.output, outputs[0], (output,), tie_weights=False)
+    elif spec.output is not None:
         output = spec.output(output)
     weight = AUXILIARY.get(type(output).__name__)
     if weight is not None:
@@ -194,6 +211,30 @@ def classify(spec: StepSpec, batch: Batch, buffers: dict[str, Tensor] | None = N
             "a function that takes them out of it"
         )
     return [(1.0, output)]
+
+
+def check_trained(spec: StepSpec, batch: Batch, outputs: Outputs) -> None:
+    """Raises ValueError where the logits come from a leaf that would silently get no gradient."""
+    own = [*spec.trained, *batch.xs]  # not leaves themselves, under torch.func.functional_call
+    known = {id(t) for t in own}
+    for node in graph_nodes([logits for _, logits in outputs], own):
+        leaf = _torch.leaf_of(node)
+        if leaf is not None and id(leaf) not in known:
+            raise ValueError(
+                "expected logits that depend on no tensor that requires grad but x and the model's parameters, got one "
+                f"of shape {list(leaf.shape)}, which would get no gradient: make it a parameter, or its module a part, "
+                "of the model, or detach() it"
+            )
+
+
+def try_trained(spec: StepSpec, batch: Batch) -> None:
+    """:func:`check_trained` of a forward in eager mode, which leaves no trace."""
+    device, saved = batch.xs[0].device, save_buffers(spec)
+    try:
+        with directional.replayed(directional.random_states(device), device), fast_second_order():
+            check_trained(spec, batch, classify(spec, batch))
+    finally:
+        restore_buffers(saved)
 
 
 def loss_of(spec: StepSpec, outputs: Outputs, target: Any) -> Tensor:
@@ -214,10 +255,11 @@ def labels_of(spec: StepSpec, target: Any) -> Any:
     return spec.labels(target) if trait(spec.regularizer, "needs_target") else None
 
 
-def samples_interact(spec: StepSpec, batch: Batch) -> bool:
+def samples_interact(spec: StepSpec, batch: Batch) -> bool | None:
     """Whether the logits of a sample, or what is kept in a buffer, depend on which samples are in the batch.
 
-    Tried with one sample among its neighbours, and among others.
+    Tried with one sample among its neighbours, and among others. None where the logits do not even depend on the
+    sample, as those of a head that is initialized to zero: they tell nothing yet.
     """
     size, device = len(batch.xs[0]), batch.xs[0].device
     index = torch.full((size,), size // 2, device=device)
@@ -229,16 +271,19 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool:
     with torch.no_grad():
         for each in (batch, copies._replace(xs=among)):
             with directional.replayed(states, device):
-                logits.append(classify(spec, each)[0][1][size // 2].float())
+                found = classify(spec, each)[0][1].float()
+                logits.append(found[size // 2])
     changed = not all(_torch.buffers_of(m)[name] is b and torch.equal(b, value) for m, name, b, value in saved)
     restore_buffers(saved)
     same = (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].abs().max()
+    if not changed and same and bool((found == logits[1]).all()):
+        return None
     return bool(changed or not same)
 
 
 def raise_kept_tensor(spec: StepSpec, batch: Batch, error: Exception) -> None:
     """Of a step whose graph is in part that of an earlier one: raises an error that names the tensor that was kept."""
-    for name, attribute in kept_from_earlier(spec.model, lambda: classify(spec, batch, buffers_of(spec.model))):
+    for name, attribute in kept_from_earlier(spec.model, lambda: classify(spec, batch, buffers_of(spec))):
         kind = type(spec.model.get_submodule(name)).__name__
         raise RuntimeError(
             f"{name or 'the model'} ({kind}) keeps a tensor of an earlier step's graph, {attribute}, which cannot "
@@ -248,6 +293,17 @@ def raise_kept_tensor(spec: StepSpec, batch: Batch, error: Exception) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # the steps
+
+
+def gradients_of(spec: StepSpec, loss: Tensor) -> Sequence[Tensor | None]:
+    """Those of the trained parameters, without their hooks, which the backward of the objective's loss calls."""
+    # The backward for which checkpointed activations are computed again, of the two that are in the graph.
+    with torch.fx.traceback.annotate({"phase": "backward"}):
+        if torch.compiler.is_compiling():
+            return torch.autograd.grad(loss, spec.trained, allow_unused=True)
+        # In eager mode, which is also where torch.compiler.set_stance leaves a compiled step.
+        with _torch.without_gradient_hooks(spec.trained):
+            return torch.autograd.grad(loss, spec.trained, allow_unused=True)
 
 
 def whole_step(
@@ -275,7 +331,7 @@ def whole_step(
     amp, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     regularizer = spec.regularizer
     again = penalized and (whole is not None or not spec.one_read)  # the model may run again, from these buffers
-    buffers = {name: b.clone() for name, b in buffers_of(spec.model).items()} if again else {}
+    buffers = copies_of(buffers_of(spec)) if again else []
 
     def logits_of(inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(device, half, enabled=amp and not regularizer.precise):
@@ -283,7 +339,10 @@ def whole_step(
 
     with fast_second_order():
         outputs = classify(spec, batch if whole is None else whole)
-        saved = [] if torch.compiler.is_compiling() else save_buffers(spec)
+        saved = []
+        if not torch.compiler.is_compiling():
+            check_trained(spec, batch, outputs)
+            saved = save_buffers(spec)
         if whole is not None:
             penalized_logits = logits_of(xs)
         else:
@@ -305,9 +364,7 @@ def whole_step(
                     penalty = regularizer(logits_of, penalized_logits, xs, of_xs).mean()
                 ce = loss_of(spec, outputs, target)
             loss = ce if penalty is None else ce + coeff.to(penalty.dtype) * penalty
-            # The backward for which checkpointed activations are computed again, of the two that are in the graph.
-            with torch.fx.traceback.annotate({"phase": "backward"}):
-                gradients = torch.autograd.grad(loss * scale.to(loss.dtype), spec.trained, allow_unused=True)
+            gradients = gradients_of(spec, loss * scale.to(loss.dtype))
     restore_buffers(saved)
     if penalty is None:
         penalty = torch.full_like(ce, float("nan"))
@@ -329,13 +386,14 @@ def directional_step(
     trained, checks = spec.trained, spec.checks
     all_leaves = [*trained, *xs, *(whole.xs if whole else ())]
     states = directional.random_states(device)
-    buffers = {name: buffer.clone() for name, buffer in buffers_of(spec.model).items()}  # as all forwards start from
+    buffers = copies_of(buffers_of(spec))  # as all forwards start from
     pieces = directional.Pieces()
     autocast = torch.is_autocast_enabled(device.type)
     apart = penalized and (autocast or whole is not None)  # the density is not that of the classifying forward
 
     with pieces.recorded() if penalized and not apart else contextlib.nullcontext():
         outputs = classify(spec, batch if whole is None else whole)
+    check_trained(spec, batch, outputs)
     saved = save_buffers(spec)
     with torch.autocast(device.type, enabled=False):  # half precision would drown a difference
         ce = loss = total = loss_of(spec, outputs, target)

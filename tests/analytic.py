@@ -47,3 +47,14 @@ def split(images=7, shape=(1, 4, 3), classes=4, seed=0):
 def pixels(split):
     """All images of a split, float32 in [0, 1]."""
     return split.images.float() / 255
+
+
+class NoGradient(nn.Module):
+    """The logits of a model, whose gradient becomes NaN: what is added is 0, and so is the root's argument."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) + (0 * x).flatten(1).square().sum(1, keepdim=True).sqrt()

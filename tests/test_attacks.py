@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from analytic import curved, linear, pixels, split
+from analytic import NoGradient, curved, linear, pixels, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -104,6 +104,16 @@ def test_confidence_is_no_robustness(norm):
     attacked = perturb(sure, x, y, norm, 0.3, 5, 0.1, random_start=False)
     expected = perturb(Scaled(model.double(), 1e5), x.double(), y, norm, 0.3, 5, 0.1, random_start=False)
     assert attacked == pytest.approx(expected.float(), abs=2e-4)
+
+
+@pytest.mark.parametrize("norm", ["2", "inf"])
+def test_a_gradient_that_is_not_finite_is_no_robustness(norm):
+    model, images = NoGradient(curved(4, SHAPE)), split(5, SHAPE)
+    right = type(images)(images.images, model(pixels(images)).argmax(1))
+    assert perturb(model, pixels(right), right.labels, float(norm), 0.1, 1, 0.1).isnan().any()
+    for random_start in (True, False):
+        with pytest.raises(ValueError, match="the model's gradient is not finite"):
+            pgd(model, right, device="cpu", batch_size=5, eps=(1e-3,), norm=norm, random_start=random_start)
 
 
 def test_log_odds():

@@ -477,10 +477,27 @@ def test_tiny_gradients_survive_float16(compiler, fresh_dynamo):
     assert relative_error(lost, expected) > 0.05, "this measure would see what the scale is for"
 
 
+class _Halves(nn.Module):
+    """Computes in float16, whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 7)).half()
+
+    def forward(self, a, b=None):
+        return self.net(a.half() if b is None else a.half() + b.half())
+
+
 def test_float16_without_a_scale_is_refused():
     model, x = _conv_net(), torch.randn(5, 3, 8, 8)
-    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=r"loss_scale.*scaler\.scale"):
+    refused = pytest.raises(ValueError, match=r"loss_scale.*scaler\.scale")
+    with torch.autocast("cpu", torch.float16), refused:
         objective_of(model)(x, Y)
+    x = torch.randn(5, 4)
+    for given in (x.half(), x, (x, x.half())):
+        with refused:
+            objective_of(_Halves())(given, Y)
+    objective_of(_Halves())(x, Y, loss_scale=1.0)
 
 
 def test_grad_scaler():
@@ -603,8 +620,12 @@ def test_a_module_by_two_names_keeps_its_statistics(options, fresh_dynamo):
     assert int(model.body.num_batches_tracked) == 1
 
 
-@pytest.mark.parametrize("options", [{"compile": False}, {"backend": "aot_eager"}, {"path": "directional"}])
-def test_hooks_of_parameters_see_the_gradient_once(options, fresh_dynamo):
+@pytest.mark.parametrize("stance", ["default", "force_eager"])
+@pytest.mark.parametrize(
+    "options", [{"compile": False}, {"backend": "aot_eager"}, {"path": "directional"}, {"head": "head"}], ids=str
+)
+def test_hooks_of_parameters_see_the_gradient_once(options, stance, fresh_dynamo):
+    options = {"backend": "aot_eager", **options}
     x = torch.randn(5, 4)
     model = _Net(nn.Tanh())
     twin = copy.deepcopy(model)
@@ -612,7 +633,8 @@ def test_hooks_of_parameters_see_the_gradient_once(options, fresh_dynamo):
     for w in model.parameters():
         w.register_hook(lambda g: calls.append(1) or 0.5 * g)
     for m in (model, twin):
-        RegularizedObjective(m, 1.0, **options)(x, Y).loss.backward()
+        with torch.compiler.set_stance(stance):
+            RegularizedObjective(m, 1.0, **options)(x, Y).loss.backward()
     assert len(calls) == len(list(model.parameters()))
     assert relative_error(gradients(model), [0.5 * g for g in gradients(twin)]) < 1e-6
 
@@ -705,6 +727,7 @@ def test_errors_of_the_constructor():
     for options, error, match in [
         ({"coeff": -1.0}, ValueError, "coeff must be finite and at least 0, got -1"),
         ({"coeff": math.nan}, ValueError, "coeff must be finite"),
+        ({"coeff": torch.ones((), requires_grad=True)}, ValueError, "coeff must be a constant, got a tensor that requ"),
         ({"coeff": "1"}, TypeError, "coeff must be a number, got str"),
         ({"interval": 0}, ValueError, "interval must be at least 1, got 0"),
         ({"interval": 1.5}, TypeError, "interval must be an int or None, got float"),
@@ -775,6 +798,62 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
     frozen.model.w.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model requires grad"):
         frozen(x, Y)
+
+
+class _Elsewhere(nn.Module):
+    """Uses a weight that requires grad and is no parameter of it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.own, layer = kind, nn.Linear(4, 7).double(), nn.Linear(4, 4).double()
+        self.hidden = [layer]
+        self.weight = layer.weight * 2 if kind == "computed" else layer.weight.detach().requires_grad_()
+        if kind == "adapter":
+            self.own.register_forward_pre_hook(lambda module, given: given[0] + layer(given[0]))
+
+    def forward(self, x):
+        if self.kind == "hidden":
+            x = self.hidden[0](x)
+        if self.kind in ("leaf", "computed"):
+            x = x @ self.weight
+        if self.kind == "constant":
+            with torch.no_grad():
+                constant = self.hidden[0](x)
+            x = x + constant + self.hidden[0](x).detach()
+        return self.own(x).tanh()
+
+
+def test_weights_that_are_given_for_the_call_are_trained():
+    """Computed from others, which are then what gets the gradient."""
+    torch.manual_seed(0)
+    model, x = _Net(nn.Tanh()).double(), torch.randn(5, 4, dtype=torch.float64)
+    objective = objective_of(model)
+    leaves = {f"model.{name}": w.detach().clone().requires_grad_() for name, w in model.named_parameters()}
+    given = {name: 1.0 * w for name, w in leaves.items()}
+    torch.func.functional_call(objective, given, (x, Y)).loss.backward()
+    objective(x, Y).loss.backward()
+    assert relative_error([w.grad for w in leaves.values()], gradients(model)) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{"compile": False}, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+def test_what_would_silently_get_no_gradient_is_refused(options, fresh_dynamo):
+    x, teacher = torch.randn(5, 4, dtype=torch.float64), nn.Linear(4, 7).double()
+    distilled = {"criterion": lambda f, y: F.mse_loss(f, teacher(x)), **options}
+    for kind in ("hidden", "leaf", "computed", "adapter"):
+        with pytest.raises(ValueError, match=r"got one of shape \[4(, 4)?\], which would get no gradient"):
+            RegularizedObjective(_Elsewhere(kind), 1.0, **options)(x, Y)
+    for kind in ("constant", "none"):  # what a criterion calls is not trained, as its documentation says
+        model = _Elsewhere(kind)
+        RegularizedObjective(model, 1.0, **distilled)(x, Y).loss.backward()
+        assert all(w.grad is not None for w in model.parameters())
+    if not options.get("compile", True):
+        with pytest.raises(ValueError, match="which would get no gradient"):
+            RegularizedObjective(_Elsewhere("leaf"), 1.0, path="directional")(x, Y)
+    else:
+        net = nn.Sequential(_Elsewhere("leaf"), nn.Linear(7, 7).double())
+        with pytest.raises(ValueError, match="which would get no gradient"):
+            RegularizedObjective(net, 1.0, head="1", **options)(x, Y)
 
 
 def test_no_silent_eager(fresh_dynamo):
@@ -913,6 +992,13 @@ def test_assigned_options_are_checked():
         (objective, "central", "no", TypeError, "central must be True or False, got 'no'"),
         (objective, "compiled", None, TypeError, "compile must be True or False, got None"),
         (objective, "coeff", -1, ValueError, "coeff must be finite and at least 0, got -1"),
+        (
+            objective,
+            "coeff",
+            nn.Parameter(torch.ones(())),
+            ValueError,
+            "coeff must be a constant, got a tensor that req",
+        ),
         (objective, "model", nn.DataParallel(nn.Linear(2, 2)), TypeError, "wrap the objective"),
         (hessian, "p", 4, ValueError, "p is 4.0 beside a regularizer with options of its own, Hessian"),
         (hessian, "path", "taylor", ValueError, "path is 'taylor' beside"),
@@ -1279,6 +1365,28 @@ def test_the_penalty_of_a_part_starts_from_the_same_buffers():
     torch.manual_seed(3)
     out = objective_of(model, fraction=0.4)(x, Y)
     torch.testing.assert_close(out.penalty.detach(), densreg.density_penalty(twin(part), part).detach())
+
+
+@pytest.mark.parametrize("compiler", [None, "eager"])
+@pytest.mark.parametrize("options", [{"fraction": 0.4}, {"regularizer": "cure"}], ids=str)
+def test_the_buffers_of_an_output_are_of_one_forward(options, compiler, fresh_dynamo):
+    """Of a module that is the option ``output``, as of the model."""
+    model, norm, x = _Net(nn.Tanh()).double(), nn.BatchNorm1d(7).double(), torch.randn(5, 4, dtype=torch.float64)
+    expected = copy.deepcopy(norm)
+    expected(model(x))
+    objective_of(model, compiler, output=norm, **options)(x, Y)
+    for a, b in zip(norm.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_fraction_of_a_head_that_is_still_zero():
+    """Its logits tell nothing of whether samples meet, in the first step; in the next ones they do."""
+    model, x = _Net(_OwnNorm()).double(), torch.randn(5, 4, dtype=torch.float64)
+    objective, weight = objective_of(model, fraction=0.4), model.head.weight.detach().clone()
+    for value in (0 * weight, weight):
+        with torch.no_grad():
+            model.head.weight.copy_(value)
+        torch.testing.assert_close(objective(x, Y).logits.detach(), model(x).detach())
 
 
 @pytest.mark.parametrize(

@@ -506,6 +506,27 @@ class _Bare:
         return densreg.input_score(logits, xs)[0].flatten(1).square().sum(1)
 
 
+class _Squared(regularizers.Density):
+    """As the papers of the rivals have it."""
+
+    name: ClassVar[str] = "squared"
+
+    def __call__(self, classify, logits, xs, target):
+        return super().__call__(classify, logits, xs, target).square()
+
+
+def test_another_penalty_that_is_made_of_the_density_penalty():
+    """It is what it computes, not the norm that it is made of."""
+    model, x = smooth()
+    objective = RegularizedObjective(model, 1.0, compile=False, regularizer=_Squared())
+    leaf = x.clone().requires_grad_()
+    expected = densreg.density_penalty(model(leaf), leaf, reduction="none").square().mean().detach()
+    torch.testing.assert_close(objective(x, Y).penalty.detach(), expected)
+    torch.testing.assert_close(objective.penalty(x), expected)
+    with pytest.raises(ValueError, match='path "directional" is for the density penalty, got the regularizer _Squared'):
+        objective.path = "directional"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Says(_Bare, regularizers.Traits):
     needs_target: ClassVar[bool] = False

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from analytic import Quadratic, curved, linear, pixels, split
+from analytic import NoGradient, Quadratic, curved, linear, pixels, split
 
 from densreg.lab.data import Split, seeded
 from densreg.lab.evaluation.attribution import (
@@ -143,6 +143,14 @@ def test_zero_logits_are_named():
         pixel_perturbation(model, images, device="cpu", batch_size=2)
     with pytest.raises(ValueError, match="the output logit of image 0 is zero: there is no change relative to it"):
         pixel_perturbation(model, images, device="cpu", batch_size=2, relative="image")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attributions_that_are_not_finite_have_no_order(method):
+    model, images = NoGradient(linear(shape=SHAPE)), split(shape=SHAPE)
+    for metric in (pixel_perturbation, insertion):
+        with pytest.raises(ValueError, match="the attributions of image 0 are not finite"):
+            metric(model, images, device="cpu", batch_size=7, method=method)
 
 
 def test_insertion_by_hand():

@@ -191,6 +191,25 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path, path, capsys):
     assert said.endswith(f"path {path}); going on\n")
 
 
+class _Rootless(nn.Module):
+    """A weight whose gradient is NaN while the loss is finite."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.w = model, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.model(x) + (0 * self.w).sqrt()
+
+
+def test_float16_whose_every_step_is_skipped_stops(tmp_path, monkeypatch):
+    build = models.build
+    monkeypatch.setattr(models, "build", lambda **spec: _Rootless(build(**spec)))
+    options = {"amp": "fp16", "coeff": 0.0, "train_size": 64, "test_size": 8, "epochs": 28}
+    with pytest.raises(TrainingError, match=r"not finite at any loss scale \(no penalty\): lower --lr"):
+        fit(Config(str(tmp_path), **options), progress=False)
+
+
 def test_a_gradient_that_is_not_finite_counts_as_much_as_a_loss():
     watch = monitor.Watch(torch.device("cpu"))
     w = torch.zeros(3, requires_grad=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from densreg import attacks
 from densreg.lab import data, report
 from densreg.lab.evaluation.accuracy import is_right
-from densreg.lab.evaluation.samples import Comparison, batches, check_one_of, check_range
+from densreg.lab.evaluation.samples import Comparison, Unmeasurable, batches, check_one_of, check_range
 from densreg.lab.models import Normalize
 
 SPACES = ("pixel", "normalised")
@@ -53,7 +53,8 @@ def pgd(
         clean, and lNORM_EPS for each budget: l2_1.5, linf_0.1.
 
     Raises:
-        ValueError: an impossible budget, or no normalisation in the model.
+        ValueError: an impossible budget, no normalisation in the model, or a gradient of it that is not finite, which
+            would pass for robustness.
         RuntimeError: an attack has left the ball or [0, 1].
     """
     check_one_of("norm", norm, ["2", "inf"])
@@ -78,6 +79,8 @@ def pgd(
                 start = _starts(clean, order, budget, numbers) if random_start else torch.zeros_like(clean)
                 size = attacks.default_step_size(budget, steps) if step_size is None else step_size
                 attacked = attacks.perturb(model, clean, labels, order, budget, steps, size, unit=unit, start=start)
+                if attacked.isnan().any():
+                    raise Unmeasurable("the model's gradient is not finite: an attack along it would say nothing")
                 check_attacked("PGD", attacked, clean, order, budget, unit)
                 robust[left] = is_right(model, attacked, labels)
             right[1 + i] += robust.sum().item()

@@ -49,7 +49,26 @@ def attribute(
 
     Raises:
         ModuleNotFoundError: captum is not installed.
+        ValueError: an attribution is not finite, of which there is no order.
     """
+    result = _attributions(model, x, target, index, method, seed, samples, sigma, steps)
+    lost = ~result.isfinite().flatten(1).all(1)
+    if lost.any():
+        raise Unmeasurable(f"the attributions of image {index[lost.cpu()][0].item()} are not finite")
+    return result
+
+
+def _attributions(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    index: Tensor,
+    method: str,
+    seed: int,
+    samples: int,
+    sigma: float,
+    steps: int,
+) -> Tensor:
     check_one_of("method", method, METHODS)
     for name, value in (("samples", samples), ("steps", steps)):
         check_range(name, value, 1, 2**31)

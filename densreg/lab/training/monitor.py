@@ -23,6 +23,11 @@ _PICTURE_SECONDS = 60.0
 """The curves are drawn at most so often, and at the end."""
 
 
+LEAST_SCALE = 2.0**-10
+"""Below it float16's loss scale is no longer looking for gradients that fit: it began at 2^16, and halves when one does
+not."""
+
+
 class Running:
     """Sums of step outputs, and the largest logit, kept on the device: reading them is what synchronizes."""
 
@@ -174,7 +179,9 @@ class Monitor:
         config = self.config
         rival = config.regularizer if config.regularizer != "density" else None
         penalty = (f"regularizer {rival}" if rival else f"path {config.path}") if config.coeff > 0 else "no penalty"
-        report = self.watch.report(penalty)
+        report, scaler = self.watch.report(penalty), self.problem.scaler
+        if not report and scaler is not None and scaler.get_scale() < LEAST_SCALE:
+            report = f"step after step is skipped, as its gradients are not finite at any loss scale ({penalty})"
         if report and config.on_nonfinite == "stop":
             other = "" if rival or config.path == "fused" or config.coeff == 0 else ", or use --path fused"
             raise NotFiniteError(f"{report}: lower --lr or --coeff{other}; {kept}")
