@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import input_gradient, nothing
+from reference import TRANSFORMS, direction, input_gradient, nothing
 from torch import Tensor, nn
 
 import densreg
@@ -356,60 +356,37 @@ TRANSFORMED = {  # [B, 2, 3, 3] and a weight -> anything, and the same by what t
 }
 
 
-def _jacobian(h, x, batch=None):
-    x = x.clone().requires_grad_()
-    y = h(x)
-    units = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
-    if batch is None:
-        return torch.autograd.grad(y, x, units, is_grads_batched=True, create_graph=True)[0]
-    return batch(lambda v: torch.autograd.grad(y, x, v, create_graph=True)[0])(units)
-
-
-def _tangent(h, x, v):
+def _tangent(h, x):
     with torch.autograd.forward_ad.dual_level():
-        return torch.autograd.forward_ad.unpack_dual(h(torch.autograd.forward_ad.make_dual(x, v))).tangent
+        return torch.autograd.forward_ad.unpack_dual(h(torch.autograd.forward_ad.make_dual(x, direction(x)))).tangent
 
 
-def _tangent_of_cotangent(h, x, v):
+def _tangent_of_cotangent(h, x):
     """Forward mode over the backward alone: of the forward's graph, built before."""
     x = x.clone().requires_grad_()
     y = h(x)
-    along = torch.linspace(0, 1, y.numel(), dtype=y.dtype).view_as(y)
-    return _tangent(lambda u: torch.autograd.grad(y, x, u, create_graph=True)[0], torch.ones_like(y), along)
+    return _tangent(lambda u: torch.autograd.grad(y, x, u, create_graph=True)[0], torch.ones_like(y))
 
 
-vmap, grad, jvp = torch.func.vmap, torch.func.grad, torch.func.jvp
-TRANSFORMS = {
-    "Jacobian": lambda h, x, v: _jacobian(h, x),
-    "Hessian": lambda h, x, v: _jacobian(lambda t: input_gradient(h, t), x),
-    "vmap": lambda h, x, v: _jacobian(h, x, vmap),
-    "vmap, Hessian": lambda h, x, v: _jacobian(lambda t: input_gradient(h, t), x, vmap),
-    "chunked": lambda h, x, v: _jacobian(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
-    "vectorized": lambda h, x, v: torch.autograd.functional.jacobian(
-        h, x.clone().requires_grad_(), create_graph=True, vectorize=True
-    ),
-    "vectorized, forward": lambda h, x, v: torch.autograd.functional.jacobian(
-        h, x, vectorize=True, strategy="forward-mode"
-    ),
-    "func.hessian": lambda h, x, v: torch.func.hessian(lambda t: h(t).sum())(x),
-    "func.grad": lambda h, x, v: grad(lambda t: h(t).sum())(x),
-    "func.jvp": lambda h, x, v: jvp(h, (x,), (v,))[1],
-    "func.jvp(jvp)": lambda h, x, v: jvp(lambda t: jvp(h, (t,), (v,))[1], (x,), (v,))[1],
+WAYS = {
+    name: TRANSFORMS[name]
+    for name in (
+        *("Jacobian", "Hessian", "vmap", "vmap, Hessian", "chunked", "functional.jacobian", "hessian", "grad"),
+        *("functional.jacobian, forward", "jvp", "jvp(jvp)"),
+    )
+} | {
     "forward_ad": _tangent,
     "forward_ad, no_grad": torch.no_grad()(_tangent),
-    "forward_ad of the gradient": lambda h, x, v: _tangent(
-        lambda t: input_gradient(h, t), x.clone().requires_grad_(), v
-    ),
+    "forward_ad of the gradient": lambda h, x: _tangent(lambda t: input_gradient(h, t), x.clone().requires_grad_()),
     "forward_ad of the cotangent": _tangent_of_cotangent,
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("transform", WAYS)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transforms(name, transform):
     """vmap, torch.func and forward mode, each way they come: values, and the gradient of their square in the weight."""
-    x, v = torch.randn(2, 1, 2, 3, 3, dtype=torch.float64)
-    weight = torch.randn(2, 2, 2, 2, dtype=torch.float64)
+    x, weight = torch.randn(1, 2, 3, 3, dtype=torch.float64), torch.randn(2, 2, 2, 2, dtype=torch.float64)
 
     # Of torch's own softmax under forward mode there is no gradient: it changes what the backward needs.
     trains = name != "attention" or "forward_ad" not in transform
@@ -417,7 +394,7 @@ def test_transforms(name, transform):
     def value_and_gradient(function, inside: bool) -> list[Tensor]:
         w = weight.clone().requires_grad_(trains)
         with fast_second_order() if inside else torch.enable_grad():
-            value = TRANSFORMS[transform](lambda t: torch.tanh(function(t, w)), x, v)
+            value = WAYS[transform](lambda t: torch.tanh(function(t, w)), x)
         if not (trains and value.requires_grad):
             return [value.detach()]
         return [value.detach(), *torch.autograd.grad(value.square().sum(), w)]
