@@ -123,6 +123,61 @@ TRANSFORMS = {  # of a function h of x
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# models
+
+
+class Layer(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Once(torch.autograd.Function):
+    """A sine that can be differentiated once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Checkpointed(nn.Module):
+    """A module that is computed again in the backward."""
+
+    def __init__(self, body: nn.Module, reentrant: bool = False) -> None:
+        super().__init__()
+        self.body, self.reentrant = body, reentrant
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+class Product(nn.Module):
+    """Of two inputs."""
+
+    def __init__(self, first: int = 4, second: int = 3) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(first, 6), nn.Linear(second, 6), nn.Linear(6, 7)
+
+    def forward(self, u, v):
+        return self.head((self.a(u) * self.b(v)).tanh())
+
+
+class Subclass(Tensor):
+    """As loaders and frameworks hand out."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # training steps
 
 

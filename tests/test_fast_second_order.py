@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TRANSFORMS, direction, input_gradient, nothing
+from reference import TRANSFORMS, Layer, Once, Subclass, direction, input_gradient, nothing
 from torch import Tensor, nn
 
 import densreg
@@ -269,10 +269,6 @@ def test_autocast(dtype):
     assert run(True)[0].dtype == dtype
 
 
-class _Sub(Tensor):
-    """As loaders and frameworks hand out."""
-
-
 BACKWARDS = {
     "autograd.grad": lambda loss, weights: torch.autograd.grad(loss, weights, allow_unused=True),
     "with a cotangent": lambda loss, weights: torch.autograd.grad(
@@ -336,7 +332,9 @@ def test_tensor_subclasses(which):
             (g,) = torch.autograd.grad(y.square().sum(), input, create_graph=True)
             return [t.as_subclass(Tensor) for t in torch.autograd.grad(g.square().sum(), (input, weight, bias))]
 
-    for ours, torchs in zip(gradients(_Sub, fast_second_order()), gradients(Tensor, torch.enable_grad()), strict=True):
+    for ours, torchs in zip(
+        gradients(Subclass, fast_second_order()), gradients(Tensor, torch.enable_grad()), strict=True
+    ):
         torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
 
 
@@ -452,17 +450,6 @@ class _ConstantBackward(torch.autograd.Function):
             return 2 * ctx.saved_tensors[0] * grad
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad
-
-
 class _Loses(torch.autograd.Function):
     """Its backward depends on the incoming gradient twice, and forgets one of the two."""
 
@@ -510,15 +497,6 @@ def test_check_model_sees_what_is_lost_on_one_branch_of_a_forward():
         assert "loses the incoming gradient" in finding.problem
 
 
-class _Layer(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 def _norm_at_zero(x):
     return (x - x).norm(dim=1, keepdim=True) + x
 
@@ -527,7 +505,7 @@ def _norm_at_zero(x):
     ("function", "problem"),
     [
         (_ConstantBackward.apply, "outside of autograd"),
-        (_OnceDifferentiable.apply, "loses the incoming gradient"),
+        (Once.apply, "loses the incoming gradient"),
         (_Loses.apply, "loses the incoming gradient"),
         (_norm_at_zero, "not finite"),
         (lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=True), "checkpoint"),
@@ -535,13 +513,13 @@ def _norm_at_zero(x):
     ],
 )
 def test_check_model_names_the_layer(function, problem, fresh_dynamo):
-    inner = nn.Sequential(nn.Linear(4, 4), _Layer(function))
+    inner = nn.Sequential(nn.Linear(4, 4), Layer(function))
     model = nn.Sequential(nn.Linear(4, 4), inner, nn.BatchNorm1d(4), nn.Linear(4, 3))
     (finding,) = densreg.check_model(model, torch.randn(5, 4))
     assert finding.module == "1.1"
-    assert finding.type == "_Layer"
+    assert finding.type == "Layer"
     assert problem.lower() in finding.problem.lower()
-    assert "1.1 (_Layer): " in str(finding)
+    assert "1.1 (Layer): " in str(finding)
 
 
 def test_check_model_on_sound_models():
@@ -576,7 +554,7 @@ def test_check_model_by_name_and_in_place(order):
     before = example["pixels"].clone()
     assert densreg.check_model(_ByName(nn.Tanh()), example, order=order) == []
     assert torch.equal(example["pixels"], before)
-    (finding,) = densreg.check_model(_ByName(_Layer(_Loses.apply)), example)
+    (finding,) = densreg.check_model(_ByName(Layer(_Loses.apply)), example)
     assert finding.module == "act"
 
 
@@ -634,7 +612,7 @@ def test_check_model_of_third_order():
             wrong if torch.__version__.startswith("2.11.") else "three times",
         ),
     ):
-        model = nn.Sequential(nn.Linear(6, 6), _Layer(function), nn.Linear(6, 3))
+        model = nn.Sequential(nn.Linear(6, 6), Layer(function), nn.Linear(6, 3))
         assert densreg.check_model(model, x) == []
         (finding,) = densreg.check_model(model, x, order=3)
         assert finding.module == "1"

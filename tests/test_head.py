@@ -8,9 +8,8 @@ import math
 
 import pytest
 import torch
-from reference import ORDERS, by_autograd, gradients, nothing
+from reference import ORDERS, Checkpointed, by_autograd, gradients, nothing
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import densreg
 from densreg import head
@@ -39,8 +38,7 @@ def steps(model, count=1, amp=None, data=None, **options):
         with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
             out = objective(x, y, loss_scale=1024.0 if amp == torch.float16 else None)
         out.loss.backward()
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in model.parameters()]
-        found += [out.loss.detach(), out.ce.detach(), out.penalty.detach(), *gradients]
+        found += [out.loss.detach(), out.ce.detach(), out.penalty.detach(), *(g.clone() for g in gradients(model))]
     assert type(out).__name__ == ("ObjectiveOutput" if options.get("head") is None else "HeadOutput")
     return found + [b.double() for b in model.buffers()]
 
@@ -111,15 +109,7 @@ def test_autocast(dtype):
 
 
 def test_a_checkpoint_and_a_hook_around_the_head():
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = network()
-
-        def forward(self, x):
-            return checkpoint(self.body, x, use_reentrant=False)
-
-    assert_same(steps(Checkpointed(), head="body.6"), steps(Checkpointed()))
+    assert_same(steps(Checkpointed(network()), head="body.6"), steps(Checkpointed(network())))
 
 
 def test_output():
@@ -249,7 +239,7 @@ def penalty_gradients(model, x, y, **options):
         torch.manual_seed(2)
         objective = densreg.RegularizedObjective(copy.deepcopy(model), coeff, **{"compile": False, **options})
         objective(x, y).loss.backward()
-        each.append([torch.zeros_like(w) if w.grad is None else w.grad for w in objective.model.parameters()])
+        each.append(gradients(objective.model))
     return [a - b for a, b in zip(each[1], each[0], strict=True)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import by_autograd, gradients, nothing
+from reference import Checkpointed, Layer, Product, Subclass, by_autograd, gradients, nothing
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune
@@ -375,16 +375,7 @@ def test_frozen_unused_and_shared_parameters():
 
 
 def test_several_inputs():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 6)
-            self.c = nn.Linear(6, 7)
-
-        def forward(self, u, v):
-            return self.c((self.a(u) * self.b(v)).tanh())
-
-    model = Two().double()
+    model = Product().double()
     u, v = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     out = objective_of(model, criterion=nothing)((u, v), Y)
     leaves = (u.clone().requires_grad_(), v.clone().requires_grad_())
@@ -512,18 +503,9 @@ def test_casting_the_model_keeps_the_coefficient():
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_activation_checkpointing(compiler, fresh_dynamo):
-    class Checkpointed(nn.Module):
-        def __init__(self, body):
-            super().__init__()
-            self.body = body
-
-        def forward(self, x):
-            x = torch.utils.checkpoint.checkpoint(self.body[:3], x, use_reentrant=False)
-            return self.body[3:](x)
-
     model, twin, x = twins()
     loss, expected = by_autograd(twin, x, Y, 0.5)
-    out = objective_of(Checkpointed(model), compiler)(x, Y)
+    out = objective_of(nn.Sequential(Checkpointed(model[:3]), model[3:]), compiler)(x, Y)
     out.loss.backward()
     torch.testing.assert_close(out.loss.detach(), loss)
     assert relative_error(gradients(model), expected) < 1e-10
@@ -547,14 +529,6 @@ class _Attention(nn.Module):
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_activation_checkpointing_of_attention(compiler, layer, fresh_dynamo):
     """Of which torch has no second derivative: what is computed again has to be the replacement, too."""
-
-    class Checkpointed(nn.Module):
-        def __init__(self, body):
-            super().__init__()
-            self.body = body
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
 
     attention = _Attention(None if layer == "function" else nn.MultiheadAttention(8, 2, batch_first=True))
     model, x = _Net(attention, 24).double(), torch.randn(5, 4, dtype=torch.float64)
@@ -780,21 +754,15 @@ def test_errors_of_the_call(compiler, fresh_dynamo):
 def test_no_silent_eager(fresh_dynamo):
     """What cannot be one graph is an error that says so, and leaves the model as it was."""
 
-    class Breaks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.body = nn.BatchNorm2d(3), nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
+    def breaks(x):
+        torch._dynamo.graph_break()
+        return x
 
-        def forward(self, x):
-            x = self.norm(x)
-            torch._dynamo.graph_break()
-            return self.body(x)
-
-    model = Breaks()
+    model = nn.Sequential(nn.BatchNorm2d(3), Layer(breaks), nn.Flatten(), nn.Linear(192, 7))
     with pytest.raises(RuntimeError, match=r"could not be compiled as one graph.*compile=False"):
         RegularizedObjective(model, 0.5, backend="aot_eager")(torch.randn(5, 3, 8, 8), Y)
-    assert int(model.norm.num_batches_tracked) == 0
-    assert torch.equal(model.norm.running_mean, torch.zeros(3))
+    assert int(model[0].num_batches_tracked) == 0
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
 
 
 class _Sine(torch.autograd.Function):
@@ -810,13 +778,9 @@ class _Sine(torch.autograd.Function):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_function_that_would_lose_second_order_is_refused(compiler, fresh_dynamo):
-    class Sine(nn.Module):
-        def forward(self, x):
-            return _Sine.apply(x)
-
     def net():
         torch.manual_seed(0)
-        return _Net(Sine()).double()
+        return _Net(Layer(_Sine.apply)).double()
 
     x = torch.randn(5, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"autograd\.Function.*allow_in_graph.*compile=False"):
@@ -991,10 +955,6 @@ def test_state_dict_holds_tensors():
 # tensor subclasses
 
 
-class _Sub(Tensor):
-    """As loaders and frameworks hand out."""
-
-
 class _Residual(nn.Module):
     """A part of its score does not go through the convolution, so that the other part would not be missed."""
 
@@ -1012,8 +972,8 @@ def test_a_subclass_as_input_and_target(kind, compiler, fresh_dynamo):
     model = _Residual().double()
     twin, x = copy.deepcopy(model), torch.randn(5, 2, 4, 4, dtype=torch.float64)
     _, expected = by_autograd(twin, x, Y, 1.0, criterion=nothing)
-    given = x.as_subclass(_Sub) if kind == "subclass" else pytest.importorskip("torchvision.tv_tensors").Image(x)
-    out = objective_of(model, compiler, 1.0, criterion=nothing)(given, Y.as_subclass(_Sub))
+    given = x.as_subclass(Subclass) if kind == "subclass" else pytest.importorskip("torchvision.tv_tensors").Image(x)
+    out = objective_of(model, compiler, 1.0, criterion=nothing)(given, Y.as_subclass(Subclass))
     out.loss.backward()
     assert relative_error(gradients(model), expected) < 1e-10
     assert type(out.logits) is Tensor
@@ -1023,10 +983,10 @@ def test_subclasses_in_the_model(fresh_dynamo):
     model = _Residual().double()
     twin, x = copy.deepcopy(model), torch.randn(5, 2, 4, 4, dtype=torch.float64)
     _, expected = by_autograd(twin, x, Y, 1.0, criterion=nothing)
-    model.conv.weight = nn.Parameter(model.conv.weight.detach().as_subclass(_Sub))
+    model.conv.weight = nn.Parameter(model.conv.weight.detach().as_subclass(Subclass))
     objective_of(model, None, 1.0, criterion=nothing)(x, Y).loss.backward()
     assert relative_error(gradients(model), expected) < 1e-10
-    with pytest.raises(RuntimeError, match=r"conv\.weight is a _Sub, a subclass of Tensor.*compile=False"):
+    with pytest.raises(RuntimeError, match=r"conv\.weight is a Subclass, a subclass of Tensor.*compile=False"):
         objective_of(model, "aot_eager")(x, Y)
 
 
@@ -1216,13 +1176,6 @@ class _OwnNorm(nn.Module):
         return F.batch_norm(x, None, None, training=self.training)
 
 
-class _Detached(nn.Module):
-    """Coupled by what has no gradient."""
-
-    def forward(self, x):
-        return x - x.mean(0).detach()
-
-
 def _spectral() -> nn.Module:
     """Far from where its power iteration ends, so that each step of it shows."""
     layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
@@ -1244,7 +1197,7 @@ class _Counter(nn.Module):
 @pytest.mark.parametrize("compiler", [None, "eager"])
 @pytest.mark.parametrize(
     "body",
-    [_OwnNorm, _Detached, _Counter, lambda: _spectral()],
+    [_OwnNorm, lambda: Layer(lambda x: x - x.mean(0).detach()), _Counter, lambda: _spectral()],
     ids=["batch_norm", "detached", "buffer", "spectral_norm"],
 )
 def test_fraction_where_samples_meet_or_buffers_change(body, compiler, fresh_dynamo):
@@ -1293,16 +1246,12 @@ def test_the_penalty_of_a_part_starts_from_the_same_buffers():
     ],
 )
 def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynamo):
-    class Checkpointed(_Net):
-        def forward(self, x):
-            return self.head(torch.utils.checkpoint.checkpoint(self.body, self.first(x), use_reentrant=False))
-
-    model = Checkpointed(nn.Sequential(nn.BatchNorm1d(6), nn.Tanh())).double()
+    model = _Net(Checkpointed(nn.Sequential(nn.BatchNorm1d(6), nn.Tanh()))).double()
     twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
     objective = RegularizedObjective(model, 0.5, **{"compile": False, **options})
     objective.penalty(x, Y)
     objective(x, Y).loss.backward()
-    _Net.forward(twin, x)
+    twin(x)
     for a, b in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -1350,11 +1299,6 @@ def test_compiling_again_and_again_is_told_once(fresh_dynamo, monkeypatch):
 # what does not compile
 
 
-class _Decides(nn.Module):
-    def forward(self, x):
-        return x.tanh() if x.sum() > 0 else x.sin()
-
-
 class _Keeps(nn.Module):
     def __init__(self, kept=None):
         super().__init__()
@@ -1364,12 +1308,6 @@ class _Keeps(nn.Module):
         y = x.tanh()
         self.kept = y if self.kept is None else [y]
         return y
-
-
-class _Prints(nn.Module):
-    def forward(self, x):
-        print(x.sum())
-        return x
 
 
 def _pruned(layer):
@@ -1389,8 +1327,11 @@ def _pruned(layer):
         (_Keeps, r"\(_Keeps\).*attribute 'kept'.*keep it detached"),
         (lambda: nn.BatchNorm1d(6, momentum=None), r"\(BatchNorm1d\): momentum=None.*give it a momentum"),
         (lambda: _Keeps([]), r"\(_Keeps\).*attribute 'kept'.*keep it detached"),
-        (_Prints, r"\(_Prints\): it calls a builtin of Python.*leave it out"),
-        (_Decides, r"\(_Decides\).*a tensor's value decides.*torch\.where"),
+        (lambda: Layer(lambda x: print(x.sum()) or x), r"\(Layer\): it calls a builtin of Python.*leave it out"),
+        (
+            lambda: Layer(lambda x: x.tanh() if x.sum() > 0 else x.sin()),
+            r"\(Layer\).*a tensor's value decides.*torch\.where",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")

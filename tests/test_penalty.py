@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ORDERS
+from reference import ORDERS, Product
 from torch import nn
 
 import densreg
@@ -73,16 +73,11 @@ def test_channels_last(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("p", [1, 2, math.inf])
 def test_x_used_twice(path, p):
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8)
-            self.c = nn.Linear(8, 5)
-
+    class Twice(Product):
         def forward(self, x):
-            return self.c(self.a(x).tanh() * self.b(x))
+            return super().forward(x, x)
 
-    model = Twice().double()
+    model = Twice(6, 6).double()
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     expected = parameter_gradient(model, x, torch_penalty(p))
     assert relative_error(parameter_gradient(model, x, densreg_penalty(p, path)), expected) < 1e-12

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import gradients, nothing
+from reference import Product, gradients, nothing
 from torch import Tensor, nn
 
 import densreg
@@ -375,15 +375,7 @@ def test_differences_refuse_dropout(name):
 
 
 def test_several_inputs():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(2, 4).double()
-
-        def forward(self, a, b):
-            return torch.tanh(self.a(a) * self.b(b))
-
-    model, xs = Two(), (torch.rand(4, 3, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64))
+    model, xs = Product().double(), (torch.rand(4, 4, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64))
     for name in RIVALS:
         out = RegularizedObjective(model, 1.0, compile=False, regularizer=name)(xs, Y)
         assert out.penalty.isfinite()

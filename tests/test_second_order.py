@@ -5,11 +5,11 @@ Everything here runs on the oldest and the newest torch: it has been seen to be 
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import pytest
 import torch
+from reference import gradients
 from torch import nn
 
 import densreg
@@ -17,6 +17,8 @@ from benchmarks import second_order
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.second_order import (
     CLASSES,
+    LOG_DENSITIES,
+    ORDERS,
     densreg_penalty,
     measure,
     parameter_gradient,
@@ -30,7 +32,6 @@ from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
 
-ORDERS = (1, 1.5, 2, 4, math.inf)
 BACKENDS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.long))
 
 
@@ -118,31 +119,15 @@ def test_compiled_loss_with_backward_outside(compiler, path, fresh_dynamo):
     with _torch.tracing_autograd():
         loss = torch.compile(lambda x: densreg_penalty(2, path)(model(x), x), backend=compiler, fullgraph=True)(x)
     loss.backward()
-    grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters()]
-    assert relative_error(grads, reference(2)) < 1e-10
+    assert relative_error(gradients(model), reference(2)) < 1e-10
 
 
 @pytest.mark.parametrize("compiler", BACKENDS)
-def test_compiled_log_density(compiler, fresh_dynamo):
+def test_compiled_log_density(compiler, fresh_dynamo, monkeypatch):
     """log_density under the user's own torch.autograd.grad: the construction in which torch loses second order."""
-
-    def penalty(function):
-        def value(logits, x):
-            (g,) = torch.autograd.grad(function(logits).sum(), x, create_graph=True)
-            return densreg.pnorm(g).mean()
-
-        return value
-
-    y = torch.tensor([0, 1, 2, 3, 4])
-    for function in (
-        densreg.log_density,
-        lambda f: densreg.log_softmax_difference(f, y),
-        lambda f: densreg.log_softmax_difference(f, 3),
-        lambda f: densreg.density_cross_entropy(f, y)[1],
-    ):
-        torch.compiler.reset()
-        grads = parameter_gradient(*problem(torch.float64), penalty(function), compiler)
-        assert relative_error(grads, reference(2)) < 1e-10
+    monkeypatch.setitem(LOG_DENSITIES, "one class", lambda f: densreg.log_softmax_difference(f, 3))
+    for route in LOG_DENSITIES:
+        assert measure(route, 2, torch.float64, compiler) < 1e-10
 
 
 @pytest.mark.parametrize("compiler", [None, *BACKENDS])
