@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 import math
@@ -9,7 +10,7 @@ import pickle
 import re
 import sys
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,17 +98,6 @@ def test_the_step_is_torchs(compiler, fresh_dynamo):
     assert out.loss.requires_grad
 
 
-@pytest.mark.parametrize("compiler", [None, "aot_eager"])
-def test_inputs_are_left_alone(compiler, fresh_dynamo):
-    model, x = problem(torch.float64)
-    out = objective_of(model, compiler)(x, Y)
-    out.loss.backward()
-    assert x.grad is None
-    plain = x.detach()
-    objective_of(model, compiler)(plain, Y)
-    assert not plain.requires_grad
-
-
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_accumulation(compiler, fresh_dynamo):
     """Two losses summed before one backward; four backwards; one graph kept for two: equal to autograd's."""
@@ -180,21 +170,6 @@ def test_gradients_do_not_share_memory(compiler, fresh_dynamo):
     assert len({g.untyped_storage().data_ptr() for g in gradients(model)}) == len(once)
     objective(x, Y).loss.backward()
     assert relative_error(gradients(model), [2 * g for g in once]) < 1e-12
-
-
-def test_clipping_and_an_optimizer():
-    model, twin, x = twins()
-    for m, loss in ((model, lambda: objective_of(model)(x, Y).loss), (twin, None)):
-        optimizer = torch.optim.SGD(m.parameters(), 0.1)
-        if loss is None:
-            for w, g in zip(m.parameters(), by_autograd(twin, x, Y, 0.5)[1], strict=True):
-                w.grad = g
-        else:
-            loss().backward()
-        nn.utils.clip_grad_norm_(m.parameters(), 0.01)
-        optimizer.step()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_coefficient_changes_without_recompiling(fresh_dynamo):
@@ -385,10 +360,7 @@ def test_several_inputs():
     assert relative_error(gradients(model), torch.autograd.grad(0.5 * penalty, list(model.parameters()))) < 1e-10
 
 
-class GoogLeNetOutputs(NamedTuple):
-    logits: Tensor
-    aux_logits2: Tensor | None
-    aux_logits1: Tensor | None
+GoogLeNetOutputs = collections.namedtuple("GoogLeNetOutputs", "logits aux_logits2 aux_logits1")
 
 
 class _Heads(nn.Module):
@@ -608,13 +580,14 @@ def test_own_criterion_gets_wide_logits(options):
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_x_is_detached(compiler, options, fresh_dynamo):
     leaf = torch.randn(5, 4, requires_grad=True)
-    objective = objective_of(_Net(nn.Tanh()), compiler, **options)
-    for _ in range(2):
-        objective(leaf.sin(), Y).loss.backward()
-    assert leaf.grad is None
+    plain = leaf.detach()
     with torch.inference_mode():
-        x = torch.randn(5, 4)
-    objective(x, Y).loss.backward()
+        inference = torch.randn(5, 4)
+    objective = objective_of(_Net(nn.Tanh()), compiler, **options)
+    for x in (leaf, leaf.sin(), leaf.sin(), leaf, plain, plain, inference):  # where an interval is 2, every other plain
+        objective(x, Y).loss.backward()
+    assert leaf.grad is None
+    assert not plain.requires_grad
 
 
 def test_pickle_and_deepcopy(fresh_dynamo):
@@ -657,43 +630,70 @@ def test_statistics_of_instance_norm_see_the_whole_batch():
     torch.testing.assert_close(model[0].running_mean, twin[0].running_mean)
 
 
-def test_compiled_model_is_unwrapped(fresh_dynamo):
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_taken_as_it_was(in_place, compiler, fresh_dynamo):
     model, twin, x = twins()
-    compiled = torch.compile(model, backend="aot_eager")
-    objective = objective_of(compiled)
+    if in_place:
+        model.compile(backend="aot_eager")
+    objective = objective_of(model if in_place else torch.compile(model, backend="aot_eager"), compiler)
     assert objective.model is model
     objective(x, Y).loss.backward()
     assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5)[1]) < 1e-10
 
 
-@pytest.mark.parametrize("compiler", [None, "aot_eager"])
-def test_model_compiled_in_place(compiler, fresh_dynamo):
-    model, twin, x = twins()
-    model.compile(backend="aot_eager")
-    objective_of(model, compiler)(x, Y).loss.backward()
-    assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5)[1]) < 1e-10
+@pytest.mark.parametrize(
+    ("name", "value", "error", "match"),
+    [
+        ("coeff", -1.0, ValueError, "coeff must be finite and at least 0, got -1"),
+        ("coeff", math.nan, ValueError, "coeff must be finite"),
+        ("coeff", "1", TypeError, "coeff must be a number, got str"),
+        ("interval", 0, ValueError, "interval must be at least 1, got 0"),
+        ("interval", 1.5, TypeError, "interval must be an int or None, got float"),
+        ("fraction", 0, ValueError, r"fraction must lie in \(0, 1\], got 0"),
+        ("fraction", 1.5, ValueError, "fraction must lie in"),
+        ("p", 0.5, ValueError, "p must be at least 1"),
+        ("path", "best", ValueError, "directional; got 'best'"),
+        ("central", "no", TypeError, "central must be True or False, got 'no'"),
+        ("compile", None, TypeError, "compile must be True or False, got None"),
+        ("criterion", 3, TypeError, "criterion must be callable or None, got int"),
+        ("regularizer", 3, TypeError, "regularizer must be a name or a Regularizer, got int"),
+        ("model", "resnet", TypeError, "model must be an nn.Module, got str"),
+        ("model", nn.DataParallel(nn.Linear(2, 2)), TypeError, "wrapped in DataParallel.*wrap the objective"),
+    ],
+)
+def test_options_are_checked_when_given_and_when_assigned(name, value, error, match):
+    given = {"model": _conv_net(), "coeff": 0.1, "compile": False}
+    objective = RegularizedObjective(**given)
+    before = repr(objective)
+    with pytest.raises(error, match=match):
+        RegularizedObjective(**{**given, name: value})
+    with pytest.raises(error, match=match):
+        setattr(objective, "compiled" if name == "compile" else name, value)
+    assert repr(objective) == before
 
 
-def test_errors_of_the_constructor():
-    model = _conv_net()
-    for options, error, match in [
-        ({"coeff": -1.0}, ValueError, "coeff must be finite and at least 0, got -1"),
-        ({"coeff": math.nan}, ValueError, "coeff must be finite"),
-        ({"coeff": "1"}, TypeError, "coeff must be a number, got str"),
-        ({"interval": 0}, ValueError, "interval must be at least 1, got 0"),
-        ({"interval": 1.5}, TypeError, "interval must be an int or None, got float"),
-        ({"fraction": 0}, ValueError, r"fraction must lie in \(0, 1\], got 0"),
-        ({"fraction": 1.5}, ValueError, "fraction"),
-        ({"p": 0.5}, ValueError, "p must be at least 1"),
-        ({"path": "best"}, ValueError, "directional; got 'best'"),
-        ({"criterion": 3}, TypeError, "criterion must be callable or None, got int"),
-        ({"p": 4, "regularizer": densreg.regularizers.Hessian()}, ValueError, "p is 4.0 beside a regularizer"),
-        ({"path": "taylor", "regularizer": densreg.regularizers.Density()}, ValueError, "path is 'taylor' beside"),
-        ({"model": "resnet"}, TypeError, "model must be an nn.Module, got str"),
-        ({"model": nn.DataParallel(model)}, TypeError, "wrapped in DataParallel.*wrap the objective"),
+def test_options_beside_a_regularizer_are_checked():
+    hessian = densreg.regularizers.Hessian()
+    objective = objective_of(_conv_net(), regularizer=hessian)
+    for name, value, match in [
+        ("p", 4, "p is 4.0 beside a regularizer with options of its own, Hessian"),
+        ("path", "taylor", "path is 'taylor' beside"),
+        ("path", "directional", "is for the density penalty"),
     ]:
-        with pytest.raises(error, match=match):
-            RegularizedObjective(**{"model": model, "coeff": 0.1, **options})
+        before = repr(objective)
+        with pytest.raises(ValueError, match=match):
+            objective_of(_conv_net(), regularizer=hessian, **{name: value})
+        with pytest.raises(ValueError, match=match):
+            setattr(objective, name, value)
+        assert repr(objective) == before
+
+
+def test_an_unknown_compiler_is_an_error_when_it_is_assigned():
+    compiled = RegularizedObjective(_conv_net(), 0.1)
+    with pytest.raises(Exception, match="bogus"):
+        compiled.backend = "bogus"
+    assert compiled.backend == "inductor"
 
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
@@ -862,34 +862,6 @@ def test_assigned_options_of_the_compiler(fresh_dynamo):
     other = _Net(nn.Tanh())
     objective.model = torch.compile(other, backend=counter)
     assert objective.model is other
-
-
-def test_assigned_options_are_checked():
-    objective = objective_of(_conv_net())
-    hessian = objective_of(_conv_net(), regularizer="hessian")
-    for owner, name, value, error, match in [
-        (objective, "p", 0.5, ValueError, "p must be at least 1"),
-        (objective, "path", "best", ValueError, "directional; got 'best'"),
-        (objective, "regularizer", 3, TypeError, "regularizer must be a name or a Regularizer, got int"),
-        (objective, "interval", 0, ValueError, "interval must be at least 1"),
-        (objective, "fraction", 2, ValueError, "fraction must lie in"),
-        (objective, "criterion", 3, TypeError, "criterion must be callable or None, got int"),
-        (objective, "central", "no", TypeError, "central must be True or False, got 'no'"),
-        (objective, "compiled", None, TypeError, "compile must be True or False, got None"),
-        (objective, "coeff", -1, ValueError, "coeff must be finite and at least 0, got -1"),
-        (objective, "model", nn.DataParallel(nn.Linear(2, 2)), TypeError, "wrap the objective"),
-        (hessian, "p", 4, ValueError, "p is 4.0 beside a regularizer with options of its own, Hessian"),
-        (hessian, "path", "taylor", ValueError, "path is 'taylor' beside"),
-        (hessian, "path", "directional", ValueError, "is for the density penalty"),
-    ]:
-        before = repr(owner)
-        with pytest.raises(error, match=match):
-            setattr(owner, name, value)
-        assert repr(owner) == before
-    compiled = RegularizedObjective(_conv_net(), 0.1)
-    with pytest.raises(Exception, match="bogus"):
-        compiled.backend = "bogus"
-    assert compiled.backend == "inductor"
 
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
@@ -1392,11 +1364,6 @@ def test_bfloat16_compiles_on_the_cpu(fresh_dynamo):
 # the first step says that it compiles
 
 
-class _Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 FIRST = (
     r"the first training step compiles, .*compile=False",
     r"the first training step took \d+\.\d s with its compil",
@@ -1406,7 +1373,8 @@ FIRST = (
 @pytest.mark.parametrize("level", ["NOTSET", "INFO", "WARNING"])
 def test_the_first_step_says_that_it_compiles(level, fresh_dynamo, monkeypatch, caplog):
     """On a terminal, unless logging shows it or hides it; and once."""
-    terminal = _Terminal()
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     caplog.set_level(level, logger="densreg")
     objective, x = RegularizedObjective(_Net(nn.Tanh()), 0.5, backend="eager"), torch.randn(5, 4)
