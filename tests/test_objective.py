@@ -226,6 +226,7 @@ def test_plain_steps():
     out = objective_of(model, interval=None)(x, Y)
     out.loss.backward()
     assert out.penalty.isnan()
+    assert out.loss == out.ce
     assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.0)[1]) < 1e-10
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from on_disk import write_folder
 
 import densreg
 from densreg import ops
@@ -173,24 +174,13 @@ def test_broken_off_training_has_status_one(capsys, tmp_path, monkeypatch):
 
 def test_image_that_is_damaged_in_training_has_status_two(capsys, tmp_path, monkeypatch):
     """It is found when a batch wants it, here in a worker."""
-    from PIL import Image
-
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{i}.png")
-    damaged = tmp_path / "train" / "b" / "1.png"
-    damaged.write_bytes(b"no image")
+    write_folder(tmp_path, {"a": 0, "b": 0}, side=8)
+    (tmp_path / "train" / "b" / "1.bmp").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
-    assert (
-        cli.main(
-            ["train", "--data", "folder", "--data-dir", ".", "--batch-size", "2", "--epochs", "1", "--workers", "1"]
-        )
-        == 2
-    )
+    options = ["--batch-size", "2", "--epochs", "1", "--workers", "1"]
+    assert cli.main(["train", "--data", "folder", "--data-dir", ".", *options]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("densreg train: error: cannot read the image train/b/1.png: ")
+    assert error.startswith("densreg train: error: cannot read the image train/b/1.bmp: ")
     assert error.count("\n") == 1
 
 
