@@ -47,3 +47,16 @@ def split(images=7, shape=(1, 4, 3), classes=4, seed=0):
 def pixels(split):
     """All images of a split, float32 in [0, 1]."""
     return split.images.float() / 255
+
+
+SMALLEST = {
+    "leakage": {"steps": 2},
+    "pgd": {"eps": (0.5,), "steps": 1},
+    "autoattack": {"eps": (0.1,), "version": "custom", "attacks": ("apgd-ce",)},
+    "pixel_perturbation": {"fractions": (0.1,), "samples": 2},
+    "noise_robustness": {"sigmas": (0.1,), "samples": 1},
+    "out_of_distribution": {"data": "synthetic", "fit": True, "images": 4},
+    "insertion": {"points": 2, "samples": 2},
+    "activation_maximisation": {"steps": 2},
+}
+"""Options of the metrics, by name, with which they take no time."""

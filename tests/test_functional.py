@@ -236,6 +236,12 @@ def test_batched_and_nested_derivatives(name, route):
         assert (a - b).norm() <= 1e-10 * b.norm()
 
 
+def test_vmap_over_another_dimension():
+    f = torch.randn(3, 2, 5, dtype=torch.float64)
+    ours, torchs = (torch.func.vmap(function, in_dims=1)(f) for function in FUNCTIONS["density_cross_entropy"])
+    torch.testing.assert_close(ours, torchs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_batched_in_lower_precision(dtype):
     """As one by one, in what the sums are taken in."""

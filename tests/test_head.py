@@ -48,13 +48,9 @@ def assert_same(ours, expected, tolerance=1e-12):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@pytest.mark.parametrize("p", ORDERS)
-def test_as_with_logits(p):
-    assert_same(steps(network(), p=p, head="6"), steps(network(), p=p))
-
-
-def test_compiled(fresh_dynamo):
-    assert_same(steps(network(), 2, compile=True, backend="aot_eager", head="6"), steps(network(), 2))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_as_with_logits(compiled, fresh_dynamo):
+    assert_same(steps(network(), 2, compile=compiled, backend="aot_eager", head="6"), steps(network(), 2))
 
 
 @pytest.mark.slow
@@ -81,14 +77,16 @@ def test_frozen(part):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("p", ORDERS)
 def test_penalty_alone(p, compiled, fresh_dynamo):
-    """What is left of the step without that of coefficient 0, against torch alone by the logits."""
+    """By value, and as what is left of the step without that of coefficient 0, against torch alone by the logits."""
     x, y = batch()
-    _, expected = by_autograd(network(), x, y, 1.0, p, nothing)
+    penalty, expected = by_autograd(network(), x, y, 1.0, p, nothing)
     each = []
     for coeff in (1.0, 0.0):
         model = network()
         options = {"compile": compiled, "backend": "aot_eager", "head": "6"}
-        densreg.RegularizedObjective(model, coeff, p, **options)(x, y).loss.backward()
+        out = densreg.RegularizedObjective(model, coeff, p, **options)(x, y)
+        torch.testing.assert_close(out.penalty.detach(), penalty)
+        out.loss.backward()
         each.append(gradients(model))
     size = max(g.abs().max() for g in expected)
     for with_penalty, without, g in zip(*each, expected, strict=True):

@@ -72,12 +72,6 @@ def test_penalty_alone_in_float32(compiler, fresh_dynamo):
     assert relative_error(gradients(model), reference(2)) < 2e-6
 
 
-def test_penalty_alone_on_each_backend(backend):
-    model, x = problem(torch.float64)
-    objective_of(model, None, 1.0, criterion=nothing)(x, Y).loss.backward()
-    assert relative_error(gradients(model), reference(2)) < 1e-10
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # the step
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from on_disk import write_mnist
+from on_disk import write_cifar, write_cifar100, write_mnist
 from PIL import Image
 
 from densreg.lab import data
@@ -146,21 +146,9 @@ def test_batches_from_the_middle_and_from_workers_are_the_same(workers):
     assert torch.equal(torch.get_rng_state(), before), "random classes come from the global generator"
 
 
-def _write_cifar(folder, train, test, key, labels, meta, names):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, n in {**dict.fromkeys(train, 12), **dict.fromkeys(test, 6)}.items():
-        pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, key: list(labels[:n])}))
-    (folder / meta).write_bytes(pickle.dumps({names: [str(i) for i in range(100)]}))
-
-
-_CIFAR100 = (["train"], ["test"], "fine_labels", range(12), "meta", "fine_label_names")
-
-
 def test_cifar100(tmp_path, unchecked):
     folder = tmp_path / "cifar-100-python"
-    _write_cifar(folder, *_CIFAR100)
+    write_cifar100(tmp_path, 12, 6)
     cifar = data.load("cifar100", tmp_path)
     assert (len(cifar.train), len(cifar.test), cifar.classes) == (12, 6, 100)
     assert cifar.image_shape == (3, 32, 32)
@@ -181,11 +169,8 @@ def test_cifar100(tmp_path, unchecked):
 
 
 def test_cifar10(tmp_path, unchecked):
-    train = [f"data_batch_{i}" for i in range(1, 6)]
-    _write_cifar(
-        tmp_path / "cifar-10-batches-py",
-        *(train, ["test_batch"], "labels", [i % 10 for i in range(12)], "batches.meta", "label_names"),
-    )
+    sizes = {**{f"data_batch_{i}": 12 for i in range(1, 6)}, "test_batch": 6}
+    write_cifar(tmp_path / "cifar-10-batches-py", sizes, "labels", 10, "batches.meta", "label_names")
     cifar = data.load("cifar10", tmp_path)
     assert (len(cifar.train), len(cifar.test), cifar.classes) == (60, 6, 10)
     assert cifar.image_shape == (3, 32, 32)
@@ -431,8 +416,7 @@ def test_errors(tmp_path):
 
 
 def test_wrong_checksum_names_the_file(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    _write_cifar(folder, *_CIFAR100)
+    write_cifar100(tmp_path, 12, 6)
     with pytest.raises(data.DataError, match=r"cifar-100-python.train \(its checksum is not the published one\)"):
         data.load("cifar100", tmp_path)
 
