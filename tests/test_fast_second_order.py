@@ -281,8 +281,8 @@ BACKWARDS = {
 
 
 def _attend(x: Tensor) -> Tensor:
-    x = x.unsqueeze(1)
-    return F.scaled_dot_product_attention(x, x, x).squeeze(1)
+    q = x.flatten(2)
+    return F.scaled_dot_product_attention(q, q, q)
 
 
 @pytest.mark.parametrize("backward", BACKWARDS.values(), ids=BACKWARDS)
@@ -336,11 +336,6 @@ def test_tensor_subclasses(which):
         gradients(Subclass, fast_second_order()), gradients(Tensor, torch.enable_grad()), strict=True
     ):
         torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
-
-
-def _attend(x: Tensor) -> Tensor:
-    q = x.flatten(2)
-    return F.scaled_dot_product_attention(q, q, q)
 
 
 TRANSFORMED = {  # [B, 2, 3, 3] and a weight -> anything, and the same by what torch differentiates itself

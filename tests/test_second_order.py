@@ -35,18 +35,6 @@ pytestmark = pytest.mark.compile
 BACKENDS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.long))
 
 
-def test_the_reference_is_naive_where_naive_is_finite():
-    model, x = problem(torch.float64)
-
-    def naive(logits, x):
-        (g,) = torch.autograd.grad(logits.exp().sum(1).log().sum(), x, create_graph=True)
-        return g.flatten(1).square().sum(1).sqrt().mean()
-
-    grads = parameter_gradient(model, x, naive)
-    assert relative_error(grads, reference(2)) < 1e-12
-    assert sum(float(g.square().sum()) for g in grads) > 1e-4
-
-
 def test_the_reference_is_the_derivative():
     """Central differences along a random direction of the parameters."""
     model, x = problem(torch.float64)
@@ -54,29 +42,23 @@ def test_the_reference_is_the_derivative():
     analytic = sum(float((g * d).sum()) for g, d in zip(reference(2), direction, strict=True))
     h = 1e-6
     values = []
-    for sign in (1, -1):
+    for shift in (h, -2 * h):
         with torch.no_grad():
             for w, d in zip(model.parameters(), direction, strict=True):
-                w.add_(d, alpha=sign * h)
+                w.add_(d, alpha=shift)
         values.append(torch_penalty(2)(model(x), x).item())
-        with torch.no_grad():
-            for w, d in zip(model.parameters(), direction, strict=True):
-                w.sub_(d, alpha=sign * h)
     assert analytic == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-6)
     assert abs(analytic) > 1e-3
 
 
-@pytest.mark.parametrize("zeroed", [False, True])
-def test_a_missing_penalty_would_be_seen(zeroed):
+def test_a_missing_penalty_would_be_seen():
     """The measure itself: a gradient of zero has error 1, one without the softmax Hessian is far off too."""
-    if zeroed:
-        assert relative_error([torch.zeros_like(r) for r in reference(2)], reference(2)) == 1
-        return
 
     def without_hessian(logits, x):
         (g,) = torch.autograd.grad(logits, x, torch.softmax(logits, 1).detach(), create_graph=True)
         return g.flatten(1).norm(dim=1).mean()
 
+    assert relative_error([torch.zeros_like(r) for r in reference(2)], reference(2)) == 1
     assert relative_error(parameter_gradient(*problem(torch.float64), without_hessian), reference(2)) > 0.1
 
 
