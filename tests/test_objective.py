@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Checkpointed, Layer, Product, Subclass, by_autograd, gradients, nothing
+from reference import Checkpointed, Layer, Product, Sine, Subclass, by_autograd, gradients, nothing
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune
@@ -760,22 +760,11 @@ def test_no_silent_eager(fresh_dynamo):
     assert torch.equal(model[0].running_mean, torch.zeros(3))
 
 
-class _Sine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
-
-
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_function_that_would_lose_second_order_is_refused(compiler, fresh_dynamo):
     def net():
         torch.manual_seed(0)
-        return _Net(Layer(_Sine.apply)).double()
+        return _Net(Layer(Sine.apply)).double()
 
     x = torch.randn(5, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"autograd\.Function.*allow_in_graph.*compile=False"):
