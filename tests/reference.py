@@ -196,9 +196,11 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def by_autograd(model, x, y, coeff, p=2.0, criterion=F.cross_entropy) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients by torch alone."""
+    """Loss and gradients by torch alone; of several outputs the first are the logits."""
     x = x.detach().requires_grad_()
     logits = model(x)
+    logits = logits if isinstance(logits, Tensor) else logits[0]
     (g,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), x, create_graph=True)
     loss = criterion(logits, y) + coeff * torch.linalg.vector_norm(g.flatten(1), p, dim=1).mean()
-    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), list(grads)
