@@ -228,6 +228,14 @@ def _smooth() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Tanh(), nn.Linear(10, 7)).double()
 
 
+def _part() -> Tensor:
+    """The samples that the next step takes of five, with a fraction of 0.4."""
+    torch.manual_seed(3)
+    order = torch.randperm(5)
+    torch.manual_seed(3)
+    return order[3:]
+
+
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_fraction_of_a_model_without_batch_statistics(compiler, fresh_dynamo):
     torch.manual_seed(0)
@@ -247,12 +255,9 @@ def test_fraction_of_a_model_without_batch_statistics(compiler, fresh_dynamo):
     assert {round(s, 10) for s in seen} <= pairs, "each is the mean of two samples' norms"
     assert len({round(s, 10) for s in seen}) > 5
     # The gradient is that of the cross-entropy of all and the penalty of these two.
-    torch.manual_seed(3)
-    order = torch.randperm(5)
-    torch.manual_seed(3)
+    part = x[_part()].requires_grad_()
     model.zero_grad()
     objective(x, Y).loss.backward()
-    part = x[order[3:]].requires_grad_()
     loss = F.cross_entropy(model(x), Y) + 0.5 * densreg.density_penalty(model(part), part)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     assert relative_error(gradients(model), expected) < 1e-10
@@ -261,15 +266,12 @@ def test_fraction_of_a_model_without_batch_statistics(compiler, fresh_dynamo):
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_fraction_with_batch_statistics(compiler, fresh_dynamo):
     model, twin, x = twins()
-    torch.manual_seed(3)
-    order = torch.randperm(5)
-    torch.manual_seed(3)
+    part = x[_part()].requires_grad_()
     out = objective_of(model, compiler, fraction=0.4)(x, Y)
     out.loss.backward()
     ce = F.cross_entropy(twin(x), Y)
     for a, b in zip(model.buffers(), twin.buffers(), strict=True):  # those of one plain step
         torch.testing.assert_close(a, b)
-    part = x[order[3:]].requires_grad_()
     expected = torch.autograd.grad(ce + 0.5 * densreg.density_penalty(twin(part), part), list(twin.parameters()))
     assert relative_error(gradients(model), expected) < 1e-10
     torch.testing.assert_close(out.ce, ce)
@@ -1085,15 +1087,13 @@ def test_penalized_names_the_inputs():
 
 def test_a_part_of_the_batch_takes_its_rows_of_the_other_inputs():
     model, x = _masked()
-    torch.manual_seed(3)
-    order = torch.randperm(5)
     for regularizer in ("density", "ig_sum"):
-        torch.manual_seed(3)
+        part = _part()
         objective = objective_of(model, output=lambda o: o["logits"], fraction=0.4, regularizer=regularizer)
         out = objective(x, Y)
         torch.testing.assert_close(out.logits, model(**x)["logits"])
         if regularizer == "density":
-            rows = {name: v[order[3:]] if isinstance(v, Tensor) else v for name, v in x.items()}
+            rows = {name: v[part] if isinstance(v, Tensor) else v for name, v in x.items()}
             torch.testing.assert_close(out.penalty.detach(), _expected_of_masked(model, rows)[0])
 
 
@@ -1101,23 +1101,15 @@ def test_a_part_of_the_batch_takes_its_rows_of_the_other_inputs():
     "options", [{"compile": False}, {"backend": "eager"}, {"path": "directional", "central": True}]
 )
 def test_a_model_that_begins_in_place(options, fresh_dynamo):
-    class InPlace(_Net):
-        def forward(self, x):
-            return super().forward(F.elu(x.sub_(0.3), inplace=True))
-
-    model = InPlace(nn.Tanh()).double()
-    x = torch.randn(5, 4, dtype=torch.float64)
+    net, x = _Net(nn.Tanh()).double(), torch.randn(5, 4, dtype=torch.float64)
     before = x.clone()
-    leaf = x.clone().requires_grad_()
-    logits = _Net.forward(model, F.elu(leaf - 0.3))
-    (g,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), leaf, create_graph=True)
-    expected = torch.autograd.grad(
-        g.norm(dim=1).mean(), list(model.parameters()), materialize_grads=True, allow_unused=True
-    )
+    apart = nn.Sequential(Layer(lambda x: F.elu(x - 0.3)), net)
+    value, expected = by_autograd(apart, x, Y, 1.0, criterion=nothing)
+    model = nn.Sequential(Layer(lambda x: F.elu(x.sub_(0.3), inplace=True)), net)
     objective = RegularizedObjective(model, 1.0, criterion=nothing, **options)
     objective(x, Y).loss.backward()
-    assert relative_error(gradients(model), expected) < (1e-5 if "path" in options else 1e-10)
-    torch.testing.assert_close(objective.penalty(x), g.norm(dim=1).mean().detach())
+    assert relative_error(gradients(net), expected) < (1e-5 if "path" in options else 1e-10)
+    torch.testing.assert_close(objective.penalty(x), value)
     assert torch.equal(x, before)
 
 
@@ -1183,9 +1175,7 @@ def test_the_penalty_of_a_part_starts_from_the_same_buffers():
     """As the classification does: with spectral_norm it is the same weight."""
     model = _Net(_spectral()).double()
     twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
-    torch.manual_seed(3)
-    part = x[torch.randperm(5)[3:]].requires_grad_()
-    torch.manual_seed(3)
+    part = x[_part()].requires_grad_()
     out = objective_of(model, fraction=0.4)(x, Y)
     torch.testing.assert_close(out.penalty.detach(), densreg.density_penalty(twin(part), part).detach())
 
