@@ -61,7 +61,7 @@ def torch_penalty(p: float) -> Penalty:
 
 
 def _classes(logits: Tensor) -> Tensor:
-    return torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return torch.arange(len(logits), device=logits.device) % logits.shape[1]
 
 
 LOG_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {

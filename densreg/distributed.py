@@ -280,20 +280,11 @@ def _forward_fake(h, weight, bias, target, ignore_index, classes, dtype, tile, n
 
 
 def _backward_fake(features, weight, bias, at, density, rest, r, g, q, u, dot, dtype, tile, needs, group):
-    like = features.new_empty(0, dtype=accumulation_dtype(dtype)) if bias is None else bias
-    return (
-        features.new_empty(len(r), features.shape[1]),
-        weight.new_empty(weight.shape if needs[1] else 0),
-        like.new_empty(len(weight) if needs[2] else 0),
-    )
+    return linear.gradients_fake(features, len(r), weight, bias, dtype, needs)
 
 
-for _op, _implementation, _fake in (
-    ("sharded_density", _forward, _forward_fake),
-    ("sharded_density_backward", _backward, _backward_fake),
-):
-    _library.impl(_op, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"densreg::{_op}", _fake, lib=_library)
+linear.implement(_library, "sharded_density", _forward, _forward_fake)
+linear.implement(_library, "sharded_density_backward", _backward, _backward_fake)
 
 
 @torch.compiler.allow_in_graph

@@ -359,19 +359,28 @@ def _forward_fake(h, weight, bias, target, ignore_index, dtype, tile, need_score
     return row, torch.empty_like(row), row.new_empty(len(h) if need_mean else 0), score, row.bool()
 
 
-def _backward_fake(h, weight, bias, target, ignore_index, rest, own, r, g, q, u, dot, dtype, tile, needs):
+def gradients_fake(h, rows, weight, bias, dtype, needs):
+    """The shapes and dtypes of the gradients in ``rows`` of h, in weight and bias."""
     like = h.new_empty(0, dtype=accumulation_dtype(dtype)) if bias is None else bias
     return (
-        h.new_empty(h.shape),
+        h.new_empty(rows, h.shape[1]),
         weight.new_empty(weight.shape if needs[1] else 0),
         like.new_empty(len(weight) if needs[2] else 0),
     )
 
 
-_library.impl("linear_density", _forward, "CompositeExplicitAutograd")
-_library.impl("linear_density_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("densreg::linear_density", _forward_fake, lib=_library)
-torch.library.register_fake("densreg::linear_density_backward", _backward_fake, lib=_library)
+def _backward_fake(h, weight, bias, target, ignore_index, rest, own, r, g, q, u, dot, dtype, tile, needs):
+    return gradients_fake(h, len(h), weight, bias, dtype, needs)
+
+
+def implement(library: torch.library.Library, name: str, function: Callable, fake: Callable) -> None:
+    """Give an operator of the library its one implementation, for every device, and its fake one."""
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"densreg::{name}", fake, lib=library)
+
+
+implement(_library, "linear_density", _forward, _forward_fake)
+implement(_library, "linear_density_backward", _backward, _backward_fake)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -58,3 +58,16 @@ class NoGradient(nn.Module):
 
     def forward(self, x):
         return self.model(x) + (0 * x).flatten(1).square().sum(1, keepdim=True).sqrt()
+
+
+SMALLEST = {
+    "leakage": {"steps": 2},
+    "pgd": {"eps": (0.5,), "steps": 1},
+    "autoattack": {"eps": (0.1,), "version": "custom", "attacks": ("apgd-ce",)},
+    "pixel_perturbation": {"fractions": (0.1,), "samples": 2},
+    "noise_robustness": {"sigmas": (0.1,), "samples": 1},
+    "out_of_distribution": {"data": "synthetic", "fit": True, "images": 4},
+    "insertion": {"points": 2, "samples": 2},
+    "activation_maximisation": {"steps": 2},
+}
+"""Options of the metrics, by name, with which they take no time."""

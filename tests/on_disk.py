@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 
 import numpy as np
@@ -36,3 +37,24 @@ def write_folder(root, reds, side=4, images=2):
             (root / split / name).mkdir(parents=True)
             for i in range(images):
                 Image.new("RGB", (side, side), (red, i, 0)).save(root / split / name / f"{i}.bmp")
+
+
+def write_cifar(folder, sizes, key, classes, meta, names):
+    """CIFAR in Python's version; the labels are 0, 1, 2 and so on, and begin again after the last class.
+
+    Args:
+        sizes: how many images each file has.
+        key: of the labels.
+        meta, names: the file with the classes' names, and their key.
+    """
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, n in sizes.items():
+        pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, key: [i % classes for i in range(n)]}))
+    (folder / meta).write_bytes(pickle.dumps({names: [str(i) for i in range(classes)]}))
+
+
+def write_cifar100(root, train, test):
+    sizes = {"train": train, "test": test}
+    write_cifar(root / "cifar-100-python", sizes, "fine_labels", 100, "meta", "fine_label_names")

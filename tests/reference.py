@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.functional import hessian, jacobian
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ORDERS = (1, 1.5, 2, math.inf)  # each with code of its own; every other order takes that of 1.5
@@ -51,10 +52,134 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual[finite] - expected[finite]).abs().max() / expected[finite].abs().max().clamp(min=1e-300))
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# batched and nested differentiation
+
+
 def input_gradient(h, x: Tensor) -> Tensor:
     """The gradient of h, summed, in x: with a graph, and on the graph of x where it has one."""
     x = x if x.requires_grad else x.clone().requires_grad_()
     return torch.autograd.grad(h(x).sum(), x, create_graph=True)[0]
+
+
+def each_unit(t: Tensor) -> Tensor:
+    return torch.eye(t.numel(), dtype=t.dtype).view(-1, *t.shape)
+
+
+def _rows(h, x, batch):
+    """The Jacobian of h at x by the vector-Jacobian products of a batch of cotangents."""
+    x = x.clone().requires_grad_()
+    y = h(x)
+
+    def vjp(v: Tensor, **options) -> Tensor:
+        return torch.autograd.grad(y, x, v, create_graph=True, **options)[0]
+
+    return batch(vjp)(each_unit(y))
+
+
+def _is_grads_batched(vjp):
+    return lambda v: vjp(v, is_grads_batched=True)
+
+
+def direction(x: Tensor) -> Tensor:
+    """What directional derivatives are taken along."""
+    return torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+
+
+def along(h, x):
+    """The directional derivative of h, a function of x."""
+    return lambda t: torch.func.jvp(h, (t,), (direction(x),))[1]
+
+
+vmap, grad, jacrev, jacfwd = torch.func.vmap, torch.func.grad, torch.func.jacrev, torch.func.jacfwd
+TRANSFORMS = {  # of a function h of x
+    # the vmap of torch.autograd
+    "Jacobian": lambda h, x: _rows(h, x, _is_grads_batched),
+    "Hessian": lambda h, x: _rows(lambda t: input_gradient(h, t), x, _is_grads_batched),
+    "functional.jacobian": lambda h, x: jacobian(h, x.clone().requires_grad_(), create_graph=True, vectorize=True),
+    "functional.hessian": lambda h, x: hessian(
+        lambda t: h(t).sum(), x.clone().requires_grad_(), create_graph=True, vectorize=True
+    ),
+    "of a vmap": lambda h, x: _rows(lambda t: vmap(h)(torch.stack([t, 2 * t])), x, _is_grads_batched),
+    # that of torch.func
+    "vmap": lambda h, x: _rows(h, x, vmap),
+    "vmap, Hessian": lambda h, x: _rows(lambda t: input_gradient(h, t), x, vmap),
+    "chunked": lambda h, x: _rows(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
+    "nested": lambda h, x: _rows(h, x, lambda vjp: lambda v: vmap(vmap(vjp))(torch.stack([v, 2 * v]))),
+    "grad": lambda h, x: grad(lambda t: h(t).sum())(x),
+    "jacrev": lambda h, x: jacrev(h, chunk_size=2)(x),
+    "jacrev(jacrev)": lambda h, x: jacrev(jacrev(lambda t: h(t).sum()))(x),
+    "hessian": lambda h, x: torch.func.hessian(lambda t: h(t).sum())(x),
+    "vmap(grad)": lambda h, x: vmap(grad(lambda t: h(t).sum()))(torch.stack([x, 2 * x])),
+    "grad(vmap)": lambda h, x: grad(lambda t: vmap(h)(torch.stack([t, 2 * t])).square().sum())(x),
+    # forward mode, and forward mode over forward mode
+    "functional.jacobian, forward": lambda h, x: jacobian(h, x, vectorize=True, strategy="forward-mode"),
+    "jvp": lambda h, x: along(h, x)(x),
+    "jvp(jvp)": lambda h, x: along(along(h, x), x)(x),
+    "jvp(jvp(jvp))": lambda h, x: along(along(along(h, x), x), x)(x),
+    "forward Laplacian": lambda h, x: jacfwd(jacfwd(lambda t: h(t).sum()))(x).view(x.numel(), -1).trace(),
+    "jacfwd(jacfwd(grad))": lambda h, x: jacfwd(jacfwd(grad(lambda t: h(t).sum())))(x),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# models
+
+
+class Layer(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Sine(torch.autograd.Function):
+    """Right to every order in eager, and not marked for torch.compile."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Once(Sine):
+    """That can be differentiated once."""
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(Sine.backward))
+
+
+class Checkpointed(nn.Module):
+    """A module that is computed again in the backward."""
+
+    def __init__(self, body: nn.Module, reentrant: bool = False) -> None:
+        super().__init__()
+        self.body, self.reentrant = body, reentrant
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+class Product(nn.Module):
+    """Of two inputs."""
+
+    def __init__(self, first: int = 4, second: int = 3) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(first, 6), nn.Linear(second, 6), nn.Linear(6, 7)
+
+    def forward(self, u, v):
+        return self.head((self.a(u) * self.b(v)).tanh())
+
+
+class Subclass(Tensor):
+    """As loaders and frameworks hand out."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -71,9 +196,11 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def by_autograd(model, x, y, coeff, p=2.0, criterion=F.cross_entropy) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients by torch alone."""
+    """Loss and gradients by torch alone; of several outputs the first are the logits."""
     x = x.detach().requires_grad_()
     logits = model(x)
+    logits = logits if isinstance(logits, Tensor) else logits[0]
     (g,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), x, create_graph=True)
     loss = criterion(logits, y) + coeff * torch.linalg.vector_norm(g.flatten(1), p, dim=1).mean()
-    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), list(grads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import sys
 import time
@@ -313,9 +314,7 @@ def test_every_command_says_what_it_does(name, capsys):
         command.main([name, "--help"])
     said = capsys.readouterr().out
     assert f"python -m benchmarks {name}" in said
-    module = {"class-counts": class_counts, "compare": compare, "gpu": gpu, "report": report, "steps": steps}
-    module = {**module, "linear-head": linear_head}.get(name)
-    for option in module.SHARED if module else ("json",):
+    for option in importlib.import_module(f"benchmarks.{name.replace('-', '_')}").SHARED:
         assert f"--{option}" in said
 
 
@@ -453,12 +452,17 @@ def test_gpu_rows_that_are_there_are_not_measured_and_a_failure_costs_one(tmp_pa
     assert c["row"] == {"key": "c", "code": 0, **ROW}
 
 
+def be_python(tmp_path, monkeypatch, script: str) -> None:
+    """Let this script be what is started as the interpreter."""
+    file = tmp_path / "python"
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(file))
+
+
 def run_stage(tmp_path, monkeypatch, script: str, seconds: float, of_row: float = 50) -> tuple[str, list[dict]]:
     """A stage whose worker is this script."""
-    worker = tmp_path / "worker"
-    worker.write_text(f"#!/bin/sh\n{script}\n")
-    worker.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(worker))
+    be_python(tmp_path, monkeypatch, script)
     monkeypatch.setattr(gpu, "STAGES", {"small": gpu.Stage(None, 1, of_row)})
     rows: list[dict] = []
     options = types.SimpleNamespace(json=tmp_path / "gpu.json", dry_run=False, data_dir=None)
@@ -494,12 +498,17 @@ def test_gpu_row_that_hangs(tmp_path, monkeypatch):
     assert rows == [{"key": "a"}, dead("no end after 2 s")]
 
 
-def test_gpu_stage_takes_what_it_started_with_it(tmp_path, monkeypatch):
-    child = tmp_path / "child"
-    run_stage(tmp_path, monkeypatch, f"sleep 100 & echo $! > {child}; wait", 4)
+def assert_ended(child: Path) -> None:
+    """The process whose number this file has."""
     time.sleep(0.2)
     status = Path(f"/proc/{int(child.read_text())}/status")
     assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_gpu_stage_takes_what_it_started_with_it(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    run_stage(tmp_path, monkeypatch, f"sleep 100 & echo $! > {child}; wait", 4)
+    assert_ended(child)
 
 
 def test_gpu_warmer_compiles(fresh_dynamo, monkeypatch):
@@ -512,10 +521,7 @@ def test_gpu_warmer_compiles(fresh_dynamo, monkeypatch):
 def test_gpu_warmers_end(interrupted, tmp_path, monkeypatch):
     """One that takes too long is ended, with all that it has started."""
     child = tmp_path / "child"
-    script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {child}; wait\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
+    be_python(tmp_path, monkeypatch, f"sleep 600 & echo $! > {child}; wait")
     monkeypatch.setattr(gpu, "STEPS", {"mlp": 8})
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext(), gpu._warmers(1.0):
@@ -524,9 +530,7 @@ def test_gpu_warmers_end(interrupted, tmp_path, monkeypatch):
         if interrupted:
             raise KeyboardInterrupt
     assert time.monotonic() - begun < 60
-    time.sleep(0.2)
-    status = Path(f"/proc/{int(child.read_text())}/status")
-    assert not status.exists() or "zombie" in status.read_text()
+    assert_ended(child)
 
 
 def test_gpu_calls_go_on_where_the_last_one_stopped(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import by_autograd, gradients, nothing
+from reference import Checkpointed, Layer, Once, by_autograd, gradients, nothing
 from torch import nn
 
 import densreg
@@ -157,36 +157,14 @@ def test_dropout_is_replayed():
     assert torch.equal(torch.get_rng_state(), after), "the generator goes on as after one forward"
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        y = x.tanh()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad * (1 - ctx.saved_tensors[0] ** 2)
-
-
-class _Reentrant(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=True)
-
-
 @pytest.mark.parametrize("case", ["once differentiable", "reentrant checkpoint"])
 def test_models_that_cannot_be_differentiated_twice(case):
-    body = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    body = nn.Sequential(nn.Linear(8, 16), Layer(torch.sin), nn.Linear(16, 5)).double()
     x, y = torch.randn(6, 8, dtype=torch.float64), torch.randint(5, (6,))
     _, expected = by_autograd(copy.deepcopy(body), x, y, 1.0)
-    model: nn.Module = _Reentrant(body)
+    model: nn.Module = Checkpointed(body, reentrant=True)
     if case == "once differentiable":
-        model = nn.Sequential(body[0], type("Tanh", (nn.Module,), {"forward": lambda _, x: _Once.apply(x)})(), body[2])
+        model = nn.Sequential(body[0], Layer(Once.apply), body[2])
     (finding,) = densreg.check_model(model, x)
     assert "directional" in finding.advice
     kept = torch.randn_like(body[0].weight)
@@ -318,15 +296,6 @@ def test_random_numbers_of_python_and_numpy_are_replayed_and_others_noticed():
         until_they_differ()
 
 
-class _Piecewise(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 @pytest.mark.parametrize(
     "layer",
     [
@@ -338,37 +307,37 @@ class _Piecewise(nn.Module):
         nn.Hardtanh(-0.1, 0.1, inplace=True),
         nn.MaxPool2d(2),
         nn.MaxPool2d(3, 2, 1),
-        _Piecewise(torch.relu),
-        _Piecewise(lambda x: x.relu()),
-        _Piecewise(lambda x: F.relu_(x + 0)),
-        _Piecewise(lambda x: F.max_pool2d(x, 2, return_indices=True)[0]),
+        Layer(torch.relu),
+        Layer(lambda x: x.relu()),
+        Layer(lambda x: F.relu_(x + 0)),
+        Layer(lambda x: F.max_pool2d(x, 2, return_indices=True)[0]),
         nn.Threshold(0.0, 0.0, inplace=True),
         nn.Hardsigmoid(),
         nn.Softshrink(0.1),
         nn.Hardshrink(0.1),
         nn.AdaptiveMaxPool2d(5),
-        _Piecewise(lambda x: F.adaptive_max_pool2d(x, 5, return_indices=True)[0]),
-        _Piecewise(torch.abs),
-        _Piecewise(abs),
-        _Piecewise(lambda x: x.clamp(min=0.0)),
-        _Piecewise(lambda x: torch.clamp(x, -0.1, 0.1)),
-        _Piecewise(lambda x: (x + 0).clamp_min_(0.0)),
-        _Piecewise(lambda x: torch.clamp_max(x, 0.1)),
-        _Piecewise(lambda x: x.clip(-0.1, 0.1)),
-        _Piecewise(lambda x: torch.relu(input=x)),
-        _Piecewise(lambda x: x.relu()[:, torch.arange(16).clamp(max=12)]),
+        Layer(lambda x: F.adaptive_max_pool2d(x, 5, return_indices=True)[0]),
+        Layer(torch.abs),
+        Layer(abs),
+        Layer(lambda x: x.clamp(min=0.0)),
+        Layer(lambda x: torch.clamp(x, -0.1, 0.1)),
+        Layer(lambda x: (x + 0).clamp_min_(0.0)),
+        Layer(lambda x: torch.clamp_max(x, 0.1)),
+        Layer(lambda x: x.clip(-0.1, 0.1)),
+        Layer(lambda x: torch.relu(input=x)),
+        Layer(lambda x: x.relu()[:, torch.arange(16).clamp(max=12)]),
         nn.ELU(2.0, inplace=True),
         nn.SELU(),
         nn.SELU(inplace=True),
-        _Piecewise(lambda x: F.hardswish(8 * x)),
-        _Piecewise(lambda x: F.hardswish(8 * x, inplace=True)),
-        _Piecewise(lambda x: torch.maximum(x, x.flip(1))),
-        _Piecewise(lambda x: torch.max(x, other=x.flip(1))),
-        _Piecewise(lambda x: x.minimum(torch.zeros(()))),
-        _Piecewise(lambda x: x.amax((2, 3), keepdim=True) + 0.1 * x),
-        _Piecewise(lambda x: x.max(-1, keepdim=True)[0] + 0.1 * x),
-        _Piecewise(lambda x: torch.min(x, dim=1).values[:, None] + 0.1 * x),
-        _Piecewise(lambda x: x.max() + 0.1 * x),
+        Layer(lambda x: F.hardswish(8 * x)),
+        Layer(lambda x: F.hardswish(8 * x, inplace=True)),
+        Layer(lambda x: torch.maximum(x, x.flip(1))),
+        Layer(lambda x: torch.max(x, other=x.flip(1))),
+        Layer(lambda x: x.minimum(torch.zeros(()))),
+        Layer(lambda x: x.amax((2, 3), keepdim=True) + 0.1 * x),
+        Layer(lambda x: x.max(-1, keepdim=True)[0] + 0.1 * x),
+        Layer(lambda x: torch.min(x, dim=1).values[:, None] + 0.1 * x),
+        Layer(lambda x: x.max() + 0.1 * x),
     ],
     ids=str,
 )
@@ -391,7 +360,7 @@ def test_kinks_do_not_count(layer, central):
 
 def test_kinks_of_other_functions_are_noticed():
     model = nn.Sequential(
-        *(nn.Conv2d(3, 16, 3), _Piecewise(lambda x: torch.where(x > 0, x, 0.1 * x)), nn.Conv2d(16, 16, 3), nn.ReLU()),
+        *(nn.Conv2d(3, 16, 3), Layer(lambda x: torch.where(x > 0, x, 0.1 * x)), nn.Conv2d(16, 16, 3), nn.ReLU()),
         *(nn.Flatten(), nn.LazyLinear(5)),
     )
     x, y = torch.randn(16, 3, 16, 16), torch.randint(5, (16,))
@@ -467,21 +436,15 @@ def test_bounds_that_are_trained_keep_their_gradient():
 
 
 def test_checkpoints_it_cannot_go_through():
-    inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    def net(reentrant):
+        inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        return nn.Sequential(nn.Linear(8, 8), Checkpointed(inner, reentrant), nn.Linear(8, 5))
+
     x, y = torch.randn(6, 8), torch.randint(5, (6,))
-
-    class Net(nn.Module):
-        def __init__(self, reentrant):
-            super().__init__()
-            self.a, self.inner, self.c, self.reentrant = nn.Linear(8, 8), inner, nn.Linear(8, 5), reentrant
-
-        def forward(self, x):
-            return self.c(torch.utils.checkpoint.checkpoint(self.inner, self.a(x), use_reentrant=self.reentrant))
-
     with pytest.raises(RuntimeError, match="use_reentrant=True"):
-        RegularizedObjective(Net(False), 1.0, path="directional")(x, y)
-    hooked = Net(True)
-    hooked.a.weight.register_post_accumulate_grad_hook(lambda w: None)
+        RegularizedObjective(net(False), 1.0, path="directional")(x, y)
+    hooked = net(True)
+    hooked[0].weight.register_post_accumulate_grad_hook(lambda w: None)
     with pytest.raises(ValueError, match="post-accumulate-grad hooks too early"):
         RegularizedObjective(hooked, 1.0, path="directional")(x, y)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import input_gradient, nothing
+from reference import TRANSFORMS, Layer, Once, Subclass, direction, input_gradient, nothing
 from torch import Tensor, nn
 
 import densreg
@@ -269,10 +269,6 @@ def test_autocast(dtype):
     assert run(True)[0].dtype == dtype
 
 
-class _Sub(Tensor):
-    """As loaders and frameworks hand out."""
-
-
 BACKWARDS = {
     "autograd.grad": lambda loss, weights: torch.autograd.grad(loss, weights, allow_unused=True),
     "with a cotangent": lambda loss, weights: torch.autograd.grad(
@@ -285,8 +281,8 @@ BACKWARDS = {
 
 
 def _attend(x: Tensor) -> Tensor:
-    x = x.unsqueeze(1)
-    return F.scaled_dot_product_attention(x, x, x).squeeze(1)
+    q = x.flatten(2)
+    return F.scaled_dot_product_attention(q, q, q)
 
 
 @pytest.mark.parametrize("backward", BACKWARDS.values(), ids=BACKWARDS)
@@ -336,13 +332,10 @@ def test_tensor_subclasses(which):
             (g,) = torch.autograd.grad(y.square().sum(), input, create_graph=True)
             return [t.as_subclass(Tensor) for t in torch.autograd.grad(g.square().sum(), (input, weight, bias))]
 
-    for ours, torchs in zip(gradients(_Sub, fast_second_order()), gradients(Tensor, torch.enable_grad()), strict=True):
+    for ours, torchs in zip(
+        gradients(Subclass, fast_second_order()), gradients(Tensor, torch.enable_grad()), strict=True
+    ):
         torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
-
-
-def _attend(x: Tensor) -> Tensor:
-    q = x.flatten(2)
-    return F.scaled_dot_product_attention(q, q, q)
 
 
 TRANSFORMED = {  # [B, 2, 3, 3] and a weight -> anything, and the same by what torch differentiates itself
@@ -356,60 +349,37 @@ TRANSFORMED = {  # [B, 2, 3, 3] and a weight -> anything, and the same by what t
 }
 
 
-def _jacobian(h, x, batch=None):
-    x = x.clone().requires_grad_()
-    y = h(x)
-    units = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
-    if batch is None:
-        return torch.autograd.grad(y, x, units, is_grads_batched=True, create_graph=True)[0]
-    return batch(lambda v: torch.autograd.grad(y, x, v, create_graph=True)[0])(units)
-
-
-def _tangent(h, x, v):
+def _tangent(h, x):
     with torch.autograd.forward_ad.dual_level():
-        return torch.autograd.forward_ad.unpack_dual(h(torch.autograd.forward_ad.make_dual(x, v))).tangent
+        return torch.autograd.forward_ad.unpack_dual(h(torch.autograd.forward_ad.make_dual(x, direction(x)))).tangent
 
 
-def _tangent_of_cotangent(h, x, v):
+def _tangent_of_cotangent(h, x):
     """Forward mode over the backward alone: of the forward's graph, built before."""
     x = x.clone().requires_grad_()
     y = h(x)
-    along = torch.linspace(0, 1, y.numel(), dtype=y.dtype).view_as(y)
-    return _tangent(lambda u: torch.autograd.grad(y, x, u, create_graph=True)[0], torch.ones_like(y), along)
+    return _tangent(lambda u: torch.autograd.grad(y, x, u, create_graph=True)[0], torch.ones_like(y))
 
 
-vmap, grad, jvp = torch.func.vmap, torch.func.grad, torch.func.jvp
-TRANSFORMS = {
-    "Jacobian": lambda h, x, v: _jacobian(h, x),
-    "Hessian": lambda h, x, v: _jacobian(lambda t: input_gradient(h, t), x),
-    "vmap": lambda h, x, v: _jacobian(h, x, vmap),
-    "vmap, Hessian": lambda h, x, v: _jacobian(lambda t: input_gradient(h, t), x, vmap),
-    "chunked": lambda h, x, v: _jacobian(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
-    "vectorized": lambda h, x, v: torch.autograd.functional.jacobian(
-        h, x.clone().requires_grad_(), create_graph=True, vectorize=True
-    ),
-    "vectorized, forward": lambda h, x, v: torch.autograd.functional.jacobian(
-        h, x, vectorize=True, strategy="forward-mode"
-    ),
-    "func.hessian": lambda h, x, v: torch.func.hessian(lambda t: h(t).sum())(x),
-    "func.grad": lambda h, x, v: grad(lambda t: h(t).sum())(x),
-    "func.jvp": lambda h, x, v: jvp(h, (x,), (v,))[1],
-    "func.jvp(jvp)": lambda h, x, v: jvp(lambda t: jvp(h, (t,), (v,))[1], (x,), (v,))[1],
+WAYS = {
+    name: TRANSFORMS[name]
+    for name in (
+        *("Jacobian", "Hessian", "vmap", "vmap, Hessian", "chunked", "functional.jacobian", "hessian", "grad"),
+        *("functional.jacobian, forward", "jvp", "jvp(jvp)"),
+    )
+} | {
     "forward_ad": _tangent,
     "forward_ad, no_grad": torch.no_grad()(_tangent),
-    "forward_ad of the gradient": lambda h, x, v: _tangent(
-        lambda t: input_gradient(h, t), x.clone().requires_grad_(), v
-    ),
+    "forward_ad of the gradient": lambda h, x: _tangent(lambda t: input_gradient(h, t), x.clone().requires_grad_()),
     "forward_ad of the cotangent": _tangent_of_cotangent,
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("transform", WAYS)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transforms(name, transform):
     """vmap, torch.func and forward mode, each way they come: values, and the gradient of their square in the weight."""
-    x, v = torch.randn(2, 1, 2, 3, 3, dtype=torch.float64)
-    weight = torch.randn(2, 2, 2, 2, dtype=torch.float64)
+    x, weight = torch.randn(1, 2, 3, 3, dtype=torch.float64), torch.randn(2, 2, 2, 2, dtype=torch.float64)
 
     # Of torch's own softmax under forward mode there is no gradient: it changes what the backward needs.
     trains = name != "attention" or "forward_ad" not in transform
@@ -417,7 +387,7 @@ def test_transforms(name, transform):
     def value_and_gradient(function, inside: bool) -> list[Tensor]:
         w = weight.clone().requires_grad_(trains)
         with fast_second_order() if inside else torch.enable_grad():
-            value = TRANSFORMS[transform](lambda t: torch.tanh(function(t, w)), x, v)
+            value = WAYS[transform](lambda t: torch.tanh(function(t, w)), x)
         if not (trains and value.requires_grad):
             return [value.detach()]
         return [value.detach(), *torch.autograd.grad(value.square().sum(), w)]
@@ -475,17 +445,6 @@ class _ConstantBackward(torch.autograd.Function):
             return 2 * ctx.saved_tensors[0] * grad
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad
-
-
 class _Loses(torch.autograd.Function):
     """Its backward depends on the incoming gradient twice, and forgets one of the two."""
 
@@ -533,15 +492,6 @@ def test_check_model_sees_what_is_lost_on_one_branch_of_a_forward():
         assert "loses the incoming gradient" in finding.problem
 
 
-class _Layer(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 def _norm_at_zero(x):
     return (x - x).norm(dim=1, keepdim=True) + x
 
@@ -550,7 +500,7 @@ def _norm_at_zero(x):
     ("function", "problem"),
     [
         (_ConstantBackward.apply, "outside of autograd"),
-        (_OnceDifferentiable.apply, "loses the incoming gradient"),
+        (Once.apply, "loses the incoming gradient"),
         (_Loses.apply, "loses the incoming gradient"),
         (_norm_at_zero, "not finite"),
         (lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=True), "checkpoint"),
@@ -558,13 +508,13 @@ def _norm_at_zero(x):
     ],
 )
 def test_check_model_names_the_layer(function, problem, fresh_dynamo):
-    inner = nn.Sequential(nn.Linear(4, 4), _Layer(function))
+    inner = nn.Sequential(nn.Linear(4, 4), Layer(function))
     model = nn.Sequential(nn.Linear(4, 4), inner, nn.BatchNorm1d(4), nn.Linear(4, 3))
     (finding,) = densreg.check_model(model, torch.randn(5, 4))
     assert finding.module == "1.1"
-    assert finding.type == "_Layer"
+    assert finding.type == "Layer"
     assert problem.lower() in finding.problem.lower()
-    assert "1.1 (_Layer): " in str(finding)
+    assert "1.1 (Layer): " in str(finding)
 
 
 def test_check_model_on_sound_models():
@@ -599,7 +549,7 @@ def test_check_model_by_name_and_in_place(order):
     before = example["pixels"].clone()
     assert densreg.check_model(_ByName(nn.Tanh()), example, order=order) == []
     assert torch.equal(example["pixels"], before)
-    (finding,) = densreg.check_model(_ByName(_Layer(_Loses.apply)), example)
+    (finding,) = densreg.check_model(_ByName(Layer(_Loses.apply)), example)
     assert finding.module == "act"
 
 
@@ -657,7 +607,7 @@ def test_check_model_of_third_order():
             wrong if torch.__version__.startswith("2.11.") else "three times",
         ),
     ):
-        model = nn.Sequential(nn.Linear(6, 6), _Layer(function), nn.Linear(6, 3))
+        model = nn.Sequential(nn.Linear(6, 6), Layer(function), nn.Linear(6, 3))
         assert densreg.check_model(model, x) == []
         (finding,) = densreg.check_model(model, x, order=3)
         assert finding.module == "1"

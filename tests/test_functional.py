@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import DTYPES, double, error, input_gradient
+from reference import DTYPES, TRANSFORMS, along, double, each_unit, error
 from torch import Tensor, nn
-from torch.autograd.functional import hessian, jacobian
 
 import densreg
 from densreg import functional
@@ -220,60 +219,7 @@ FUNCTIONS = {  # of [3, 5]: densreg's and torch's
 }
 
 
-def _each_unit(t: Tensor) -> Tensor:
-    return torch.eye(t.numel(), dtype=t.dtype).view(-1, *t.shape)
-
-
-def _rows(h, x, batch):
-    """The Jacobian of h at x by the vector-Jacobian products of a batch of cotangents."""
-    x = x.clone().requires_grad_()
-    y = h(x)
-
-    def vjp(v: Tensor, **options) -> Tensor:
-        return torch.autograd.grad(y, x, v, create_graph=True, **options)[0]
-
-    return batch(vjp)(_each_unit(y))
-
-
-def _is_grads_batched(vjp):
-    return lambda v: vjp(v, is_grads_batched=True)
-
-
-def _along(h, x):
-    """The directional derivative of h, a function of x."""
-    v = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
-    return lambda t: torch.func.jvp(h, (t,), (v,))[1]
-
-
-vmap, grad, jacrev, jacfwd = torch.func.vmap, torch.func.grad, torch.func.jacrev, torch.func.jacfwd
-ROUTES = {
-    # the vmap of torch.autograd
-    "Jacobian": lambda h, x: _rows(h, x, _is_grads_batched),
-    "Hessian": lambda h, x: _rows(lambda t: input_gradient(h, t), x, _is_grads_batched),
-    "functional.jacobian": lambda h, x: jacobian(h, x.clone().requires_grad_(), create_graph=True, vectorize=True),
-    "functional.hessian": lambda h, x: hessian(
-        lambda t: h(t).sum(), x.clone().requires_grad_(), create_graph=True, vectorize=True
-    ),
-    "of a vmap": lambda h, x: _rows(lambda t: vmap(h)(torch.stack([t, 2 * t])), x, _is_grads_batched),
-    # that of torch.func
-    "vmap": lambda h, x: _rows(h, x, vmap),
-    "vmap, Hessian": lambda h, x: _rows(lambda t: input_gradient(h, t), x, vmap),
-    "chunked": lambda h, x: _rows(h, x, lambda vjp: vmap(vjp, chunk_size=2)),
-    "nested": lambda h, x: _rows(h, x, lambda vjp: lambda v: vmap(vmap(vjp))(torch.stack([v, 2 * v]))),
-    "jacrev": lambda h, x: jacrev(h, chunk_size=2)(x),
-    "jacrev(jacrev)": lambda h, x: jacrev(jacrev(lambda t: h(t).sum()))(x),
-    "hessian": lambda h, x: torch.func.hessian(lambda t: h(t).sum())(x),
-    "vmap(grad)": lambda h, x: vmap(grad(lambda t: h(t).sum()))(torch.stack([x, 2 * x])),
-    "grad(vmap)": lambda h, x: grad(lambda t: vmap(h)(torch.stack([t, 2 * t])).square().sum())(x),
-    # forward mode over forward mode
-    "jvp(jvp)": lambda h, x: _along(_along(h, x), x)(x),
-    "jvp(jvp(jvp))": lambda h, x: _along(_along(_along(h, x), x), x)(x),
-    "forward Laplacian": lambda h, x: jacfwd(jacfwd(lambda t: h(t).sum()))(x).flatten().view(12, 12).trace(),
-    "jacfwd(jacfwd(grad))": lambda h, x: jacfwd(jacfwd(grad(lambda t: h(t).sum())))(x),
-}
-
-
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", TRANSFORMS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_batched_and_nested_derivatives(name, route):
     """Their values, and the gradient of their square in a weight: what is lost of the graph shows there only."""
@@ -281,7 +227,7 @@ def test_batched_and_nested_derivatives(name, route):
 
     def value_and_gradient(function) -> tuple[Tensor, Tensor]:
         w = weight.clone().requires_grad_()
-        value = ROUTES[route](lambda t: function(2 * torch.tanh(t @ w)), x)
+        value = TRANSFORMS[route](lambda t: function(2 * torch.tanh(t @ w)), x)
         return value.detach(), torch.autograd.grad(value.square().sum(), w)[0]
 
     ours, torchs = (value_and_gradient(function) for function in FUNCTIONS[name])
@@ -290,13 +236,19 @@ def test_batched_and_nested_derivatives(name, route):
         assert (a - b).norm() <= 1e-10 * b.norm()
 
 
+def test_vmap_over_another_dimension():
+    f = torch.randn(3, 2, 5, dtype=torch.float64)
+    ours, torchs = (torch.func.vmap(function, in_dims=1)(f) for function in FUNCTIONS["density_cross_entropy"])
+    torch.testing.assert_close(ours, torchs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_batched_in_lower_precision(dtype):
     """As one by one, in what the sums are taken in."""
     f = torch.randn(3, 5).to(dtype).requires_grad_()
     outputs = torch.cat([functional.softmax(f, _TARGET, 0.1, scale=8.0)[i].float().flatten() for i in range(3)])
     outputs = torch.cat([outputs, densreg.pnorm(f, 3)])
-    units = _each_unit(outputs)
+    units = each_unit(outputs)
     for create_graph in (False, True):
         options = {"retain_graph": True, "create_graph": create_graph}
         (batched,) = torch.autograd.grad(outputs, f, units, is_grads_batched=True, **options)
@@ -327,7 +279,7 @@ def test_nested_forward_mode_compiled(fresh_dynamo):
         def h(t):
             return function(torch.tanh(t @ w))
 
-        return _along(_along(h, x), x)
+        return along(along(h, x), x)
 
     compiled = torch.compile(second(densreg.log_density), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), second(lambda f: torch.logsumexp(f, 1))(x))

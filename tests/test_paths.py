@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import Once
 from torch import nn
 
 import densreg
@@ -93,18 +94,6 @@ def test_input_that_is_no_leaf():
     torch.testing.assert_close(score, torch.softmax(inner @ weight.t(), 1) @ weight)
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
-
-
 class _Detached(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -163,4 +152,4 @@ def test_errors():
         # Elsewhere torch only says so if the gradient is not taken in chosen inputs.
         inner = nn.Linear(4, 4)
         with pytest.raises(RuntimeError, match="once_differentiable"):
-            densreg.input_score(model(_Once.apply(inner(x))), x, path)
+            densreg.input_score(model(Once.apply(inner(x))), x, path)

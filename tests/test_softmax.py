@@ -501,28 +501,3 @@ def test_backward_gradcheck_to_third_order():
 
     assert gradcheck(gradient, (f, l, a, u))
     assert gradgradcheck(gradient, (f, l, a, u))
-
-
-def test_torch_func():
-    f = torch.randn(4, 5, dtype=torch.float64)
-    target = torch.tensor([0, 3, -100, 4])
-
-    def ours(f):
-        return functional.density_cross_entropy(f, target, 0.1)[0].sum() + functional.log_density(f).square().sum()
-
-    def torchs(f):
-        ce = F.cross_entropy(f, target, label_smoothing=0.1, reduction="sum")
-        return ce + torch.logsumexp(f, 1).square().sum()
-
-    v = torch.randn_like(f)
-    for transform in (
-        lambda fn: torch.func.grad(fn)(f),
-        lambda fn: torch.func.hessian(fn)(f),
-        lambda fn: torch.func.jacrev(torch.func.jacrev(fn))(f),
-        lambda fn: torch.func.jvp(fn, (f,), (v,))[1],
-        lambda fn: torch.func.jvp(torch.func.grad(fn), (f,), (v,))[1],
-        lambda fn: torch.func.vmap(fn)(torch.stack([f, 2 * f])),
-        lambda fn: torch.func.vmap(torch.func.grad(fn))(torch.stack([f, 2 * f])),
-        lambda fn: torch.func.vmap(fn, in_dims=1)(torch.stack([f, 2 * f], 1)),
-    ):
-        torch.testing.assert_close(transform(ours), transform(torchs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -213,10 +212,3 @@ def test_the_best_order_has_the_largest_area():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         pixel_perturbation(linear(shape=SHAPE), split(shape=SHAPE), device="cpu", batch_size=4, **options)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_missing_extra(method, monkeypatch):
-    monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^captum is not installed: pip install 'densreg\[evaluate\]'$"):
-        insertion(linear(), split(), device="cpu", batch_size=4, method=method)

@@ -1,4 +1,4 @@
-"""AutoAttack on linear models, whose robust accuracy is known; and its extra."""
+"""AutoAttack on linear models, whose robust accuracy is known."""
 
 from __future__ import annotations
 
@@ -106,11 +106,3 @@ def test_too_few_classes():
     pytest.importorskip("pyautoattack")
     with pytest.raises(ValueError, match="AutoAttack's DLR loss needs at least 4 classes, and the model has 3"):
         autoattack(linear(3), split(classes=3), device="cpu", batch_size=4)
-
-
-def test_missing_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"^pyautoattack is not installed: pip install 'densreg\[autoattack\]'"
-    ):
-        autoattack(linear(), split(), device="cpu", batch_size=4)

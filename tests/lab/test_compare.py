@@ -40,7 +40,7 @@ def mnist_dir(tmp_path_factory):
     return folder
 
 
-def test_command(run, tmp_path, capsys):
+def test_command(run, tmp_path, refused, capsys):
     """Two runs side by side: files, table and pictures; the numbers are those of the functions."""
     other = _train(tmp_path / "other", coeff=0.0)
     metrics = ["accuracy", "pgd", "pixel_perturbation", "noise_robustness", "insertion", "activation_maximisation"]
@@ -81,13 +81,12 @@ def test_command(run, tmp_path, capsys):
     assert drawn == set(metrics) - {"accuracy"}
     assert all(imread(tmp_path / "out" / f"{name}.png").std() > 0.05 for name in drawn)
 
-    assert cli.main(command) == 2
-    assert "already holds evaluation.json; choose another folder or add --overwrite" in capsys.readouterr().err
+    assert "already holds evaluation.json; choose another folder or add --overwrite" in refused(*command)
     assert cli.main([*command[:3], "--out", str(tmp_path / "out"), "--overwrite"]) == 0
     assert len(json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]["short"]) == 1
 
 
-def test_groups_of_the_data_set(mnist_dir, tmp_path, capsys):
+def test_groups_of_the_data_set(mnist_dir, tmp_path, refused):
     """By name, against counts by hand; a group without an image is an error."""
     grouped = _train(tmp_path / "grouped", data="spurious-mnist", data_dir=str(mnist_dir), epochs=1, test_size=None)
     assert cli.main(["evaluate", str(grouped), "--metrics", "worst_group"]) == 0
@@ -104,13 +103,12 @@ def test_groups_of_the_data_set(mnist_dir, tmp_path, capsys):
         "clean": pytest.approx(right.double().mean().item()),
     }
     assert len(set(expected)) > 1
-    capsys.readouterr()
     few = ["--test-size", "2", "--out", str(tmp_path / "out")]
-    assert cli.main(["evaluate", str(grouped), "--metrics", "worst_group", *few]) == 2
-    assert "has no images among these 2: take more of them" in capsys.readouterr().err
+    error = refused("evaluate", str(grouped), "--metrics", "worst_group", *few)
+    assert "has no images among these 2: take more of them" in error
 
 
-def test_held_out_images(run, tmp_path, capsys):
+def test_held_out_images(run, tmp_path, refused):
     """The runs' own, with the accuracy that the training saw; none where they held out different ones."""
     held_out = _train(tmp_path / "held_out", val_size=100, test_size=None)
     results = evaluation.evaluate([held_out], val=True)
@@ -118,11 +116,10 @@ def test_held_out_images(run, tmp_path, capsys):
         seen = float([*csv.DictReader(file)][-1]["test_accuracy"])
     assert results["held_out"]["accuracy"]["clean"] == pytest.approx(seen)
     assert results != evaluation.evaluate([held_out], overwrite=True)
-    capsys.readouterr()
-    assert cli.main(["evaluate", str(run), "--val"]) == 2
-    assert capsys.readouterr().err.endswith("--val: the run short held out no images, expected some\n")
-    assert cli.main(["evaluate", str(held_out), str(run), "--val", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.endswith("--val: the run short held out no images, expected 100\n")
+    error = refused("evaluate", str(run), "--val")
+    assert error.endswith("--val: the run short held out no images, expected some\n")
+    error = refused("evaluate", str(held_out), str(run), "--val", "--out", str(tmp_path / "out"))
+    assert error.endswith("--val: the run short held out no images, expected 100\n")
 
 
 def test_default_folder(run, capsys):
@@ -152,26 +149,20 @@ def test_default_folder(run, capsys):
         ("RUN --metrics out_of_distribution --set data=synthetic", "the images of synthetic are 3x32x32, those of the"),
     ],
 )
-def test_bad_requests(arguments, message, run, tmp_path, monkeypatch, capsys):
+def test_bad_requests(arguments, message, run, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     given = [str(run) if word == "RUN" else word for word in arguments.split()]
     out = [] if "--out" in given else ["--out", "out"]
-    assert cli.main(["evaluate", *given, *out]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("densreg evaluate: error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in refused("evaluate", *given, *out)
 
 
-def test_several_runs_need_a_folder(run, tmp_path, capsys):
-    assert cli.main(["evaluate", str(run), str(tmp_path)]) == 2
-    assert "--out is needed for several runs" in capsys.readouterr().err
+def test_several_runs_need_a_folder(run, tmp_path, refused):
+    assert "--out is needed for several runs" in refused("evaluate", str(run), str(tmp_path))
 
 
-def test_runs_of_different_data_sets(run, tmp_path, capsys):
+def test_runs_of_different_data_sets(run, tmp_path, refused):
     other = _train(tmp_path / "noise", data="synthetic", max_steps=1)
-    assert cli.main(["evaluate", str(run), str(other), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
+    error = refused("evaluate", str(run), str(other), "--out", str(tmp_path / "out"))
     assert error == "densreg evaluate: error: the run noise was trained on synthetic, and short on digits\n"
 
 
@@ -184,16 +175,13 @@ def _retold(run, to, **config):
     return to
 
 
-def test_checkpoint_of_other_data(run, tmp_path, capsys):
+def test_checkpoint_of_other_data(run, tmp_path, refused):
     noise = _train(tmp_path / "noise", data="synthetic", max_steps=1)
     of_ten = _retold(noise, tmp_path / "of_ten", classes=7)
-    assert cli.main(["evaluate", str(of_ten)]) == 2
-    assert capsys.readouterr().err.endswith("the model of of_ten has 10 classes, and synthetic here 7\n")
+    assert refused("evaluate", str(of_ten)).endswith("the model of of_ten has 10 classes, and synthetic here 7\n")
     of_digits = _retold(run, tmp_path / "of_digits", data="synthetic")
-    assert cli.main(["evaluate", str(of_digits)]) == 2
-    error = capsys.readouterr().err
+    error = refused("evaluate", str(of_digits))
     assert "the model of of_digits does not take the 3x32x32 images of synthetic: " in error
-    assert error.count("\n") == 1
 
 
 def _folder_run(tmp_path, name, values=(250, 0), side=4, **options):
@@ -287,32 +275,31 @@ def test_two_processes_on_one_folder(run, tmp_path):
         evaluation.evaluate([run], out=str(tmp_path), overwrite=True)
 
 
-def test_what_is_not_finite_is_an_error(run, tmp_path, capsys):
+def test_what_is_not_finite_is_an_error(run, tmp_path, refused):
     broken = tmp_path / "broken"
     broken.mkdir()
     checkpoint, _ = runs.load_checkpoint(run)
     next(iter(value for key, value in checkpoint["model"].items() if key.endswith("weight"))).fill_(float("nan"))
     runs.save_checkpoint(broken, checkpoint)
-    assert cli.main(["evaluate", str(broken), "--metrics", "noise_robustness"]) == 2
-    error = capsys.readouterr().err
+    error = refused("evaluate", str(broken), "--metrics", "noise_robustness")
     assert error == "densreg evaluate: error: noise_robustness of broken: gradient_0.05 is nan\n"
 
 
-def test_results_before_an_error_are_kept(run, tmp_path, capsys):
+def test_results_before_an_error_are_kept(run, tmp_path, refused):
     out = tmp_path / "out"
-    assert cli.main(["evaluate", str(run), "--metrics", "accuracy", "worst_group", "--out", str(out)]) == 2
+    refused("evaluate", str(run), "--metrics", "accuracy", "worst_group", "--out", str(out))
     assert [*json.loads((out / "evaluation.json").read_text())["results"]["short"]] == ["accuracy"]
 
 
 @pytest.mark.parametrize("writes", ["write_csv", "save_picture"])
-def test_full_disk(writes, run, tmp_path, monkeypatch, capsys):
+def test_full_disk(writes, run, tmp_path, monkeypatch, refused):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(runs, writes, full)
     command = ["evaluate", str(run), "--metrics", "activation_maximisation", "--set", "steps=1"]
-    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.endswith("out: No space left on device\n")
+    error = refused(*command, "--out", str(tmp_path / "out"), status=1)
+    assert error.endswith("out: No space left on device\n")
 
 
 def test_names_of_runs(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from on_disk import write_mnist
+from on_disk import write_cifar, write_cifar100, write_mnist
 from PIL import Image
 
 from densreg.lab import data
@@ -146,21 +146,9 @@ def test_batches_from_the_middle_and_from_workers_are_the_same(workers):
     assert torch.equal(torch.get_rng_state(), before), "random classes come from the global generator"
 
 
-def _write_cifar(folder, train, test, key, labels, meta, names):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, n in {**dict.fromkeys(train, 12), **dict.fromkeys(test, 6)}.items():
-        pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, key: list(labels[:n])}))
-    (folder / meta).write_bytes(pickle.dumps({names: [str(i) for i in range(100)]}))
-
-
-_CIFAR100 = (["train"], ["test"], "fine_labels", range(12), "meta", "fine_label_names")
-
-
 def test_cifar100(tmp_path, unchecked):
     folder = tmp_path / "cifar-100-python"
-    _write_cifar(folder, *_CIFAR100)
+    write_cifar100(tmp_path, 12, 6)
     cifar = data.load("cifar100", tmp_path)
     assert (len(cifar.train), len(cifar.test), cifar.classes) == (12, 6, 100)
     assert cifar.image_shape == (3, 32, 32)
@@ -181,11 +169,8 @@ def test_cifar100(tmp_path, unchecked):
 
 
 def test_cifar10(tmp_path, unchecked):
-    train = [f"data_batch_{i}" for i in range(1, 6)]
-    _write_cifar(
-        tmp_path / "cifar-10-batches-py",
-        *(train, ["test_batch"], "labels", [i % 10 for i in range(12)], "batches.meta", "label_names"),
-    )
+    sizes = {**{f"data_batch_{i}": 12 for i in range(1, 6)}, "test_batch": 6}
+    write_cifar(tmp_path / "cifar-10-batches-py", sizes, "labels", 10, "batches.meta", "label_names")
     cifar = data.load("cifar10", tmp_path)
     assert (len(cifar.train), len(cifar.test), cifar.classes) == (60, 6, 10)
     assert cifar.image_shape == (3, 32, 32)
@@ -208,7 +193,7 @@ def test_svhn(tmp_path, unchecked):
 
 def _write_image(path, size=(64, 64), value=0, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size[::-1], (value,) * 3 if mode == "RGB" else value).save(path)
+    Image.new(mode, size[::-1], (value,) * 3 if mode == "RGB" else value).save(path, format="PNG")
 
 
 @pytest.fixture
@@ -218,14 +203,10 @@ def tiny_dir(tmp_path):
     names = ("n01", "n02", "n03")
     for i, name in enumerate(names):
         for j in range(i + 1):
-            _write_image(root / "train" / name / "images" / f"{name}_{j}.png", value=10 * i + j)
-            (root / "train" / name / "images" / f"{name}_{j}.png").rename(
-                root / "train" / name / "images" / f"{name}_{j}.JPEG"
-            )
+            _write_image(root / "train" / name / "images" / f"{name}_{j}.JPEG", value=10 * i + j)
     lines = []
     for i, name in enumerate(reversed(names)):
-        _write_image(root / "val" / "images" / f"val_{i}.png", value=100 + i, mode="RGB" if i else "L")
-        (root / "val" / "images" / f"val_{i}.png").rename(root / "val" / "images" / f"val_{i}.JPEG")
+        _write_image(root / "val" / "images" / f"val_{i}.JPEG", value=100 + i, mode="RGB" if i else "L")
         lines.append(f"val_{i}.JPEG\t{name}\t0\t0\t62\t62\n")
     (root / "val" / "val_annotations.txt").write_text("".join(lines))
     (root / "wnids.txt").write_text("".join(f"{name}\n" for name in names))
@@ -248,14 +229,13 @@ def test_tiny_imagenet(tiny_dir):
     assert [y.tolist() for _, y in data.batches(tiny.train.first(4), 2, workers=1)] == [[0, 1], [2, 1]]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "message", "workers"),
     [
-        (lambda file: file.write_bytes(b"no image"), "cannot identify image file"),
-        (lambda file: file.write_bytes(file.read_bytes()[:120]), "truncated"),
-        (lambda file: file.unlink(), "No such file"),
-        (lambda file: file.write_bytes(b""), "cannot identify image file"),
+        (lambda file: file.write_bytes(b"no image"), "cannot identify image file", 0),
+        (lambda file: file.write_bytes(file.read_bytes()[:120]), "truncated", 1),
+        (lambda file: file.unlink(), "No such file", 0),
+        (lambda file: file.write_bytes(b""), "cannot identify image file", 1),
     ],
 )
 def test_damaged_image_is_named(tiny_dir, damage, message, workers):
@@ -436,8 +416,7 @@ def test_errors(tmp_path):
 
 
 def test_wrong_checksum_names_the_file(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    _write_cifar(folder, *_CIFAR100)
+    write_cifar100(tmp_path, 12, 6)
     with pytest.raises(data.DataError, match=r"cifar-100-python.train \(its checksum is not the published one\)"):
         data.load("cifar100", tmp_path)
 
@@ -541,9 +520,16 @@ def celeba_dir(tmp_path):
     return tmp_path
 
 
+FOLDERS = {
+    **{"folder": "image_folder", "tiny-imagenet": "tiny_dir"},
+    **{"waterbirds": "waterbirds_dir", "celeba-hair": "celeba_dir"},
+}
+"""The fixtures of data sets that are files."""
+
+
 @pytest.mark.parametrize("name", ["waterbirds", "celeba-hair"])
 def test_published_groups(name, request):
-    folder = request.getfixturevalue({"waterbirds": "waterbirds_dir", "celeba-hair": "celeba_dir"}[name])
+    folder = request.getfixturevalue(FOLDERS[name])
     inside = next(path for path in folder.iterdir() if path.is_dir())
     for place in (folder, inside):
         grouped = data.load(name, place, augment=False, image_size=32)
@@ -561,48 +547,33 @@ def test_published_groups(name, request):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda s: s.replace(",place,", ",where,"),
-            r"metadata\.csv has no column place; expected img_filename, y, split",
-        ),
-        (lambda s: s.replace(",0,0,/o", ",7,0,/o", 1), r"metadata\.csv, line 2: expected y and place of 0 or 1"),
-        (lambda s: s.replace("Bird/", "Birds/"), r"metadata\.csv lists .*Birds/.*, and there is no "),
-        (lambda s: "\n".join(s.splitlines()[:13]), r"metadata\.csv lists no test images \(split 2\)"),
-        (lambda s: "\n".join(s.splitlines()[:16]), "test images: group 3 of 4 has no images among these 3"),
-    ],
-)
-def test_waterbirds_errors(waterbirds_dir, change, message):
-    table = waterbirds_dir / "waterbird_complete95_forest2water2" / "metadata.csv"
-    table.write_text(change(table.read_text()))
-    with pytest.raises(data.DataError, match=message):
-        data.load("waterbirds", waterbirds_dir)
-    table.unlink()
-    with pytest.raises(data.DataError, match=r"cannot read .*metadata\.csv: No such file or directory"):
-        data.load("waterbirds", waterbirds_dir)
-
-
-@pytest.mark.parametrize(
     ("file", "change", "message"),
     [
+        (
+            "metadata.csv",
+            lambda s: s.replace(",place,", ",where,"),
+            "has no column place; expected img_filename, y, sp",
+        ),
+        ("metadata.csv", lambda s: s.replace(",0,0,/o", ",7,0,/o", 1), "line 2: expected y and place of 0 or 1"),
+        ("metadata.csv", lambda s: s.replace("Bird/", "Birds/"), r"lists .*Birds/.*, and there is no "),
+        ("metadata.csv", lambda s: "\n".join(s.splitlines()[:13]), r"lists no test images \(split 2\)"),
+        ("metadata.csv", lambda s: "\n".join(s.splitlines()[:16]), "group 3 of 4 has no images among these 3"),
         ("list_attr_celeba.txt", lambda s: s.replace("Male", "Female"), "has no attribute Male in its second line"),
         ("list_attr_celeba.txt", lambda s: s + "x.png 1\n", "line 19: expected a file name and 4 attributes"),
-        (
-            "list_eval_partition.txt",
-            lambda s: s.replace("000003.png 0\n", ""),
-            "has no split of 0, 1 or 2 for 000003.png",
-        ),
+        ("list_eval_partition.txt", lambda s: s.replace("03.png 0\n", ""), "has no split of 0, 1 or 2 for 000003.png"),
     ],
 )
-def test_celeba_errors(celeba_dir, file, change, message):
-    table = celeba_dir / "celeba" / file
+def test_errors_of_published_groups(file, change, message, request):
+    name = "waterbirds" if file == "metadata.csv" else "celeba-hair"
+    folder = request.getfixturevalue(FOLDERS[name])
+    (table,) = folder.rglob(file)
     table.write_text(change(table.read_text()))
-    with pytest.raises(data.DataError, match=message):
-        data.load("celeba-hair", celeba_dir)
+    where = "test images" if "group 3" in message else re.escape(file)
+    with pytest.raises(data.DataError, match=f"{where}.*{message}"):
+        data.load(name, folder)
     table.unlink()
-    with pytest.raises(data.DataError, match=rf"cannot read .*{file}: No such file"):
-        data.load("celeba-hair", celeba_dir)
+    with pytest.raises(data.DataError, match=rf"cannot read .*{file}: No such file or directory"):
+        data.load(name, folder)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -783,12 +754,10 @@ def test_images_are_turned_as_exif_says(tmp_path, name):
         torch.testing.assert_close(given, wanted.expand(3, -1, -1), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["folder", "tiny-imagenet", "waterbirds", "celeba-hair"])
+@pytest.mark.parametrize("name", FOLDERS)
 def test_every_data_set_of_files_reads_16_bits(name, request):
     """One image of the first batch among those of 8 bits, scaled and cropped where the data set does so."""
-    fixture = {"folder": "image_folder", "tiny-imagenet": "tiny_dir", "waterbirds": "waterbirds_dir"}
-    folder = request.getfixturevalue(fixture.get(name, "celeba_dir"))
-    split = data.load(name, folder, augment=False).train
+    split = data.load(name, request.getfixturevalue(FOLDERS[name]), augment=False).train
     path = split.images.paths[1]
     before, _ = split.batch(torch.arange(3), torch.Generator())
     with Image.open(path) as file:

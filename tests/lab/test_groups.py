@@ -146,6 +146,8 @@ def test_what_is_impossible_is_one_line(tmp_path, two_groups, monkeypatch):
     many = data.Split(torch.zeros(40, 1, 8, 8), torch.zeros(40), groups=torch.zeros(40, dtype=torch.int64))
     with pytest.raises(data.DataError, match="group_dro: group 1 of 2 has no images among these 40"):
         many.check_groups(2, "group_dro")
+    with pytest.raises(ValueError, match="eta of group DRO must be finite and above 0"):
+        fit(Config(str(tmp_path), group_dro=-1.0))
     monkeypatch.setattr(training.problem, "processes", lambda: (0, 2))
     with pytest.raises(ValueError, match="group_dro trains in one process, whose batch the group weights see: got 2"):
         fit(Config(str(tmp_path), group_dro=0.1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import Layer, Once
 
 import densreg
 from densreg import regularizers
@@ -92,21 +93,7 @@ def test_any_torchvision_classifier(name):
 
 
 def test_the_layer_in_the_way_is_named():
-    class Detached(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, grad):
-            return grad
-
-    class Layer(torch.nn.Module):
-        def forward(self, x):
-            return Detached.apply(x)
-
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8), Layer(), torch.nn.Linear(8, 5))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8), Layer(Once.apply), torch.nn.Linear(8, 5))
     with pytest.raises(models.ModelError, match=r"2 \(Layer\): .*directional"):
         models.check_trainable(model, "mine", (3, 4, 4), "fused")
     models.check_trainable(model, "mine", (3, 4, 4), "directional")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from analytic import linear, pixels, split
@@ -81,9 +79,3 @@ def test_other_shape():
 def test_no_other_data_set():
     with pytest.raises(ValueError, match="out_of_distribution needs another data set, and its folder: data=NAME"):
         out_of_distribution(linear(), split(), device="cpu", batch_size=4)
-
-
-def test_missing_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^sklearn is not installed: pip install 'densreg\[evaluate\]'$"):
-        auroc(torch.ones(3), torch.zeros(3))

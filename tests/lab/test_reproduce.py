@@ -7,14 +7,13 @@ import dataclasses
 import functools
 import json
 import math
-import pickle
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
-from on_disk import write_folder, write_mnist
+from analytic import SMALLEST
+from on_disk import write_cifar100, write_folder, write_mnist
 
 from densreg.lab import cli, coefficients, evaluation, experiments, reproduce, runs, training
 from densreg.lab.reproduce import EXPERIMENTS, METHODS, Budget, rows_of
@@ -122,13 +121,7 @@ def test_coefficients_are_chosen_on_held_out_images_and_measured_on_others(comma
 def test_the_tables_of_cifar100_with_the_small_budget(unchecked, tmp_path, monkeypatch, capsys):
     """The command of docs/paper.md for a GPU, at its smallest: search, trainings and measurements, interrupted once."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, n in (("train", 24), ("test", 8)):
-        images = {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "fine_labels": list(range(n))}
-        (folder / name).write_bytes(pickle.dumps(images))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    write_cifar100(tmp_path, 24, 8)
     common = (*("--budget", "30-epochs", "--models", "resnet20", "--data-dir", ".", "--config", "batch_size=8"),)
     common += (*("--set", "pgd.steps=1"), "--epochs", "1", "--threads", "1")
 
@@ -389,23 +382,11 @@ def test_unknown_figures_are_dashes(command, tmp_path):
     assert line.endswith("| - | - | - | - | - |")
 
 
-_SMALLEST = {
-    "leakage": {"steps": 2},
-    "pgd": {"eps": (0.5,), "steps": 1},
-    "autoattack": {"eps": (0.1,), "version": "custom", "attacks": ("apgd-ce",)},
-    "pixel_perturbation": {"fractions": (0.1,), "method": "gradient"},
-    "noise_robustness": {"sigmas": (0.1,), "samples": 1},
-    "out_of_distribution": {"data": "synthetic", "fit": True, "images": 4},
-    "insertion": {"points": 2, "method": "gradient"},
-    "activation_maximisation": {"steps": 2},
-}
-
-
 @pytest.mark.parametrize("name", evaluation.METRICS)
 def test_every_metric_makes_a_column_and_a_picture(name, command, tmp_path, monkeypatch):
     """In an experiment of its own, by its entry alone: what it needs, whether it is a percentage, how it is drawn."""
     data = {"leakage": "blockmnist", "worst_group": "spurious-mnist"}.get(name, "digits")
-    measure = experiments.Measure(name, ("*",), _SMALLEST.get(name, {}))
+    measure = experiments.Measure(name, ("*",), SMALLEST.get(name, {}))
     entry = evaluation.METRICS[name]
     picture = name if entry.draw else ""
     asked = experiments.Experiment("one metric", (data,), ("mlp",), ("standard",), (measure,), picture=picture)

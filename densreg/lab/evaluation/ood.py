@@ -54,8 +54,8 @@ def out_of_distribution(
     if given != shape and not fit:
         there, here = ("x".join(map(str, size)) for size in (given, shape))
         raise ValueError(f"the images of {data} are {there}, those of the run {here}; fit=true makes them fit")
-    negative = scores(model, others, device, batch_size, shape)
-    return auroc_of_scores(scores(model, split, device, batch_size, shape), negative)
+    positive, negative = (scores(model, part, device, batch_size, shape) for part in (split, others))
+    return {name: auroc(positive[name], negative[name]) for name in SCORES}
 
 
 def outside(data: str | None, data_dir: str | None, images: int | None, download: bool = False) -> datasets.Split:
@@ -92,11 +92,6 @@ def scores(
             sure = -log_odds(logits, logits.argmax(1))
             rows.append(torch.stack([log_density(logits), logits.amax(1), sure]).double().cpu())
     return dict(zip(SCORES, torch.cat(rows, 1), strict=True))
-
-
-def auroc_of_scores(inside: dict[str, Tensor], outside: dict[str, Tensor]) -> dict[str, float]:
-    """:func:`auroc` of each score."""
-    return {name: auroc(inside[name], outside[name]) for name in inside}
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
