@@ -266,7 +266,7 @@ def softmax_backward_parts(
     loads, own, stores, begin = entries(row, part, units, columns, ALIGN, LANES, BLOCK)
     at = first_entry(row, part, units, stride, ALIGN, LANES, BLOCK) + columns
     u_at = first_entry(row, part, units, u_stride, ALIGN, LANES, BLOCK) + columns
-    if not writes:
+    if u_ptr is not None and not writes:  # without U this must not even be compiled
         source = tl.load(source_ptr + at, mask=loads, other=0.0, eviction_policy="evict_last").to(ACC)
         u = tl.load(u_ptr + u_at, mask=loads, other=0.0, eviction_policy="evict_last").to(ACC)
         m, inverse, _, _, _ = _row_numbers(
