@@ -220,9 +220,17 @@ def column(x):
 
 
 @triton.jit
+def _past_vector(row, units, LANES: tl.constexpr):
+    """How far past a multiple of 16 bytes a row begins. Of the product the low bits are enough."""
+    return (row.to(tl.int32) * units.to(tl.int32)) & (LANES - 1)
+
+
+@triton.jit
 def first_entry(row, part, units, stride, ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
     """Where in a tensor a part of a row begins; row in 64 bits."""
-    return (row * units // LANES * LANES if LANES > 1 else row * stride * ALIGN) + part * BLOCK
+    # Rounded down as an unsigned integer, that is one instruction.
+    first = ((row * units).to(tl.uint64) // LANES * LANES).to(tl.int64) if LANES > 1 else row * stride * ALIGN
+    return first + part * BLOCK
 
 
 @triton.jit
@@ -233,13 +241,15 @@ def entries(row, part, units, columns, ALIGN: tl.constexpr, LANES: tl.constexpr,
     LANES > 1 the row's first and last entries are not among those to store: :func:`edges`.
     """
     if LANES > 1:
-        start = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) - row * units
+        past = _past_vector(row, units, LANES)
+        start = part * BLOCK - past
         # Local columns in 32 bits.
-        begin = tl.maximum(-start, -1).to(tl.int32)
+        begin = tl.where(part == 0, past, 0)
         end = tl.minimum(units - start, BLOCK).to(tl.int32)
-        loads = columns < (end + LANES - 1) // LANES * LANES
+        vector = columns // LANES * LANES
+        loads = vector < end
         own = (columns >= begin) & (columns < end)
-        stores = (columns < end // LANES * LANES) & (columns >= tl.where(begin > 0, LANES, 0))
+        stores = (vector >= begin) & (vector <= end - LANES)
     else:
         start = part * BLOCK
         loads = columns < tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN).to(tl.int32) * ALIGN
@@ -265,12 +275,12 @@ def edges(row, units, LANES: tl.constexpr):
 
     Of a row that is longer than 16 bytes.
     """
-    low = row * units
-    high = low + units
+    past = _past_vector(row, units, LANES)
     i = tl.arange(0, 2 * LANES)
-    at = tl.where(i < LANES, low // LANES * LANES + i, high // LANES * LANES + i - LANES)
-    shared = tl.where(i < LANES, low % LANES, high % LANES) != 0
-    return at, shared & (at >= low) & (at < high), at - low
+    j = i % LANES
+    there = j < (tl.where(i < LANES, -past, past + units.to(tl.int32)) & (LANES - 1))
+    columns = tl.where(i < LANES, j, units - 1 - j)
+    return row * units + columns, there, columns
 
 
 @triton.jit
