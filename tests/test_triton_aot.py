@@ -72,7 +72,7 @@ def test_one_thread_waits_for_each_number():
 
     if "TRITON_INTERPRET" in os.environ:
         pytest.skip("interpreted kernels record no launches")
-    split = [launch for launch in launches("float32") if launch.constant("PARTS")]
+    split = [launch for launch in launches("float32") if launch.constant("PARTS", 1) > 1]
     assert split
     assert all(launch.constant("PARTS") >= 32 * dict(launch.options)["num_warps"] for launch in split)
 
