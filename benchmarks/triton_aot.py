@@ -4,7 +4,7 @@
 
 The launchers of kernels/ run on meta tensors; what they would launch is recorded, compiled for each target as it is
 (block, warps, alignment, arguments), and what ptxas says of it is read. By default each dtype's smallest, middle and
-largest tile (float16: the largest), and the split rows; with --all-tiles all of them.
+largest tile (float16: the largest), an odd width in the largest, and the split rows; with --all-tiles all of them.
 """
 
 from __future__ import annotations
@@ -123,10 +123,23 @@ def launches(dtype: str, all_tiles: bool = False) -> list[Launch]:
             kernels.pnorm_backward(norm, g, peak, total, p)
         found.update({key: launch for key, launch in new.items() if key not in found})
 
+    def bare(rows: int, classes: int) -> None:
+        """What is compiled where labels, P or U are not there."""
+        f, statistics, l = (torch.empty(n, dtype=kind, device="meta") for n in ((rows, classes), (2, rows), rows))
+        with recorded(dtype, f"C={classes}, bare") as new:
+            kernels.softmax(f, None, 0.0, -100, False, 1.0)
+            kernels.softmax_backward(f, statistics, None, l, None, None, 0.0, -100, 1.0)
+        found.update({key: launch for key, launch in new.items() if key not in found})
+
     for size in sizes:
         logits(128, size)
         rows_of(128, size, 2.0)
     logits(128, sizes[-1], source_is_softmax=True)
+    bare(128, sizes[-1])
+    bare(8, 50_257)
+    odd = sizes[-1] - 383  # whole rows cut at 16 bytes, in the kernels that do so
+    logits(128, odd, source_is_softmax=True)
+    rows_of(128, odd, 2.0)
     for long in (1_000_000, 50_257):  # of an odd width, cut at 16 bytes
         logits(8, long)
         rows_of(8, long, 1.5)

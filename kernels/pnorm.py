@@ -204,27 +204,30 @@ def pnorm_backward_tiles(
     inverse_p: tl.float64, less_one: tl.float64,
     ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows whole, or one part of one row."""
+    """ROWS rows whole, or one part of one row. With LANES > 1, where ROWS is 1, a row's numbers are scalars."""
     ACC: tl.constexpr = accumulation(g_ptr.dtype.element_ty)
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // parts * ROWS + tl.arange(0, ROWS)
+    row = pid // parts * ROWS
     part = pid % parts
+    columns = tl.arange(0, BLOCK)
+    ONE: tl.constexpr = (1,) if LANES == 1 else ()
+    if LANES == 1:
+        row += tl.arange(0, ROWS)
+        columns = columns[None, :]
     live = row < rows
-    columns = tl.arange(0, BLOCK)[None, :]
-    loads, _, stores, _ = entries(row[:, None], part, units, columns, ALIGN, LANES, BLOCK)
-    at = first_entry(row[:, None], part, units, stride, ALIGN, LANES, BLOCK) + columns
-    g = tl.load(g_ptr + at, mask=loads & live[:, None], other=0.0).to(ACC)
+    loads, _, stores, _ = entries(column(row), part, units, columns, ALIGN, LANES, BLOCK)
+    at = first_entry(column(row), part, units, stride, ALIGN, LANES, BLOCK) + columns
+    g = tl.load(g_ptr + at, mask=loads & column(live), other=0.0).to(ACC)
     grad = tl.load(grad_ptr + row, mask=live, other=0.0)
     peak = tl.load(peak_ptr + row, mask=live, other=1.0)
     total = tl.load(total_ptr + row, mask=live, other=1.0)
-    less_one, inverse_p = tl.full((1,), less_one, ACC), tl.full((1,), inverse_p, ACC)
-    out = first_entry(row[:, None], part, units, units, ALIGN, LANES, BLOCK) + columns
-    store(out_ptr + out, _dual(g, peak, total, less_one, inverse_p, grad, ORDER), stores & live[:, None], "")
-    if LANES > 1 and part == 0:  # ROWS is one
+    less_one, inverse_p = tl.full(ONE, less_one, ACC), tl.full(ONE, inverse_p, ACC)
+    out = first_entry(column(row), part, units, units, ALIGN, LANES, BLOCK) + columns
+    store(out_ptr + out, _dual(g, peak, total, less_one, inverse_p, grad, ORDER), stores & column(live), "")
+    if LANES > 1 and part == 0:
         edge, shared, _edge_columns = edges(row, units, LANES)
-        edge_g = tl.load(g_ptr + edge, mask=shared, other=0.0).to(ACC)[None, :]
-        edge_dual = _dual(edge_g, peak, total, less_one, inverse_p, grad, ORDER)
-        store(out_ptr + edge[None, :], edge_dual, shared[None, :], "")
+        edge_g = tl.load(g_ptr + edge, mask=shared, other=0.0).to(ACC)
+        store(out_ptr + edge, _dual(edge_g, peak, total, less_one, inverse_p, grad, ORDER), shared, "")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ def pnorm(g: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
         g, stride = g.contiguous(), length
     norm, peak, total = (g.new_empty(rows, dtype=dtype) for _ in range(3))
     tile, split = _tile_of(g, p)
-    cut = cut_of(length, split, tile.block, (g, stride))
+    cut = cut_of(length, tile, False, (g, stride))
     tensors = (g, norm, peak, total)
     sizes = (rows, length // cut.align, stride // cut.align)
     if split:
@@ -298,8 +301,9 @@ def pnorm_backward(grad: Tensor, g: Tensor, peak: Tensor, total: Tensor, p: floa
         g, stride = g.contiguous(), length
         dense = torch.empty_like(g)
     grad, peak, total = (as_row(t, accumulation_dtype(g.dtype)) for t in (grad, peak, total))
-    (block, group, warps), split = _tile_of(g, p)
-    align, lanes = cut_of(length, split, block, (g, stride))
+    tile, _ = _tile_of(g, p)
+    block, group, warps = tile
+    align, lanes = cut_of(length, tile, True, (g, stride))
     parts = blocks_of(length + lanes - 1, block)
     launch(
         pnorm_backward_tiles, blocks_of(rows, group) * parts, (grad, g, peak, total, dense),

@@ -106,17 +106,20 @@ class Cut(NamedTuple):
     lanes: int  # entries of 16 bytes where rows are cut at those instead, wherever they begin; else 1
 
 
-def cut_of(length: int, split: bool, block: int, *rows: tuple[Tensor, int]) -> Cut:
-    """How to load rows of some length, given tensors and the strides of their rows; `split` into blocks or whole.
+def cut_of(length: int, tile: Tile, whole: bool, *rows: tuple[Tensor, int]) -> Cut:
+    """How to load rows of some length by tiles, given tensors and the strides of their rows.
 
     Rows to split whose length is no multiple of 16 bytes, and which follow each other, are cut where 16 bytes of memory
-    begin. The first and last entries of a part may then be those of other rows, which are loaded but not used. Nothing
-    is loaded but 16 bytes of which some are the row's, as the tensor must begin where 16 bytes do.
+    begin; where the kernel can (`whole`) rows that fit into a tile, too, if it has 16 entries for a thread: with fewer
+    that takes more instructions than it saves. The first and last entries of a part may then be those of other rows,
+    which are loaded but not used. Nothing is loaded but 16 bytes of which some are the row's, as the tensor must begin
+    where 16 bytes do.
     """
     # Triton itself tells its compiler multiples of 16 only, and 1000 is none.
-    align = math.gcd(16, block, length, *(stride for _, stride in rows))
+    align = math.gcd(16, tile.block, length, *(stride for _, stride in rows))
     lanes = 16 // rows[0][0].element_size()
-    ragged = split and align < lanes and block % lanes == 0
+    cuts = length > tile.block or (whole and tile.block >= 512 * tile.warps and length + lanes - 1 <= tile.block)
+    ragged = cuts and align < lanes and tile.block % lanes == 0
     if ragged and all(stride == length and t.data_ptr() % 16 == 0 for t, stride in rows):
         return Cut(1, lanes)
     return Cut(align, 1)
@@ -163,7 +166,7 @@ def launch(
         else:
             # The assertions on target classes are compiled in; integers need none.
             # Of kernels with two branches ptxas, told no bound, spills a few registers to fit one program more.
-            bound = {"maxnreg": min(255, 1024 // warps)} if "PARTS" in constants else {}
+            bound = {"maxnreg": min(255, 1024 // warps)} if constants.get("PARTS", 1) > 1 else {}
             compiled = kernel[(programs,)](
                 *tensors, *numbers, **constants, num_warps=warps, sanitize_overflow=False, **bound
             )
@@ -175,7 +178,7 @@ def launch_parts(
     kernel: Any, length: int, tile: Tile, cut: Cut, leaves: int, one: bool, tensors: Sequence[Tensor | None],
     sizes: Sequence[int], numbers: Sequence[float], **constants: Any,
 ) -> None:  # fmt: skip
-    """:func:`launch` over the parts of ``sizes[0]`` rows that do not fit on chip.
+    """:func:`launch` over the parts of ``sizes[0]`` rows that do not fit on chip, or over rows of one part.
 
     Args:
         kernel: takes tensors, words, sizes, parts, lag, numbers, and ALIGN, LANES, BLOCK, PARTS beside the constants.
@@ -186,14 +189,15 @@ def launch_parts(
     like, rows = next(t for t in tensors if t is not None), sizes[0]
     parts = blocks_of(length + cut.lanes - 1, tile.block)
     words = None
-    if leaves:  # the ticket, and numbers that are zero until they are there; of this call alone, as graphs need
+    if leaves and parts > 1:
+        # The ticket, and numbers that are zero until they are there; of this call alone, as graphs need.
         dtype = torch.int64 if like.dtype == torch.float64 else torch.int32
         words = like.new_zeros(TICKET + leaves * rows * parts, dtype=dtype)
     # A program that waits loads at least as many numbers as it has threads. Of fewer each would be loaded by several
     # threads, and those that loaded it before it was there would go on, on the word of one that loaded it later.
-    loaded = max(32 * tile.warps, 1 << (parts - 1).bit_length())
+    loaded = 1 if parts == 1 else max(32 * tile.warps, 1 << (parts - 1).bit_length())
     launch(
-        kernel, rows * ((parts if leaves else 0) + (1 if one else parts)), (*tensors, words),
+        kernel, rows * ((parts if words is not None else 0) + (1 if one else parts)), (*tensors, words),
         (*sizes, parts, lag_of(like.device, parts), *numbers), tile.warps,
         ALIGN=cut.align, LANES=cut.lanes, BLOCK=tile.block, PARTS=loaded, **constants,
     )  # fmt: skip
@@ -220,9 +224,17 @@ def column(x):
 
 
 @triton.jit
+def _past_vector(row, units, LANES: tl.constexpr):
+    """How far past a multiple of 16 bytes a row begins. Of the product the low bits are enough."""
+    return (row.to(tl.int32) * units.to(tl.int32)) & (LANES - 1)
+
+
+@triton.jit
 def first_entry(row, part, units, stride, ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
     """Where in a tensor a part of a row begins; row in 64 bits."""
-    return (row * units // LANES * LANES if LANES > 1 else row * stride * ALIGN) + part * BLOCK
+    # Rounded down as an unsigned integer, that is one instruction.
+    first = ((row * units).to(tl.uint64) // LANES * LANES).to(tl.int64) if LANES > 1 else row * stride * ALIGN
+    return first + part * BLOCK
 
 
 @triton.jit
@@ -233,13 +245,15 @@ def entries(row, part, units, columns, ALIGN: tl.constexpr, LANES: tl.constexpr,
     LANES > 1 the row's first and last entries are not among those to store: :func:`edges`.
     """
     if LANES > 1:
-        start = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) - row * units
+        past = _past_vector(row, units, LANES)
+        start = part * BLOCK - past
         # Local columns in 32 bits.
-        begin = tl.maximum(-start, -1).to(tl.int32)
+        begin = tl.where(part == 0, past, 0)
         end = tl.minimum(units - start, BLOCK).to(tl.int32)
-        loads = columns < (end + LANES - 1) // LANES * LANES
+        vector = columns // LANES * LANES
+        loads = vector < end
         own = (columns >= begin) & (columns < end)
-        stores = (columns < end // LANES * LANES) & (columns >= tl.where(begin > 0, LANES, 0))
+        stores = (vector >= begin) & (vector <= end - LANES)
     else:
         start = part * BLOCK
         loads = columns < tl.minimum(units - part * (BLOCK // ALIGN), BLOCK // ALIGN).to(tl.int32) * ALIGN
@@ -265,12 +279,12 @@ def edges(row, units, LANES: tl.constexpr):
 
     Of a row that is longer than 16 bytes.
     """
-    low = row * units
-    high = low + units
+    past = _past_vector(row, units, LANES)
     i = tl.arange(0, 2 * LANES)
-    at = tl.where(i < LANES, low // LANES * LANES + i, high // LANES * LANES + i - LANES)
-    shared = tl.where(i < LANES, low % LANES, high % LANES) != 0
-    return at, shared & (at >= low) & (at < high), at - low
+    j = i % LANES
+    there = j < (tl.where(i < LANES, -past, past + units.to(tl.int32)) & (LANES - 1))
+    columns = tl.where(i < LANES, j, units - 1 - j)
+    return row * units + columns, there, columns
 
 
 @triton.jit

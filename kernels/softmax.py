@@ -255,10 +255,16 @@ def softmax_backward_parts(
     u_stride, parts, lag, ignore_index: tl.int64, smoothing: tl.float64, scale: tl.float64,
     ALIGN: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Part of a row: <Q, U>; or, from those of all parts, its gradient. Without U there is nothing to wait for."""
+    """Part of a row: <Q, U>; or, from those of all parts, its gradient. Without U there is nothing to wait for.
+
+    With PARTS = 1 a row whole.
+    """
     ACC: tl.constexpr = accumulation(source_ptr.dtype.element_ty)
-    if u_ptr is not None:
+    WAITS: tl.constexpr = u_ptr is not None and PARTS > 1
+    if WAITS:
         row, part, writes = turn(words_ptr, rows, parts, lag, False)
+    elif PARTS == 1:
+        row, part, writes = tl.program_id(0).to(tl.int64), 0, True
     else:
         item = tl.program_id(0).to(tl.int64)
         row, part, writes = item // parts, item % parts, True
@@ -266,7 +272,7 @@ def softmax_backward_parts(
     loads, own, stores, begin = entries(row, part, units, columns, ALIGN, LANES, BLOCK)
     at = first_entry(row, part, units, stride, ALIGN, LANES, BLOCK) + columns
     u_at = first_entry(row, part, units, u_stride, ALIGN, LANES, BLOCK) + columns
-    if not writes:
+    if WAITS and not writes:  # without U this must not even be compiled
         source = tl.load(source_ptr + at, mask=loads, other=0.0, eviction_policy="evict_last").to(ACC)
         u = tl.load(u_ptr + u_at, mask=loads, other=0.0, eviction_policy="evict_last").to(ACC)
         m, inverse, _, _, _ = _row_numbers(
@@ -283,8 +289,10 @@ def softmax_backward_parts(
             row, row >= 0, statistics_ptr, target_ptr, l_ptr, a_ptr, rows, units, ignore_index, ALIGN, ACC
         )
         dot = tl.zeros((), ACC)
-        if u_ptr is not None:
+        if WAITS:
             dot = tl.sum(published(words_ptr, rows, row, parts, 0, PARTS, 0.0), 0)
+        elif u_ptr is not None:
+            dot = tl.sum(tl.where(own, _q(source, m, inverse, source_ptr, statistics_ptr) * u, 0.0), 0)
         if dots_ptr is not None:
             tl.store(dots_ptr + row, dot, mask=part == 0)
         # The target among this part's columns, in 32 bits.
@@ -294,7 +302,7 @@ def softmax_backward_parts(
             scale, statistics_ptr, u_ptr, a_ptr, dots_ptr, ALIGN, SMOOTH,
         )  # fmt: skip
         out = first_entry(row, part, units, units, ALIGN, LANES, BLOCK) + columns
-        store(out_ptr + out, g, stores, ".cs")
+        store(out_ptr + out, g, stores, "" if PARTS == 1 else ".cs")
         if LANES > 1 and part == 0:
             edge, shared, edge_columns = edges(row, units, LANES)
             edge_source = tl.load(source_ptr + edge, mask=shared, other=0.0).to(ACC)
@@ -352,7 +360,7 @@ def softmax(
     stride = f.stride(0) if rows > 1 else classes
     whole = tile_of(classes, f.element_size())
     tile = whole or SPLIT[f.element_size()]
-    cut = cut_of(classes, not whole, tile.block, (f, stride))
+    cut = cut_of(classes, tile, False, (f, stride))
     smooth = target is not None and label_smoothing > 0
     tensors = (f, target, density, ce, p if need_softmax else None, statistics)
     sizes = (rows, classes // cut.align, stride // cut.align)
@@ -402,9 +410,9 @@ def softmax_backward(
     numbers = (ignore_index, label_smoothing, scale)
     whole = tile_of(classes, source.element_size())
     tile = whole or SPLIT_PAIRS[source.element_size()]
-    cut = cut_of(classes, not whole, tile.block, *rows_of)
+    cut = cut_of(classes, tile, True, *rows_of)
     sizes = (rows, classes // cut.align, rows_of[0][1] // cut.align, rows_of[-1][1] // cut.align)
-    if whole:
+    if whole and cut.lanes == 1:
         launch(
             softmax_backward_rows, blocks_of(rows, tile.rows), tensors, (*sizes, *numbers), tile.warps,
             ALIGN=cut.align, BLOCK=tile.block, ROWS=tile.rows, SMOOTH=smooth,

@@ -55,13 +55,24 @@ def test_every_kernel_is_reported():
     assert {launch.kernel for launch in launches("float32")} == KERNELS
 
 
+def test_what_is_not_there_compiles():
+    """Without labels, P and U: what the interpreter never looks at must still compile."""
+    from benchmarks.triton_aot import compile_for, launches
+
+    if "TRITON_INTERPRET" in os.environ:
+        pytest.skip("interpreted kernels are not compiled")
+    bare = [launch for launch in launches("float32") if launch.case.endswith("bare")]
+    assert {launch.kernel for launch in bare} == {kernel for kernel in KERNELS if kernel.startswith("softmax")}
+    assert not any(compile_for((launch, 90)).spills for launch in bare)
+
+
 def test_one_thread_waits_for_each_number():
     """A number that several threads load may be there for one and not yet for another."""
     from benchmarks.triton_aot import launches
 
     if "TRITON_INTERPRET" in os.environ:
         pytest.skip("interpreted kernels record no launches")
-    split = [launch for launch in launches("float32") if launch.constant("PARTS")]
+    split = [launch for launch in launches("float32") if launch.constant("PARTS", 1) > 1]
     assert split
     assert all(launch.constant("PARTS") >= 32 * dict(launch.options)["num_warps"] for launch in split)
 

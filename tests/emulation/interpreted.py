@@ -29,11 +29,7 @@ def _full_of_nan(allocate, poisoned):
     return empty
 
 
-@pytest.mark.parametrize(
-    ("classes", "dtype", "p"),
-    [(n, DTYPES[i % 4], float(ORDERS[(i + i // 4) % 4])) for i, n in enumerate((1, 7, 16, 31, 33, 47, 64, 100))],
-)
-def test_every_element_is_written(classes, dtype, p):
+def _check_every_element_is_written(classes, dtype, p):
     """Each operator again, in memory full of NaN: to the last bit the same, and no NaN."""
 
     def twice(operator, *arguments):
@@ -64,22 +60,41 @@ def test_every_element_is_written(classes, dtype, p):
         twice(kernels.pnorm_backward, norm, g, peak, total, p)
 
 
+@pytest.mark.parametrize(
+    ("classes", "dtype", "p"),
+    [(n, DTYPES[i % 4], float(ORDERS[(i + i // 4) % 4])) for i, n in enumerate((1, 7, 16, 31, 33, 47, 64, 100))],
+)
+def test_every_element_is_written(classes, dtype, p):
+    _check_every_element_is_written(classes, dtype, p)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype", "p"),
+    [(n, DTYPES[i], float(ORDERS[(i + 2) % 4])) for i, n in enumerate((1025, 1027, 2041, 1999))],
+)
+def test_every_element_of_odd_rows_that_fit(classes, dtype, p):
+    _check_every_element_is_written(classes, dtype, p)
+
+
 @pytest.fixture
-def parts_of_1024(monkeypatch):
-    """Rows of more than 64 entries are split."""
-    for itemsize in layout.TILES:
-        monkeypatch.setitem(layout.TILES, itemsize, (layout.Tile(64, 1, 1),))
-        for split in (layout.SPLIT, layout.SPLIT_PAIRS):
-            monkeypatch.setitem(split, itemsize, layout.Tile(1024, 1, 1))
-    layout.tile_of.cache_clear()
-    yield
+def parts_of(monkeypatch):
+    """Rows of more than 64 entries are split into parts of so many."""
+
+    def cut(block):
+        for itemsize in layout.TILES:
+            monkeypatch.setitem(layout.TILES, itemsize, (layout.Tile(64, 1, 1),))
+            for split in (layout.SPLIT, layout.SPLIT_PAIRS):
+                monkeypatch.setitem(split, itemsize, layout.Tile(block, 1, 1))
+        layout.tile_of.cache_clear()
+
+    yield cut
     layout.tile_of.cache_clear()
 
 
 LAGS = (lambda parts: parts, lambda parts: 2 * parts + 1, lambda parts: 10**6)
 
 
-def _check_rows_over_parts(monkeypatch, dtype, classes, p):
+def _check_rows(monkeypatch, dtype, classes, p):
     """The same bits whatever the lag, and no neighbour's entries in any of them."""
     f, u = (torch.randn(5, classes).mul(3).to(dtype) for _ in range(2))
     f[1], f[3, 1000:], u[1], u[3, 7] = math.nan, -math.inf, math.inf, math.nan
@@ -130,8 +145,9 @@ def _check_rows_over_parts(monkeypatch, dtype, classes, p):
     ("dtype", "classes", "p"),
     [(torch.float32, 1025, 2.0), (torch.float64, 2047, 1.5)],  # of odd widths: cut at 16 bytes
 )
-def test_rows_over_parts(monkeypatch, parts_of_1024, dtype, classes, p):
-    _check_rows_over_parts(monkeypatch, dtype, classes, p)
+def test_rows_over_parts(monkeypatch, parts_of, dtype, classes, p):
+    parts_of(1024)
+    _check_rows(monkeypatch, dtype, classes, p)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +159,67 @@ def test_rows_over_parts(monkeypatch, parts_of_1024, dtype, classes, p):
         (torch.float16, 5121, 1.0),
     ],
 )
-def test_long_rows(monkeypatch, parts_of_1024, dtype, classes, p):
-    _check_rows_over_parts(monkeypatch, dtype, classes, p)
+def test_long_rows(monkeypatch, parts_of, dtype, classes, p):
+    parts_of(1024)
+    _check_rows(monkeypatch, dtype, classes, p)
 
 
-def test_zeros_over_parts_of_which_one_has_no_entry(parts_of_1024):
+@pytest.mark.long
+@pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 2.0), (torch.bfloat16, 1.5)])
+def test_long_rows_over_nine_parts(monkeypatch, parts_of, dtype, p):
+    parts_of(8192)
+    _check_rows(monkeypatch, dtype, 70_001, p)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "p"),
+    [(torch.float32, 1025, 2.0), (torch.bfloat16, 2039, 1.5), (torch.float64, 1237, math.inf)],
+)
+def test_odd_rows_that_fit(monkeypatch, dtype, classes, p):
+    """Cut at 16 bytes without parts."""
+    f = torch.empty(5, classes, dtype=dtype)
+    assert layout.cut_of(classes, layout.tile_of(classes, f.element_size()), True, (f, classes)).lanes > 1
+    _check_rows(monkeypatch, dtype, classes, p)
+
+
+def test_which_rows_that_fit_are_cut_at_16_bytes():
+    tile, x = layout.Tile(2048, 1, 4), torch.empty(4, 2050)
+    for length, whole, lanes in ((1025, True, 4), (2045, True, 4), (2046, True, 1), (1028, True, 1), (1025, False, 1)):
+        assert layout.cut_of(length, tile, whole, (x, length)).lanes == lanes
+    for others in ((x, 1028), (x.view(-1)[1:], 1025)):
+        assert layout.cut_of(1025, tile, True, (x, 1025), others) == (1, 1)
+    assert layout.cut_of(1001, layout.Tile(1024, 1, 4), True, (x, 1001)).lanes == 1  # 8 entries a thread
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 1025), (torch.bfloat16, 1027), (torch.float64, 1025)])
+def test_odd_rows_that_fit_leave_what_is_beside_them(monkeypatch, dtype, classes):
+    """What the last row's program writes beyond its row stays; of 1 to 4 rows it ends anywhere within 16 bytes."""
+    kept = []
+
+    def between(like, shape=None, **_options):
+        shape = like.shape if shape is None else torch.Size(shape if isinstance(shape, tuple) else (shape,))
+        kept.append(torch.full((shape.numel() + 32,), math.nan, dtype=like.dtype))
+        return kept[-1][16:-16].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", between)
+    monkeypatch.setattr(torch, "empty_like", between)
+    for rows in range(1, 5):
+        f, ones = torch.rand(rows, classes).to(dtype), torch.ones(rows, dtype=layout.accumulation_dtype(dtype))
+        for make in (
+            lambda f=f, ones=ones: kernels.softmax_backward(f, None, None, ones, None, f, 0.0, -100, 1.0),
+            lambda f=f, ones=ones: kernels.pnorm_backward(ones, f, ones, ones, 2.0),
+        ):
+            kept.clear()
+            make()
+            memory = kept[0]  # the others are the interpreter's
+            assert memory[:16].isnan().all()
+            assert memory[-16:].isnan().all()
+            assert not memory[16:-16].isnan().any()
+
+
+def test_zeros_over_parts_of_which_one_has_no_entry(parts_of):
     """Rows of 2047 that begin where 16 bytes do need a part less than the others."""
+    parts_of(1024)
     assert kernels.pnorm(torch.zeros(4, 2047), math.inf)[2].tolist() == [2047] * 4
 
 
