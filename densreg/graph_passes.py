@@ -153,7 +153,8 @@ def _summed(node: Any) -> tuple[Any, list[int], bool]:
         sums.append(below)
     left, dims = list(range(below.meta["val"].ndim)), []
     for each in reversed(sums):
-        now = sorted(left[dim] for dim in each.args[1] or range(len(left)))
+        over = (each.args[1] or range(len(left))) if left else ()  # a number's sum may be over 0 or -1
+        now = sorted(left[dim] for dim in over)
         dims += now
         if not keepdim:
             left = [dim for dim in left if dim not in now]
@@ -191,8 +192,9 @@ def mask_pools(graph: Graph) -> None:
         uses = _indexed(indices, math.prod(pooled[2:]), math.prod(size))
         if not uses:
             continue
-        maxima = next((user for user in places.args[0].users if user.args[1] == 0), places)
-        with graph.inserting_after(places):  # kept, and laid out as the maxima are
+        results = places.args[0].users if places.target is operator.getitem else ()  # else of another graph
+        maxima = next((user for user in results if user.args[1] == 0 and _is_image(user.meta["val"])), places)
+        with graph.inserting_before(indices):  # kept, and laid out as the maxima are
             kept = _call(graph, prims.inductor_force_stride_order.default, places, maxima.meta["val"].stride())
         for node in uses:
             with graph.inserting_before(node), kept.meta["val"].fake_mode:
@@ -225,9 +227,10 @@ def _indexed(indices: Node, maxima: int, pixels: int) -> list[Any]:
                 rows = sizes[0][:-1] == sizes[1][:-1] and (sizes[0][-1], sizes[1][-1]) == (pixels, maxima)
                 last = dim in (-1, len(sizes[0]) - 1)
                 takes = user.target == aten.gather.default
-                zeros = base.target == aten.full.default and base.args[1] == 0
+                zeros = not takes and base.target == aten.full.default and base.args[1] == 0
+                adds = zeros and user.args[3].meta["val"].shape == sizes[1]  # there may be more than is added
                 ends = [end for near in user.users for end in (near.users if near.target in _RESHAPES else (near,))]
-                if rows and last and (takes or zeros) and not any(map(_reads_strides, ends)):
+                if rows and last and (takes or adds) and not any(map(_reads_strides, ends)):
                     found.append(user)
     return found
 
@@ -333,6 +336,8 @@ def merge_convolutions(graph: Graph) -> None:
             continue
         if not _worth_it(node.args, (gy, x, other_gy, other_x)):
             continue
+        if any(a.meta["val"].shape[1:] != b.meta["val"].shape[1:] for a, b in ((gy, other_gy), (x, other_x))):
+            continue  # one weight of images of two sizes
         with graph.inserting_before(node):
             gy, x = _cat(graph, gy, other_gy, 0), _cat(graph, x, other_x, 0)
             both = _call(graph, aten.convolution_backward.default, gy, x, weight, *how)

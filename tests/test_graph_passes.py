@@ -146,6 +146,13 @@ GRADIENTS_LEFT_ALONE = {
         _weights_gradient(*a, w) + _weights_gradient(b[0][..., 1:-1, 1:-1], b[1][..., :2, :2], w, padding=1)
     ),
     "of the images too": lambda a, b, w: _weights_gradient(*a, w, mask=_BOTH) + _weights_gradient(*b, w, mask=_BOTH),
+    "of images of two sizes": lambda a, b, w: (
+        _weights_gradient(*a, w) + _weights_gradient(b[0][..., 1:, 1:], b[1][..., 1:, 1:], w)
+    ),
+    "of images of two sizes, with a step": lambda a, b, w: (
+        _weights_gradient(a[0][..., :2, :2], a[1], w, stride=2)
+        + _weights_gradient(b[0][..., :2, :2], b[1][..., 1:, 1:], w, stride=2)
+    ),
     "large images": lambda a, b, w: (
         _weights_gradient(*a, w) + _weights_gradient(*(image.repeat(40, 1, 1, 1) for image in b), w)
     ),
@@ -344,6 +351,8 @@ def test_sums_of_images_in_half_precision_are_not_rounded():
         lambda images: images.sum((2, 3)).sum(0),
         lambda images: (rows := images.sum(0), rows.sum(2).sum(1)),
         lambda images: images.sum().sum([]),
+        lambda images: images.sum((0, 1, 2, 3)).sum(-1),
+        lambda images: images[0, 0, 0, 0].sum(0, keepdim=True),
     ],
     ids=[
         "contiguous",
@@ -354,6 +363,8 @@ def test_sums_of_images_in_half_precision_are_not_rounded():
         "split already",
         "of use before",
         "a number",
+        "a number's last dimension",
+        "a number's first dimension",
     ],
 )
 def test_other_sums_stay(total):
@@ -447,6 +458,30 @@ def test_adding_at_the_maxima_of_other_images_stays():
     module, masked = _after_masking(add, *inputs)
     assert masked == 0
     assert torch.equal(module(*inputs), add(*inputs))
+
+
+def test_adding_fewer_values_than_there_are_stays():
+    def add(x, gy):
+        _, indices = F.max_pool2d(x, 2, return_indices=True)
+        return torch.zeros(2, 4, 36).scatter_add(2, indices.flatten(2), gy.flatten(2)) + 0
+
+    inputs = torch.randn(2, 4, 6, 6), torch.randn(3, 4, 4, 4)  # of the last the corner
+    module, masked = _after_masking(add, *inputs)
+    assert masked == 0
+    assert torch.equal(module(*inputs), add(*inputs))
+
+
+def test_places_may_come_from_another_graph():
+    """As in the backward of what torch.compile splits in two."""
+
+    def backward(places, gy):
+        indices = _torch.indices_of_maxima()(places, [2, 2], [6, 6], [2, 2], [0, 0], [1, 1])
+        return torch.zeros(2, 4, 36).scatter_add(2, indices.flatten(2), gy.flatten(2)) + 0
+
+    inputs = torch.randint(4, (2, 4, 3, 3), dtype=torch.int8), torch.randn(2, 4, 3, 3)
+    module, masked = _after_masking(backward, *inputs)
+    assert masked == 1
+    assert torch.equal(module(*inputs), backward(*inputs))
 
 
 class _Tutorial(nn.Module):
