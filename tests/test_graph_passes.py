@@ -373,6 +373,18 @@ def test_other_sums_stay(total):
     assert module.code == before.code
 
 
+def test_sums_over_sizes_that_depend_on_data_stay():
+    def total(pixels, mask):
+        return (pixels[mask].permute(1, 0)[None, :, :, None] * 2).sum((0, 2, 3))
+
+    inputs = torch.randn(6, 3), torch.tensor([True, False] * 3)
+    module = make_fx(total, tracing_mode="symbolic")(*inputs)
+    before = module.code
+    split_sums(module.graph)
+    module.recompile()
+    assert module.code == before
+
+
 def _pooled_twice(pool):
     """Max pooling, its backward, and that one's own: all three of images, gradients of the maxima, and of these."""
 
