@@ -203,7 +203,8 @@ def mask_pools(graph: Graph) -> None:
                 if node.target == aten.gather.default:
                     result = _of_maxima(graph, _reshaped(graph, node.args[0], (*pooled[:2], *size)), kept, window)
                 else:
-                    result = _at_maxima(graph, _reshaped(graph, node.args[3], pooled), kept, window)
+                    maxima = node.args[3 if node.target == aten.scatter_add.default else 0]
+                    result = _at_maxima(graph, _reshaped(graph, maxima, pooled), kept, window)
                 flat = _reshaped(graph, result, node.meta["val"].shape)
             for user in list(node.users):
                 if user.target in _RESHAPES and user.meta["val"].shape == result.meta["val"].shape:
@@ -223,6 +224,11 @@ def _indexed(indices: Node, maxima: int, pixels: int) -> list[Any]:
         for user in index.users:
             if user.target in (*_RESHAPES, aten.clone.default):
                 pending.append(user)
+            elif user.target == aten.max_pool2d_with_indices_backward.default:  # on torch 2.11
+                image, whole = (user.args[i].meta["val"].shape for i in (0, 1))
+                sizes = math.prod(image[2:]), math.prod(whole[2:])
+                if sizes == (maxima, pixels) and len(whole) == 4 and not any(map(_reads_strides, user.users)):
+                    found.append(user)
             elif user.target in (aten.gather.default, aten.scatter_add.default) and user.args[2] is index:
                 base, dim = user.args[:2]
                 sizes = base.meta["val"].shape, index.meta["val"].shape
