@@ -203,8 +203,8 @@ def mask_pools(graph: Graph) -> None:
                 if node.target == aten.gather.default:
                     result = _of_maxima(graph, _reshaped(graph, node.args[0], (*pooled[:2], *size)), kept, window)
                 else:
-                    maxima = node.args[3 if node.target == aten.scatter_add.default else 0]
-                    result = _at_maxima(graph, _reshaped(graph, maxima, pooled), kept, window)
+                    added = node.args[3 if node.target == aten.scatter_add.default else 0]
+                    result = _at_maxima(graph, _reshaped(graph, added, pooled), kept, window)
                 flat = _reshaped(graph, result, node.meta["val"].shape)
             for user in list(node.users):
                 if user.target in _RESHAPES and user.meta["val"].shape == result.meta["val"].shape:
@@ -225,9 +225,9 @@ def _indexed(indices: Node, maxima: int, pixels: int) -> list[Any]:
             if user.target in (*_RESHAPES, aten.clone.default):
                 pending.append(user)
             elif user.target == aten.max_pool2d_with_indices_backward.default:  # on torch 2.11
-                image, whole = (user.args[i].meta["val"].shape for i in (0, 1))
-                sizes = math.prod(image[2:]), math.prod(whole[2:])
-                if sizes == (maxima, pixels) and len(whole) == 4 and not any(map(_reads_strides, user.users)):
+                added, image = (each.meta["val"].shape for each in user.args[:2])
+                fits = (math.prod(added[2:]), math.prod(image[2:])) == (maxima, pixels) and len(image) == 4
+                if fits and not any(map(_reads_strides, user.users)):
                     found.append(user)
             elif user.target in (aten.gather.default, aten.scatter_add.default) and user.args[2] is index:
                 base, dim = user.args[:2]
@@ -315,8 +315,7 @@ def _merge(graph: Graph, node: Any) -> None:
         total = _call(graph, aten.mm.default, left, _cat(graph, b, d, 0))
         total = _turned(graph, total) if turned else total
     node.replace_all_uses_with(total)
-    for old in dict.fromkeys((node, *node.args, one, other)):
-        graph.erase_node(old)
+    _erase_unused(graph, node)
     _torch.count("products merged")
 
 
