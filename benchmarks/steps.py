@@ -82,6 +82,13 @@ def mlp_784() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
+def vit_b_16() -> nn.Module:
+    """torchvision's ViT-B/16, for 224x224 images."""
+    from torchvision.models import vit_b_16
+
+    return vit_b_16(num_classes=100)
+
+
 CASES = {
     "resnet18": Case(lambda: models.build("resnet18", 100, (3, 32, 32)), 32, (3, 32, 32), 100),
     "vgg11_bn": Case(vgg11_bn, 32, (3, 32, 32), 100),
@@ -92,6 +99,7 @@ CASES = {
         lambda: models.build("resnet20", 100, (3, 32, 32)), 128, (3, 32, 32), 100, torch.contiguous_format
     ),
     "wrn28-10": Case(lambda: models.build("wrn28-10", 100, (3, 32, 32)), 4, (3, 32, 32), 100),
+    "vit_b_16": Case(vit_b_16, 4, (3, 224, 224), 100),
 }
 
 
