@@ -16,7 +16,8 @@ from .timing import WrongResult, environment
 COMMANDS = {
     "class-counts": "the kernels alone, across class counts",
     "linear-head": "steps through a linear head of many classes, with logits and without",
-    "steps": "whole training steps of six models on one batch",
+    "steps": "whole training steps of several models on one batch",
+    "startup": "the first step of a process, with torch's caches empty and filled",
     "second-order": "no times: the penalty's own gradient against float64",
     "compare": "has a ratio worsened, against the committed ones of this kind of machine?",
     "report": "class counts, epochs and growth: tables and pictures of this machine",

@@ -144,6 +144,9 @@ SUITES = {
         "Compiled steps of a small MLP", "28 x 28 pixels; times include launches and Python."
     ),  # until 2026-11
     "steps": Suite("Whole training steps", "Forward, loss and all gradients on one batch; no optimizer.", True),
+    "startup": Suite(
+        "The first step of a process", "cold: torch's caches on disk are empty; warm: filled, over cold.", True
+    ),
     "epoch": Suite("Epochs", "Seconds are those of the whole training set; loading is not timed.", True),
     "training": Suite("Trainings by `densreg train`", "Seconds of the last epoch, loading included.", True),
     "growth": Suite(

@@ -25,6 +25,7 @@ from benchmarks import (
     linear_head,
     records,
     report,
+    startup,
     steps,
     test_epoch,
     test_growth,
@@ -200,6 +201,16 @@ def test_a_step_that_fails_is_not_timed_and_costs_no_other(monkeypatch):
     assert taylor["error"] < 1e-5
     with pytest.raises(timing.WrongResult, match="mlp, naive: not timed"):  # there is nothing to divide by
         steps.measure("mlp", ["naive", "taylor"], 0, False, base="naive", batch=4)
+
+
+def test_first_steps_are_timed_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(startup, "COLUMNS", ("plain eager",))
+    found = startup.measure("mlp", threads=1)["columns"]
+    assert list(found) == ["plain eager, cold", "plain eager, warm"]
+    assert all(0 < of["first_call"] < 60 for of in found.values())
+    monkeypatch.setattr(startup, "COLUMNS", ("no such column",))
+    with pytest.raises(timing.WrongResult, match="mlp, no such column, cold: expected exit status 0, got 1"):
+        startup.measure("mlp")
 
 
 def test_epochs_are_summed_by_blocks():
