@@ -69,7 +69,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    rows = [measure(name, options.threads) for name in options.models]
-    write_json(options.json, rows, environment())
+    rows: list[Row] = []
+    for name in options.models:
+        rows.append(measure(name, options.threads))
+        write_json(options.json, rows, environment())
     print("\n".join(tables(rows)))
     return 0
