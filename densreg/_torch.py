@@ -73,6 +73,11 @@ def engine_needs(tensor: Tensor) -> bool:
         return True
 
 
+def keeps_graph() -> bool:
+    """Whether the running backward leaves its graph for another one (``retain_graph``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor was changed in place; documented, under this name only."""
     return tensor._version

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from densreg import _torch, directional, ops
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
+from densreg.head import check_head
 from densreg.second_order import hardsigmoid_under_compile, of_a_graph
 from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, restore_buffers, save_buffers, try_trained
 
@@ -90,6 +91,7 @@ class CompiledStep:
             _inform("the first training step compiles, which can take minutes; compile=False starts at once")
             start = time.perf_counter()
         with _LOCK, hardsigmoid_under_compile():
+            self._backend.of = spec, batch
             restore = self._configure()
             try:
                 result = self._compiled(spec, batch, *args, **kwargs)
@@ -98,11 +100,6 @@ class CompiledStep:
             except _torch.compile_error() as error:
                 failure = error
             else:
-                if self._backend.differentiated:  # a new graph
-                    others = self._backend.differentiated - {id(t) for t in (*spec.trained, *batch.xs)}
-                    self._backend.differentiated = set()
-                    if others:  # perhaps the criterion's alone: the graph does not say
-                        try_trained(spec, batch)
                 if first:
                     _inform(f"the first training step took {time.perf_counter() - start:.1f} s with its compilation")
                 # Dynamo's own count takes longer than the rest of this function: only where there can be so many.
@@ -113,6 +110,7 @@ class CompiledStep:
                 return result
             finally:
                 restore()
+                self._backend.of = None
         self._raise_error_in_eager(spec, batch, *args, **kwargs)
         raise_kept_tensor(spec, batch, failure)
         raise RuntimeError(
@@ -149,14 +147,20 @@ class CheckedBackend:
         self.penalized = penalized
         self.graphs = 0
         """How many were compiled."""
-        self.differentiated: set[int] = set()
-        """The ids of those inputs of the last one that require grad."""
+        self.of: tuple[StepSpec, Batch] | None = None
+        """What the running call was given."""
         self.stores = _torch.scoped_reductions if backend == "inductor" else contextlib.nullcontext
         self.inner = _torch.compiler_backend(backend, mode)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.graphs += 1
-        self.differentiated = {id(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad}
+        if self.of is not None:  # what raises here is compiled anew, and so checked again, in the next call
+            spec, batch = self.of
+            if spec.head is not None:
+                check_head(spec, batch)
+            known = {id(t) for t in (*spec.trained, *batch.xs)}
+            if any(t.requires_grad and id(t) not in known for t in inputs if isinstance(t, Tensor)):
+                try_trained(spec, batch)  # perhaps the criterion's alone: the graph does not say
         if any(_overrides_functions(t) for t in inputs):
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
         graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]

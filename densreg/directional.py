@@ -106,7 +106,18 @@ class _Extremum(NamedTuple):
         return self.both((flat.gather(-1, noted).view(shape), noted.view(shape)))
 
 
-_Rule = _Affine | _Branches | _MaxPool | _Extremum
+class _Constant(NamedTuple):
+    """A comparison or a sign, which tells others (where, masked_fill, an index) the piece they are on."""
+
+    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        y = func(*args, **kwargs)
+        return y, y.clone()
+
+    def again(self, noted: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return noted.clone()
+
+
+_Rule = _Affine | _Branches | _MaxPool | _Extremum | _Constant
 
 
 def _elu(positive: Tensor, x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -131,6 +142,21 @@ def _prelu(positive: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.where(positive, x, x * weight.view(-1, *[1] * (x.ndim - 2)))
 
 
+def _clamp(piece: tuple[Tensor | None, Tensor | None], x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    low, high = piece
+    x = x if low is None else torch.where(low, min, x)
+    return x if high is None else torch.where(high, max, x)
+
+
+def _outside(x: Tensor, min: Any = None, max: Any = None) -> tuple[Tensor | None, Tensor | None]:
+    """Where x is below min, and where what is left is above max."""
+    low = None if min is None else x < min
+    x = x if low is None else torch.where(low, min, x)
+    return low, None if max is None else x > max
+
+
+_between = _Branches(_outside, _clamp)
+_below = _Branches(lambda x, max: _outside(x, max=max), lambda piece, x, max: _clamp(piece, x, max=max))
 _positive = _Branches(lambda x, *_args, **_kwargs: x > 0, _elu)
 _RULES: dict[Callable, _Rule] = {
     **{
@@ -139,17 +165,18 @@ _RULES: dict[Callable, _Rule] = {
         for owner in (torch, Tensor)
         for inplace in ("", "_")
     },
+    **dict.fromkeys((torch.absolute, Tensor.absolute, Tensor.absolute_), _Affine(torch.abs, 0)),
     **dict.fromkeys((F.threshold, torch.threshold, torch.threshold_), _Affine(torch.threshold, 2)),
     F.relu: _Affine(torch.relu, 0),
     F.relu6: _Affine(F.relu6, 0),
     F.hardsigmoid: _Affine(F.hardsigmoid, 0),
-    F.hardtanh: _Affine(F.hardtanh, 2),
-    F.leaky_relu: _Affine(F.leaky_relu, 1),
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), _Affine(F.hardtanh, 2)),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _Affine(F.leaky_relu, 1)),
     F.softshrink: _Affine(F.softshrink, 1),
-    F.hardshrink: _Affine(F.hardshrink, 1),
+    **dict.fromkeys((F.hardshrink, Tensor.hardshrink), _Affine(F.hardshrink, 1)),
     **dict.fromkeys((F.elu, F.elu_), _positive),
     **dict.fromkeys((F.selu, torch.selu, torch.selu_), _positive._replace(value=_selu)),
-    torch.prelu: _positive._replace(value=_prelu),
+    **dict.fromkeys((torch.prelu, Tensor.prelu), _positive._replace(value=_prelu)),
     F.hardswish: _Branches(lambda x, **_kwargs: (x > -3).char() + (x >= 3).char(), _hardswish),
     **{
         getattr(owner, name): rule
@@ -170,6 +197,25 @@ _RULES: dict[Callable, _Rule] = {
         for owner in (torch, Tensor)
     },
     **{
+        getattr(owner, name): _Constant()
+        for name in (
+            "gt",
+            "ge",
+            "lt",
+            "le",
+            "eq",
+            "ne",
+            "greater",
+            "greater_equal",
+            "less",
+            "less_equal",
+            "not_equal",
+            "sign",
+            "sgn",
+        )
+        for owner in (torch, Tensor)
+    },
+    **{
         getattr(F, f"{kind}{dims}d{both}"): _MaxPool(getattr(F, f"{kind}{dims}d_with_indices"), dims, bool(both))
         for kind in ("max_pool", "adaptive_max_pool")
         for dims in (1, 2, 3)
@@ -185,7 +231,8 @@ def _rule(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> _Rule 
         return None
     others = [*args[1:], *kwargs.values()]
     if isinstance(rule, _Affine) and any(isinstance(bound, Tensor) for bound in others):
-        return None
+        named = func.__name__.startswith(("clamp", "clip")) and "out" not in kwargs
+        return (_below if "max" in func.__name__ else _between) if named else None
     if isinstance(rule, _Extremum) and args[0].ndim == 0:
         return None
     if isinstance(rule, _Extremum) and rule.both is not None:
@@ -247,8 +294,8 @@ class Pieces:
 
     Of ReLU, leaky ReLU, PReLU, ReLU6, ELU, SELU, hardswish, hardtanh, hardsigmoid, threshold, clamp, abs, softshrink,
     hardshrink, max pooling, maximum, max, amax and the like where they are called as functions of torch or
-    torch.nn.functional, as torch's modules do; not of kinks in anything else (where, sort, RReLU). What a checkpoint
-    computes again in the backward is on the pieces of where it is.
+    torch.nn.functional, as torch's modules do, and of what follows a comparison (where, masked_fill); not of kinks in
+    anything else (sort, RReLU). What a checkpoint computes again in the backward is on the pieces of where it is.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,6 @@ from densreg._torch import tree_leaves, tree_map
 from densreg.compiling import CompiledStep
 from densreg.head import (
     AUTO_CLASSES,
-    check_head,
     check_name,
     find_head,
     head_step,
@@ -104,11 +103,11 @@ class _AttachGradients(Function):
             )
         gradients = ctx.saved_tensors
         factor = incoming if ctx.factor is None else incoming * ctx.factor
-        # Reading the factor costs nothing on a CPU. Gradients that are not scaled are returned without a copy.
+        # Reading the factor costs nothing on a CPU. Gradients that are not scaled are returned without a copy, once.
         if factor.device.type != "cpu" or factor.item() != 1:
-            present = [g for g in gradients if g is not None]
-            scaled = iter(_torch.scaled(present, factor))
-            gradients = [None if g is None else next(scaled) for g in gradients]
+            gradients = _torch.scaled(list(gradients), factor)
+        elif _torch.keeps_graph():  # another backward will hand them out again
+            gradients = [g.clone() for g in gradients]
         else:
             gradients = _unalias(gradients)
         return None, None, None, *gradients
@@ -155,11 +154,11 @@ class _Scalar(Tensor):
         return self.detach().__reduce_ex__(protocol)
 
 
-def _unalias(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _unalias(gradients: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, no two of which share memory: w.grad is added to and clipped in place."""
     seen, result = set(), []
     for g in gradients:
-        if g is not None and g.layout == torch.strided:
+        if g.layout == torch.strided:
             memory = g.untyped_storage().data_ptr()
             g = g.clone() if memory in seen else g
             seen.add(memory)
@@ -293,7 +292,6 @@ class RegularizedObjective(nn.Module):
         self._checks = DifferenceChecks()
         self._value_checked = False
         self._one: Tensor | None = None
-        self._head_checked: set[tuple[bool, ...]] = set()
         self._interacting: dict[tuple, bool] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -337,7 +335,7 @@ class RegularizedObjective(nn.Module):
                 raise
             self._checks = DifferenceChecks()
             self._value_checked = False
-            self._head_checked, self._interacting = set(), {}
+            self._interacting = {}
 
     def _set(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -470,11 +468,13 @@ class RegularizedObjective(nn.Module):
             # CUDA graphs: the next replay would overwrite them.
             values = [t.clone() for t in values]
             gradients = [g if g is None else g.clone() for g in gradients]
-        loss = _AttachGradients.apply(values[0], factor, gradients, *spec.trained)
+        # As in torch what the loss does not depend on is no part of its graph: DDP has to know.
+        used = [w for w, g in zip(spec.trained, gradients, strict=True) if g is not None]
+        loss = _AttachGradients.apply(values[0], factor, [g for g in gradients if g is not None], *used)
         if spec.head is not None and logits:
             with torch.no_grad():
                 values[1] = F.linear(values[1], spec.head.weight, spec.head.bias)
-        of_batch, ce, penalty, *correct = _NoGradient.apply(values[1:], *spec.trained)
+        of_batch, ce, penalty, *correct = _NoGradient.apply(values[1:], *used)
         if spec.head is None:
             return ObjectiveOutput(loss, of_batch, ce, penalty)
         return HeadOutput(loss, of_batch if logits else None, ce, penalty, correct[0])
@@ -556,7 +556,7 @@ class RegularizedObjective(nn.Module):
 
     def _samples_interact(self, spec: StepSpec, batch: Batch) -> bool:
         """:func:`densreg.step.samples_interact`, tried once for each mode of the modules."""
-        mode = self._modes()
+        mode = tuple(module.training for module in self.model.modules())
         if mode not in self._interacting:
             found = samples_interact(spec, batch)
             if found is None:  # undecided: what is right either way, and another trial in the next step
@@ -564,15 +564,8 @@ class RegularizedObjective(nn.Module):
             self._interacting[mode] = found
         return self._interacting[mode]
 
-    def _modes(self) -> tuple[bool, ...]:
-        """Whether each module is in training mode: a model may do something else in eval mode."""
-        return tuple(module.training for module in self.model.modules())
-
     def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> Any:
         if self._compiled_step is not None:
-            if spec.head is not None and (mode := self._modes()) not in self._head_checked:
-                check_head(spec, args[0])
-                self._head_checked.add(mode)
             return self._compiled_step(spec, *args, **kwargs)
         if self.path == "directional":
             with _torch.without_gradient_hooks(spec.trained):
@@ -585,7 +578,7 @@ class RegularizedObjective(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
-        super().__setstate__({**new, **state, "_head_checked": set()})
+        super().__setstate__({**new, **state})
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -255,6 +255,23 @@ def labels_of(spec: StepSpec, target: Any) -> Any:
     return spec.labels(target) if trait(spec.regularizer, "needs_target") else None
 
 
+@contextlib.contextmanager
+def _open_gates(spec: StepSpec) -> Iterator[None]:
+    """Context in which no parameter is near 0 throughout, as gates are at first (ReZero, LayerScale), and hide a part.
+
+    Through ``.data``: to a graph that holds them nothing has changed.
+    """
+    parameters = [w.data for owner in _owners(spec) for w in owner.parameters() if w.numel()]
+    closed = [(w, w.clone()) for w in parameters if w.abs().amax() < 1e-2]
+    try:
+        for w, _ in closed:
+            w.copy_(0.1 * torch.arange(1.0, w.numel() + 1, device=w.device).sin().view(w.shape))
+        yield
+    finally:
+        for w, value in closed:
+            w.copy_(value)
+
+
 def samples_interact(spec: StepSpec, batch: Batch) -> bool | None:
     """Whether the logits of a sample, or what is kept in a buffer, depend on which samples are in the batch.
 
@@ -268,7 +285,10 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool | None:
     among = tuple(torch.where(ops.per_row(self_, x), x, 2 * x + 0.73) for x in copies.xs)
     states, saved = directional.random_states(device), save_buffers(spec)
     logits = []
-    with torch.no_grad():
+    amp, half = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    # Without autocast's cache, which would keep the opened gates.
+    uncached = torch.autocast(device.type, half, enabled=amp, cache_enabled=False)
+    with torch.no_grad(), uncached, _open_gates(spec):
         for each in (batch, copies._replace(xs=among)):
             with directional.replayed(states, device):
                 found = classify(spec, each)[0][1].float()
@@ -468,7 +488,7 @@ def _check_smooth(checks: DifferenceChecks, once: list[Tensor | None], twice: li
         warnings.warn(
             f'path "directional": with twice the step the gradient differs by {difference / max(length, 1e-30):.2g} of '
             "itself, so it is not to be relied on: there are kinks that are not of torch's own activations "
-            "(torch.where, sort), too curved a network (try central), or too coarse a dtype",
+            "(sort, RReLU), too curved a network (try central), or too coarse a dtype",
             RuntimeWarning,
             stacklevel=2,
         )

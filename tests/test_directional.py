@@ -289,7 +289,7 @@ def test_random_numbers_of_python_and_numpy_are_replayed_and_others_noticed():
 
     def until_they_differ():
         for _ in range(20):
-            model = _Skips(lambda: torch.rand((), generator=own)).double()
+            model = _Skips(lambda: float(torch.rand((), generator=own))).double()
             RegularizedObjective(model, 1.0, path="directional")(x, y)
 
     with pytest.raises(RuntimeError, match="perturbed forwards differ from the first"):
@@ -337,6 +337,17 @@ def test_random_numbers_of_python_and_numpy_are_replayed_and_others_noticed():
         Layer(lambda x: x.amax((2, 3), keepdim=True) + 0.1 * x),
         Layer(lambda x: x.max(-1, keepdim=True)[0] + 0.1 * x),
         Layer(lambda x: torch.min(x, dim=1).values[:, None] + 0.1 * x),
+        Layer(torch.absolute),
+        Layer(lambda x: x.prelu(x.new_full((16,), 0.25))),
+        Layer(lambda x: x.hardshrink(0.1)),
+        Layer(lambda x: F.hardtanh_(x + 0, -0.1, 0.1)),
+        Layer(lambda x: F.leaky_relu_(x + 0, 0.2)),
+        Layer(lambda x: torch.where(x > 0, x, 0.1 * x)),
+        Layer(lambda x: x.masked_fill(torch.less(x, 0), 0)),
+        Layer(lambda x: x * (x >= 0)),
+        Layer(lambda x: x * x.sign()),
+        Layer(lambda x: torch.clamp(x, -torch.ones(16, 1, 1) / 10, max=torch.ones(()) / 10)),
+        Layer(lambda x: x.clamp_max(torch.zeros(()))),
         Layer(lambda x: x.max() + 0.1 * x),
     ],
     ids=str,
@@ -360,7 +371,7 @@ def test_kinks_do_not_count(layer, central):
 
 def test_kinks_of_other_functions_are_noticed():
     model = nn.Sequential(
-        *(nn.Conv2d(3, 16, 3), Layer(lambda x: torch.where(x > 0, x, 0.1 * x)), nn.Conv2d(16, 16, 3), nn.ReLU()),
+        *(nn.Conv2d(3, 16, 3), Layer(lambda x: x.sort(1)[0]), nn.Conv2d(16, 16, 3), nn.ReLU()),
         *(nn.Flatten(), nn.LazyLinear(5)),
     )
     x, y = torch.randn(16, 3, 16, 16), torch.randint(5, (16,))

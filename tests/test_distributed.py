@@ -165,6 +165,25 @@ for model, encoder in ((DDP(network()), None), (DDP(network(), find_unused_param
     for a, b in zip(gradients(model, encoder), expected, strict=True):
         torch.testing.assert_close(a, b)
 assert max(g.abs().max() for g in expected if g is not None) > 1e-3
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = network(), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+def twice(compiled, find):
+    objective = RegularizedObjective(Unused(), 0.5, compile=compiled, backend="aot_eager")
+    model = DDP(objective, find_unused_parameters=find)
+    for _ in range(2):
+        model(x.detach(), y).loss.backward()
+    return [w.grad for w in objective.model.unused.parameters()]
+
+for compiled in (False, True):  # as in torch: an error, or no gradient, and no zeros that a weight decay goes by
+    refused(RuntimeError, "Expected to have finished reduction", lambda: twice(compiled, False))
+    assert twice(compiled, True) == [None, None]
 print("refused", flush=True)
 os._exit(0)  # taking FSDP's process group down has crashed on torch 2.11
 """

@@ -393,23 +393,24 @@ def test_hidden_changes_of_the_logits_are_seen(change, compiled, fresh_dynamo):
         objective(x, torch.tensor([0, 1, 2]))
 
 
+@pytest.mark.parametrize("attribute", ["training", "calm"])
 @pytest.mark.parametrize("checked", [True, False], ids=["checked in train", "checked in eval"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_change_in_the_other_mode_is_seen(compiled, checked, fresh_dynamo):
+def test_a_change_in_the_other_mode_is_seen(compiled, checked, attribute, fresh_dynamo):
     """A change that Dynamo hides, in the mode in which the head was not checked: it raises, and is nowhere silent."""
 
     class Changed(_Changed):
         def forward(self, x):
-            return self.head(x) if self.training == checked else super().forward(x)
+            return self.head(x) if getattr(self, attribute) == checked else super().forward(x)
 
     torch.manual_seed(0)
     model, x, y = Changed(_CHANGES["data"][0]).double(), torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
     ours = densreg.RegularizedObjective(model, 0.5, compile=compiled, backend="aot_eager", head="head")
     expected = densreg.RegularizedObjective(model, 0.5, compile=False)
     for _ in range(2):
-        model.train(checked)
+        setattr(model, attribute, checked)
         torch.testing.assert_close(ours(x, y).penalty.detach(), expected(x, y).penalty.detach(), rtol=1e-12, atol=0)
-        model.train(not checked)
+        setattr(model, attribute, not checked)
         with pytest.raises(ValueError, match=r"it went through a property, as \.T or \.data"):
             ours(x, y)
 

@@ -139,6 +139,11 @@ def test_gradients_are_nobody_elses_memory():
     first = [g.clone() for g in gradients(model)]
     for w in model.parameters():
         w.grad.zero_()  # as an optimizer may
+    for _ in range(2):
+        again = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        assert relative_error(again, first) < 1e-12
+        for g in again:
+            g.data.zero_()
     loss.backward()
     assert relative_error(gradients(model), first) < 1e-12
 
@@ -817,8 +822,10 @@ def test_what_would_silently_get_no_gradient_is_refused(options, fresh_dynamo):
     x, teacher = torch.randn(5, 4, dtype=torch.float64), nn.Linear(4, 7).double()
     distilled = {"criterion": lambda f, y: F.mse_loss(f, teacher(x)), **options}
     for kind in ("hidden", "leaf", "computed", "adapter"):
-        with pytest.raises(ValueError, match=r"got one of shape \[4(, 4)?\], which would get no gradient"):
-            RegularizedObjective(_Elsewhere(kind), 1.0, **options)(x, Y)
+        objective = RegularizedObjective(_Elsewhere(kind), 1.0, **options)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"got one of shape \[4(, 4)?\], which would get no gradient"):
+                objective(x, Y)
     for kind in ("constant", "none"):  # what a criterion calls is not trained, as its documentation says
         model = _Elsewhere(kind)
         RegularizedObjective(model, 1.0, **distilled)(x, Y).loss.backward()
@@ -1284,6 +1291,35 @@ def test_fraction_of_a_head_that_is_still_zero():
         with torch.no_grad():
             model.head.weight.copy_(value)
         torch.testing.assert_close(objective(x, Y).logits.detach(), model(x).detach())
+
+
+class _Gated(nn.Module):
+    """A residual branch in which samples meet, behind a gate."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = nn.Linear(6, 6)
+        self.gate.weight.data.mul_(gate)
+
+    def forward(self, x):
+        return x + self.gate(F.batch_norm(x, None, None, training=True))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("gate", [0.0, 1e-6], ids=["ReZero", "LayerScale"])
+def test_fraction_of_a_gate_that_is_still_closed(gate, half):
+    """The trial opens it; of that autocast's cache keeps nothing."""
+    model, x = _Net(_Gated(gate)), torch.randn(5, 4)
+    objective, before = objective_of(model, fraction=0.4), copy.deepcopy(model.state_dict())
+    for value in (None, torch.eye(6)):
+        if value is not None:
+            model.body.gate.weight.data.copy_(value)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = objective(x, Y).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            torch.testing.assert_close(found.detach(), model(x).detach())
+        if value is None:
+            assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

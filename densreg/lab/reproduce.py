@@ -153,12 +153,17 @@ def _row(budget: Budget, data: str, model: str, method: str, p: float, coeff: fl
     config = config.complete()
     parts = [data, model, method]
     if config.coeff > 0:
-        parts += [f"p{config.p:g}", f"c{config.coeff:g}"]
+        parts += [f"p{_digits(config.p)}", f"c{_digits(config.coeff)}"]
     parts += [f"e{config.epochs}"]
     parts += [f"n{config.train_size}"] if config.train_size else []
     parts += [f"v{budget.val_size}"] if budget.val_size else []
     parts += [f"{key}={value}" for key, value in sorted(own.items())] + [f"s{seed}"]
     return Row(method, dataclasses.replace(config, out=str(Path(budget.runs) / "-".join(parts))))
+
+
+def _digits(number: float) -> str:
+    """A number as short as it can be read back, as others are in the name of another run."""
+    return short if float(short := f"{number:g}") == number else repr(number)
 
 
 def _match(budget: Budget, data: str, p: float) -> float:

@@ -322,6 +322,14 @@ def test_a_method_stays_what_it_is():
             rows_of("table1", wrong)
 
 
+def test_every_coefficient_has_a_run_of_its_own():
+    coeffs = (0.1, 0.1000001, 100000.0, 1000001.0, 1000002.0)
+    for budget in (Budget(coeff={"density": coeffs}), Budget(norms=tuple(1 + c for c in coeffs))):
+        rows = rows_of("table1", dataclasses.replace(budget, methods=("density",)))
+        assert len({row.config.out for row in rows}) == len(rows) == len(coeffs)
+    assert "-p1.1-c0.1-" in rows[0].config.out
+
+
 def test_a_coefficient_of_zero_has_a_label(command, tmp_path):
     sizes = ("--set", "pgd.steps=1", "leakage.steps=2", "pgd.eps=1,2")
     assert command("table1", *SMALL, "--methods", "density", "--coeff", "density=0,0.1", *sizes)[0] == 0
@@ -461,8 +469,9 @@ def test_files_of_an_earlier_call_do_not_stay(command, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-def test_a_run_of_another_configuration_is_not_gone_on_with(command, tmp_path):
-    """Coefficients that the name of a run does not tell apart."""
+def test_a_run_of_another_configuration_is_not_gone_on_with(command, tmp_path, monkeypatch):
+    """Of a name that does not tell coefficients apart."""
+    monkeypatch.setattr(reproduce, "_digits", "{:g}".format)
     arguments = ("table1", *SMALL, "--methods", "density", "--set", "pgd.steps=1", "leakage.steps=2", "--coeff")
     assert command(*arguments, "density=0.12345671")[0] == 0
     first = _table(tmp_path / "runs" / "reproduce" / "table1")
