@@ -257,9 +257,9 @@ def labels_of(spec: StepSpec, target: Any) -> Any:
 
 @contextlib.contextmanager
 def _open_gates(spec: StepSpec) -> Iterator[None]:
-    """Context in which no parameter is near 0 throughout, as gates are at first (ReZero, LayerScale), and hide a part.
+    """Context in which parameters that are all near 0 are not: a gate (ReZero, LayerScale) hides what is behind it.
 
-    Through ``.data``: to a graph that holds them nothing has changed.
+    They are changed through ``.data``, unseen by a graph that holds them.
     """
     parameters = [w.data for owner in _owners(spec) for w in owner.parameters() if w.numel()]
     closed = [(w, w.clone()) for w in parameters if w.abs().amax() < 1e-2]
