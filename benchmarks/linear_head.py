@@ -10,7 +10,8 @@ of which the features are the inputs; trunk "mlp" is two layers of 1024 below it
     compiled       that, F.linear and the trunk in one graph with its gradients, by torch.compile (inductor)
     head           densreg.linear_density_loss, in eager
     head compiled  that in one graph, as above
-    products       the head's matrix products alone, tile by tile: 7 of 2 B C D; every ratio is to it
+    products       the head's matrix products alone, tile by tile: 6 of 2 B C D, of more rows than features up to 7;
+                   every ratio is to it
 
 Before anything is timed the gradients are compared with float64, in plain torch and tile by tile. Memory is what a step
 allocates at its peak, the gradients included; "weight's gradient" is that of the weight alone. A column that would take
@@ -101,17 +102,23 @@ def steps_of(trunk: nn.Module, head: nn.Linear, x: Tensor, y: Tensor) -> dict[st
 def products(rows: int, head: nn.Linear) -> Callable[[], Any]:
     """The matrix products of the linear head, in its tiles and nothing between them."""
     weight = head.weight.detach()
-    h, both = (torch.randn(n, weight.shape[1], device=weight.device, dtype=weight.dtype) for n in (rows, 2 * rows))
+    both = torch.randn(2 * rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    h = both[:rows]
     tile = linear.tile_size(h)
 
     def run() -> Tensor:
         dw = torch.empty_like(weight)
+        kept = linear.kept_tiles(dw, rows, linear.accumulation_dtype(dw.dtype), tile)
         for k in range(0, len(weight), tile):
             w = weight[k : k + tile]
             _ = (h @ w.t()) @ w
         for k in range(0, len(weight), tile):
             w = weight[k : k + tile]
-            st = both @ w.t()
+            st = both.new_empty(len(both), len(w))
+            if next(kept, None) is None:
+                torch.mm(both, w.t(), out=st)
+            else:
+                torch.mm(both[rows:], w.t(), out=st[rows:])
             _ = st[:rows] @ w
             torch.mm(st.t(), both, out=dw[k : k + tile])
         return dw

@@ -45,14 +45,14 @@ OPERATORS = ("sharded_density", "sharded_density_backward")
 _library = torch.library.Library("densreg", "FRAGMENT")
 _library.define(
     "sharded_density(Tensor h, Tensor weight, Tensor? bias, Tensor target, int ignore_index, int? classes,"
-    " ScalarType dtype, int? tile, bool need_score, bool need_mean, str group)"
+    " ScalarType dtype, int? tile, bool need_score, bool need_mean, bool keep, str group)"
     " -> (Tensor rest, Tensor own, Tensor mean, Tensor score, Tensor correct, Tensor features, Tensor at,"
-    " Tensor density, Tensor numbers)"
+    " Tensor density, Tensor numbers, Tensor kept)"
 )
 _library.define(
     "sharded_density_backward(Tensor features, Tensor weight, Tensor? bias, Tensor at, Tensor density, Tensor rest,"
-    " Tensor r, Tensor g, Tensor? q, Tensor? u, Tensor? dot, ScalarType dtype, int? tile, bool[] needs, str group)"
-    " -> (Tensor, Tensor, Tensor)"
+    " Tensor r, Tensor g, Tensor? q, Tensor? u, Tensor? dot, Tensor(a!)? kept, ScalarType dtype, int? tile,"
+    " bool[] needs, str group) -> (Tensor, Tensor, Tensor)"
 )
 
 _ONCE = (
@@ -178,6 +178,7 @@ def _forward(
     tile: int | None,
     need_score: bool,
     need_mean: bool,
+    keep: bool,
     name: str,
 ) -> tuple[Tensor, ...]:
     """The operator ``sharded_density``.
@@ -186,13 +187,13 @@ def _forward(
         h, target: of this process's B rows. Targets are classes of all shards.
         weight, bias: of this process's classes, maybe none.
         classes: how many there are in all shards, to be checked; None for any number.
-        need_score, need_mean: as in ``linear_density``.
+        need_score, need_mean, keep: as in ``linear_density``.
         name: of the process group.
 
     Returns:
         ``(rest, own, mean, score, correct)`` of this process's rows, as ``linear_density`` gives them; of all rows the
-        features [N B, D], the target's place in this shard (-1: not here), L (float64); and two numbers in float64: the
-        targets that count, over the number of processes, and all classes.
+        features [N B, D], the target's place in this shard (-1: not here), L (float64); two numbers in float64: the
+        targets that count, over the number of processes, and all classes; and ``kept`` of this shard.
     """
     group, shard = _torch.group_named(name), len(weight)
     same: dict[str, Any] = {"h: shape": list(h.shape), "h: dtype": h.dtype, "products: dtype": dtype}
@@ -206,7 +207,9 @@ def _forward(
     at = (targets - first).masked_fill(~here, -1)
     features = _gather(h, group)
     tile = linear.tile_size(features) if tile is None else tile
-    m, ref, z, own, score = linear.tiles_forward(features, weight, bias, at, dtype, tile, need_score)
+    kept = weight.new_empty(weight.shape if keep else 0)
+    into = kept if keep else None
+    m, ref, z, own, score = linear.tiles_forward(features, weight, bias, at, dtype, tile, need_score, into)
     largest, top = _reduce(torch.stack([m.double(), ref.double()]), dist.ReduceOp.MAX, group)
     z = z * (ref.double() - linear.finite(top)).exp().masked_fill(z == math.inf, 1)
     sums = [z, own]
@@ -223,7 +226,7 @@ def _forward(
     correct = ((own > largest) & counts)[mine].clone()
     counted = counts.sum(dtype=torch.float64) / dist.get_world_size(group)
     numbers = torch.stack([counted, counted.new_full((), total)])
-    return rest[mine].clone(), own[mine].clone(), mean, score, correct, features, at, density, numbers
+    return rest[mine].clone(), own[mine].clone(), mean, score, correct, features, at, density, numbers, kept
 
 
 @linear._as_given
@@ -239,6 +242,7 @@ def _backward(
     q: Tensor | None,
     u: Tensor | None,
     dot: Tensor | None,
+    kept: Tensor | None,
     dtype: torch.dtype,
     tile: int | None,
     needs: list[bool],
@@ -251,6 +255,7 @@ def _backward(
     Args:
         features, at, density: the forward's, of all rows.
         rest, r, g, q, u, dot: of this process's rows, as for ``linear_density_backward``; q over the number of classes.
+        kept: as there.
     """
     group = _torch.group_named(name)
     world, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -264,23 +269,25 @@ def _backward(
     tile = linear.tile_size(features) if tile is None else tile
     factor, g, q, dot = of_all  # type: ignore[assignment]
     dh, dw, db = linear.tiles_backward(
-        features, weight, bias, at, density, factor, g, q, whole_u, dot, dtype, tile, needs
+        features, weight, bias, at, density, factor, g, q, whole_u, dot, dtype, tile, needs, kept
     )
+    dw = dw if kept is None else dw.new_empty(0)
     dh = _scatter_sum(dh, group) * world if needs[0] else dh[mine].clone()
     return dh.to(features.dtype), dw, db if bias is None else db.to(bias.dtype)
 
 
-def _forward_fake(h, weight, bias, target, ignore_index, classes, dtype, tile, need_score, need_mean, group):
+def _forward_fake(h, weight, bias, target, ignore_index, classes, dtype, tile, need_score, need_mean, keep, group):
     rows = len(h) * dist.get_world_size(_torch.group_named(group))
     row = h.new_empty(len(h), dtype=torch.float64)
     score = h.new_empty(h.shape if need_score else 0, dtype=accumulation_dtype(dtype))
     mean, correct = row.new_empty(len(h) if need_mean else 0), torch.empty_like(row, dtype=torch.bool)
     of_all = h.new_empty(rows, h.shape[1]), target.new_empty(rows), row.new_empty(rows)
-    return row, torch.empty_like(row), mean, score, correct, *of_all, row.new_empty(2)
+    kept = weight.new_empty(weight.shape if keep else 0)
+    return row, torch.empty_like(row), mean, score, correct, *of_all, row.new_empty(2), kept
 
 
-def _backward_fake(features, weight, bias, at, density, rest, r, g, q, u, dot, dtype, tile, needs, group):
-    return linear.gradients_fake(features, len(r), weight, bias, dtype, needs)
+def _backward_fake(features, weight, bias, at, density, rest, r, g, q, u, dot, kept, dtype, tile, needs, group):
+    return linear.gradients_fake(features, len(r), weight, bias, dtype, needs, kept)
 
 
 linear.implement(_library, "sharded_density", _forward, _forward_fake)
@@ -301,14 +308,15 @@ class _ShardedDensity(_Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, weight, bias, _, _, _, dtype, tile, need_score, need_mean, group = inputs
-        rest, _, mean, score, correct, features, at, density, numbers = output
+        _, weight, bias, _, _, _, dtype, tile, need_score, need_mean, keep, group = inputs
+        rest, _, mean, score, correct, features, at, density, numbers, kept = output
+        ctx.kept = [kept] if keep else []
         ctx.options = (dtype, tile, group)
         ctx.need_score, ctx.need_mean = need_score, need_mean
         ctx.save_for_backward(weight, bias, features, at, density, rest, score, numbers)
         ctx.set_materialize_grads(False)
         absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
-        ctx.mark_non_differentiable(correct, features, at, density, numbers, *absent)
+        ctx.mark_non_differentiable(correct, features, at, density, numbers, kept, *absent)
 
     @staticmethod
     def backward(ctx, r, g, q, u, *_):
@@ -323,9 +331,13 @@ class _ShardedDensity(_Function):
         q = None if q is None else q / numbers[1]
         needs = list(ctx.needs_input_grad[:3])
         operator = torch.ops.densreg.sharded_density_backward
+        kept = ctx.kept.pop() if ctx.kept else None
         dtype, tile, group = ctx.options
-        grads = operator(features, weight, bias, at, density, rest, r, g, q, u, dot, dtype, tile, needs, group)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 8
+        dh, dw, db = operator(
+            features, weight, bias, at, density, rest, r, g, q, u, dot, kept, dtype, tile, needs, group
+        )
+        grads = (dh, dw if kept is None else kept, db)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -373,11 +385,13 @@ def _checked(name: str, check: Callable[[], Any]) -> Any:
         raise
 
 
-def _head(h, weight, bias, target, ignore_index, need_score, need_mean, classes, tile, group):
+def _head(h, weight, bias, target, ignore_index, need_score, need_mean, classes, tile, group, keep=False):
     """(rest, own, mean, score, correct, numbers), differentiable once."""
-    options = (linear.product_dtype(h, weight), tile, need_score, need_mean, group)
+    keep = keep and weight.requires_grad and torch.is_grad_enabled()
+    options = (linear.product_dtype(h, weight), tile, need_score, need_mean, keep, group)
     function = _ShardedDensity.plain if _transformed() else _ShardedDensity.call
-    rest, own, mean, score, correct, *_, numbers = function(h, weight, bias, target, ignore_index, classes, *options)
+    of_all = function(h, weight, bias, target, ignore_index, classes, *options)
+    rest, own, mean, score, correct, *_, numbers, _ = of_all
     return rest, own, mean, score, correct, numbers
 
 
@@ -479,7 +493,7 @@ def linear_density_loss(
 
     p, xs = _checked(name, check)
     rest, own, mean, score, _, numbers = _head(
-        h, weight, bias, target, ignore_index, True, label_smoothing > 0, classes, tile, name
+        h, weight, bias, target, ignore_index, True, label_smoothing > 0, classes, tile, name, keep=True
     )
     ce = linear.cross_entropy_rows(rest, own, mean, target == ignore_index, numbers[1], label_smoothing, margin)
     cross_entropy = (ce.sum() / numbers[0]).to(linear.row_dtype(h, weight))

@@ -1,14 +1,18 @@
-"""The penalized loss of a linear classifier from its features, without the logits [B, C] ever in memory.
+"""The penalized loss of a linear classifier from its features, which allocates no array of logits [B, C].
 
-``s = h W^T + b`` with features ``h [B, D]`` is taken in tiles of classes, and each tile's logits are made again in the
-backward. Memory is ``O(B D + C D + B tile)``, where the functions of the logits take three arrays of [B, C].
+``s = h W^T + b`` with features ``h [B, D]`` is taken in tiles of classes. Memory is ``O(B D + C D + B tile)``, where
+the functions of the logits take three arrays of [B, C].
+
+In a training step the logits wait for the backward where it will write the weight's gradient, [C, D]: all of them for
+B <= D, else those of D / B of the classes. Of the other classes, and where the caller may not go on to a backward at
+once, each tile's logits are made again.
 
 Notation: ``L = logsumexp(s)``, ``P = softmax(s)``, y the target, ``rest = log sum_{c != y} exp s_c``, ``own = s_y``.
 
     forward    rest, own, and the cotangent of the score's backward, G = dL/dh = P W     2 products of 2 B C D
     backward   upstream r of rest, g of own, U [B, D] of G;  T = U W^T,  d_b = <P, T>_b = U_b . G_b
                c = P (T - d + r exp(L - rest)) off the target,  g + P_y (T_y - d) at it
-               dh = c W,  dW = c^T h + P^T U,  db = sum_b c                              5 products of 2 B C D
+               dh = c W,  dW = c^T h + P^T U,  db = sum_b c               4 of them, and s again: 5
 
 Of rest and own the cross-entropy is ``softplus(rest - own)``, which keeps its digits where a sample is sure, and any
 function of the target's logit (a margin) is plain torch on [B] numbers. Rows are float64 in any precision: they cost
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,16 +41,16 @@ OPERATORS = ("linear_density", "linear_density_backward")
 _library = torch.library.Library("densreg", "FRAGMENT")
 _library.define(
     "linear_density(Tensor h, Tensor weight, Tensor? bias, Tensor? target, int ignore_index, ScalarType dtype,"
-    " int tile, bool need_score, bool need_mean)"
-    " -> (Tensor rest, Tensor own, Tensor mean, Tensor score, Tensor correct)"
+    " int tile, bool need_score, bool need_mean, bool keep)"
+    " -> (Tensor rest, Tensor own, Tensor mean, Tensor score, Tensor correct, Tensor kept)"
 )
 _library.define(
     "linear_density_backward(Tensor h, Tensor weight, Tensor? bias, Tensor? target, int ignore_index, Tensor rest,"
-    " Tensor own, Tensor r, Tensor g, Tensor? q, Tensor? u, Tensor? dot, ScalarType dtype, int tile, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor)"
+    " Tensor own, Tensor r, Tensor g, Tensor? q, Tensor? u, Tensor? dot, Tensor(a!)? kept, ScalarType dtype, int tile,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 
-_TILE_BYTES = {"cpu": 8 << 20}  # the [2B, tile] buffer: it should stay in the cache
+_TILE_BYTES = {"cpu": 6 << 20}  # the [2B, tile] buffer: it should stay in the cache
 _TILE_BYTES_ELSEWHERE = 64 << 20
 
 
@@ -138,10 +142,34 @@ def off_target_factor(r: Tensor, density: Tensor, rest: Tensor, dtype: torch.dty
     return factor if dtype == torch.float64 else factor.clamp(-1e38, 1e38)
 
 
+def kept_tiles(kept: Tensor | None, rows: int, dtype: torch.dtype, tile: int) -> Iterator[Tensor]:
+    """Places for the logits [B, n] of the first tiles, as many as fit into the memory of the weight's gradient.
+
+    They end where the memory ends: the gradient of a tile lies over none that has not been read yet.
+    """
+    if kept is None or not rows:
+        return iter(())
+    wide = max(1, dtype.itemsize // kept.itemsize)
+    flat = kept.view(-1)[: kept.numel() // wide * wide].view(dtype)
+    fit = len(flat) // rows
+    fit = len(kept) if fit >= len(kept) else fit // tile * tile
+    return (s.view(rows, -1) for s in flat[len(flat) - rows * fit :].split(rows * tile) if fit)
+
+
 def tiles_forward(
-    h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, dtype: torch.dtype, tile: int, need_score: bool
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    dtype: torch.dtype,
+    tile: int,
+    need_score: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Over the classes here without the target: what logsumexp and its gradient are made of.
+
+    Args:
+        kept: where to leave logits for the backward, of the shape of the weight; see :func:`kept_tiles`.
 
     Returns:
         ``(m, ref, z, own, score)``: the largest logit [B], ``ref`` [B] near it (-inf where there is no class),
@@ -156,9 +184,11 @@ def tiles_forward(
     score = h.new_zeros(h.shape if need_score else (0,), dtype=acc)
     buffer = h.new_empty(rows * min(tile, classes), dtype=acc)
     headroom = 12 * math.log(2) if dtype == torch.float16 else 0.0  # exp up to 2^12: more of it is above fp16's tiny
+    places = kept_tiles(kept, rows, acc, tile)
     for k in range(0, classes, tile):
         w = weight[k : k + tile].to(dtype)
-        s = _mm(h, w.t(), buffer[: rows * len(w)].view(rows, len(w)))
+        e = buffer[: rows * len(w)].view(rows, len(w))
+        s = _mm(h, w.t(), next(places, e))
         if bias is not None:
             s.add_(bias[k : k + tile])
         if y is not None:
@@ -169,12 +199,14 @@ def tiles_forward(
         m = torch.maximum(m, s.amax(1, keepdim=True))
         before, ref = ref, m.masked_fill(m == math.inf, 0) - headroom
         shift = ref.masked_fill(ref == -math.inf, 0)
-        s.sub_(shift).exp_()
+        torch.sub(s, shift, out=e).exp_()
+        if y is not None and s is not e:
+            s.scatter_(1, at, s_y)
         decay = (before.double() - shift).exp_()
-        z = z * decay + s.sum(1, keepdim=True)
+        z = z * decay + e.sum(1, keepdim=True)
         if need_score:
             # Added apart: into what is there already the product would add one class after the other.
-            score.mul_(decay.to(acc)).add_(_mm(s.to(dtype), w))
+            score.mul_(decay.to(acc)).add_(_mm(e.to(dtype), w))
     return m.squeeze(1), ref.squeeze(1), z.squeeze(1), own.squeeze(1).double(), score
 
 
@@ -192,6 +224,7 @@ def tiles_backward(
     dtype: torch.dtype,
     tile: int,
     needs: list[bool],
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in h, in the accumulation dtype, and in the weight and bias of the classes here, in theirs.
 
@@ -201,6 +234,7 @@ def tiles_backward(
         g: [B], added at the target.
         q: [B], added to every class, or None.
         u: U [B, D], or None, and dot = U . G [B].
+        kept: what :func:`tiles_forward` left logits in, or None; the gradient in the weight takes its place.
     """
     acc, rows, classes = accumulation_dtype(dtype), len(h), len(weight)
     scale, unit = 1.0, None
@@ -216,8 +250,11 @@ def tiles_backward(
     # P scale = exp(s - high) * correction: L, rounded, and what that costs, which goes into U, T, d and the factor
     high = (density - math.log(scale)).to(acc)
     correction = (high - density).exp() * scale
-    parts = [h.to(dtype)] if u is None else [h.to(dtype), (u * correction.unsqueeze(1)).to(dtype)]
-    both, swapped = torch.cat(parts), torch.cat(parts[::-1])
+    both = swapped = h = h.to(dtype)
+    if u is not None:
+        u = (u * correction.unsqueeze(1)).to(dtype)
+        stacked = torch.cat([h, u, h])
+        both, swapped = stacked[: 2 * rows], stacked[rows:]  # [h; U] and [U; h]
     d = torch.zeros_like(factor) if dot is None else dot
     off, at_y = ((t * correction).to(acc).unsqueeze(1) for t in (factor - d, -d))
     own_grad = (g * scale).to(acc).unsqueeze(1)
@@ -225,17 +262,22 @@ def tiles_backward(
     high = high.unsqueeze(1)
 
     dh = h.new_zeros(h.shape, dtype=acc)
-    dw = weight.new_empty(weight.shape if needs[1] else (0,))
+    dw = weight.new_empty(weight.shape if needs[1] else (0,)) if kept is None else kept
     db = h.new_empty(classes if needs[2] else 0, dtype=acc)
     buffer = h.new_empty(len(both) * min(tile, classes), dtype=acc)
+    places = kept_tiles(kept, rows, acc, tile)
     for k in range(0, classes, tile):
         w = weight[k : k + tile].to(dtype)
         n = len(w)
-        st = _mm(both, w.t(), buffer[: len(both) * n].view(len(both), n))  # [s; T] = [h; U] W^T
+        st = buffer[: len(both) * n].view(len(both), n)
         p, c = st[:rows], st[len(st) - rows :]  # c takes the place of T, or without U that of P
-        if bias is not None:
-            p.add_(bias[k : k + n])
-        p.sub_(high).exp_()
+        s = next(places, None)
+        if s is None:
+            _mm(both, w.t(), st)  # [s; T] = [h; U] W^T
+            s = p if bias is None else p.add_(bias[k : k + n])
+        elif u is not None:
+            _mm(u, w.t(), c)
+        torch.sub(s, high, out=p).exp_()
         if y is not None:
             inside, at = _in_tile(y, k, n)
             c_y = own_grad if u is None else own_grad + p.gather(1, at) * (c.gather(1, at) + at_y)
@@ -251,7 +293,7 @@ def tiles_backward(
             torch.sum(c, 0, out=db[k : k + n])
         if needs[0]:
             dh.add_(_mm(c.to(dtype), w))
-        if needs[1]:  # [P; c]^T [U; h]
+        if len(dw):  # [P; c]^T [U; h]
             if dtype == acc == dw.dtype:
                 torch.mm(st.t(), swapped, out=dw[k : k + n])
             else:
@@ -286,7 +328,8 @@ def _forward(
     tile: int,
     need_score: bool,
     need_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator ``linear_density``.
 
     Args:
@@ -298,16 +341,18 @@ def _forward(
         tile: classes in a tile.
         need_score: whether to compute G.
         need_mean: whether to compute the mean logit.
+        keep: whether to keep logits for the backward, in memory for the weight's gradient.
 
     Returns:
-        ``(rest [B], own [B], mean [B], score [B, D], correct [B])``. Rows are float64; for an ignored target
-        ``rest = L`` and ``own = 0``. The score is float32 (float64 for float64). ``correct`` is bool: the target's
-        logit is larger than every other. What was not asked for has shape [0].
+        ``(rest [B], own [B], mean [B], score [B, D], correct [B], kept [C, D])``. Rows are float64; for an ignored
+        target ``rest = L`` and ``own = 0``. The score is float32 (float64 for float64). ``correct`` is bool: the
+        target's logit is larger than every other. What was not asked for has shape [0].
     """
     if target is not None:
         check_range(target, len(weight), ignore_index)
     y = _classes(target, ignore_index)
-    m, ref, z, own, score = tiles_forward(h, weight, bias, y, dtype, tile, need_score)
+    kept = weight.new_empty(weight.shape if keep else 0)
+    m, ref, z, own, score = tiles_forward(h, weight, bias, y, dtype, tile, need_score, kept if keep else None)
     rest = finite(ref).double() + z.log()
     correct = torch.zeros_like(m, dtype=torch.bool) if y is None else (own > m) & (y >= 0)
     if need_score:
@@ -317,7 +362,7 @@ def _forward(
     mean = rest.new_empty(0)
     if need_mean:
         mean = sum_of_logits(h, weight, bias, score.dtype) / len(weight)
-    return rest, own, mean, score, correct
+    return rest, own, mean, score, correct, kept
 
 
 @_as_given
@@ -334,6 +379,7 @@ def _backward(
     q: Tensor | None,
     u: Tensor | None,
     dot: Tensor | None,
+    kept: Tensor | None,
     dtype: torch.dtype,
     tile: int,
     needs: list[bool],
@@ -344,33 +390,36 @@ def _backward(
         rest, own: the forward's.
         r, g, q, u: upstream gradients of rest, own, mean and score.
         dot: U . G, [B], with the forward's score.
+        kept: the forward's, or None. It becomes the gradient in the weight, and the one returned has shape [0].
     """
     y = _classes(target, ignore_index)
     density = joined(rest, own, y)
     factor = off_target_factor(r, density, rest, dtype)
     each = None if q is None else q / len(weight)
-    dh, dw, db = tiles_backward(h, weight, bias, y, density, factor, g, each, u, dot, dtype, tile, needs)
+    dh, dw, db = tiles_backward(h, weight, bias, y, density, factor, g, each, u, dot, dtype, tile, needs, kept)
+    dw = dw if kept is None else dw.new_empty(0)
     return dh.to(h.dtype), dw, db if bias is None else db.to(bias.dtype)
 
 
-def _forward_fake(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean):
+def _forward_fake(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean, keep):
     row = h.new_empty(len(h), dtype=torch.float64)
     score = h.new_empty(h.shape if need_score else 0, dtype=accumulation_dtype(dtype))
-    return row, torch.empty_like(row), row.new_empty(len(h) if need_mean else 0), score, row.bool()
+    kept = weight.new_empty(weight.shape if keep else 0)
+    return row, torch.empty_like(row), row.new_empty(len(h) if need_mean else 0), score, row.bool(), kept
 
 
-def gradients_fake(h, rows, weight, bias, dtype, needs):
+def gradients_fake(h, rows, weight, bias, dtype, needs, kept):
     """The shapes and dtypes of the gradients in ``rows`` of h, in weight and bias."""
     like = h.new_empty(0, dtype=accumulation_dtype(dtype)) if bias is None else bias
     return (
         h.new_empty(rows, h.shape[1]),
-        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape if needs[1] and kept is None else 0),
         like.new_empty(len(weight) if needs[2] else 0),
     )
 
 
-def _backward_fake(h, weight, bias, target, ignore_index, rest, own, r, g, q, u, dot, dtype, tile, needs):
-    return gradients_fake(h, len(h), weight, bias, dtype, needs)
+def _backward_fake(h, weight, bias, target, ignore_index, rest, own, r, g, q, u, dot, kept, dtype, tile, needs):
+    return gradients_fake(h, len(h), weight, bias, dtype, needs, kept)
 
 
 def implement(library: torch.library.Library, name: str, function: Callable, fake: Callable) -> None:
@@ -401,16 +450,15 @@ def _without_autocast(function: Callable) -> Callable:
 
 @torch.compiler.allow_in_graph
 class _LinearDensity(_Function):
-    """(rest, own, mean, score, correct), and their gradients, by the operators."""
+    """(rest, own, mean, score, correct, kept), and their gradients, by the operators."""
 
     @staticmethod
-    def forward(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean):
-        operator = torch.ops.densreg.linear_density
-        return operator(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean)
+    def forward(*args):
+        return torch.ops.densreg.linear_density(*args)
 
     @staticmethod
     @_without_autocast
-    def plain(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean):
+    def plain(h, weight, bias, target, ignore_index, dtype, tile, need_score, need_mean, keep):
         acc = accumulation_dtype(dtype)
         w = weight.to(acc)
         s = F.linear(h.to(acc), w, None if bias is None else bias.to(acc))
@@ -427,32 +475,37 @@ class _LinearDensity(_Function):
         rest = (shift + total.masked_fill(none, 1).log()).masked_fill(none, -math.inf)
         correct = own > m if counts is None else (own > m) & counts.squeeze(1)
         mean, score = s.mean(1).double() if need_mean else None, s.softmax(1) @ w if need_score else None
-        return rest, own.double(), mean, score, correct
+        return rest, own.double(), mean, score, correct, None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ignore_index, dtype, tile, need_score, need_mean = inputs
-        ctx.options = (ignore_index, dtype, tile, need_score, need_mean)
-        rest, own, mean, score, correct = output
+        *tensors, ignore_index, dtype, tile, need_score, need_mean, keep = inputs
+        ctx.options = (ignore_index, dtype, tile, need_score, need_mean, keep)
+        rest, own, mean, score, correct, kept = output
+        ctx.kept = [kept] if keep else []
         ctx.save_for_backward(*tensors, rest, own, score)
         ctx.set_materialize_grads(False)
         absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
-        ctx.mark_non_differentiable(correct, *absent)
+        ctx.mark_non_differentiable(correct, kept, *absent)
 
     @staticmethod
-    def backward(ctx, r, g, q, u, _correct):
+    def backward(ctx, r, g, q, u, *_):
         h, weight, bias, target, rest, own, score = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         if all(v is None for v in (r, g, q, u)):
-            return (None,) * 9
+            return (None,) * 10
         if not _undifferentiated():
-            return *_differentiable((h, weight, bias), needs, (r, g, q, u), target, ctx.options), *(None,) * 6
+            return *_differentiable((h, weight, bias), needs, (r, g, q, u), target, ctx.options), *(None,) * 7
         r, g = (torch.zeros_like(rest) if v is None else v for v in (r, g))
         dot = None if u is None else (u.double() * score).sum(1)
         ignore_index, dtype, tile = ctx.options[:3]
+        kept = ctx.kept.pop() if ctx.kept else None  # a second backward computes the logits again
         operator = torch.ops.densreg.linear_density_backward
-        grads = operator(h, weight, bias, target, ignore_index, rest, own, r, g, q, u, dot, dtype, tile, needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6
+        dh, dw, db = operator(
+            h, weight, bias, target, ignore_index, rest, own, r, g, q, u, dot, kept, dtype, tile, needs
+        )
+        grads = (dh, dw if kept is None else kept, db)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 7
 
 
 @_without_autocast
@@ -469,7 +522,7 @@ def _differentiable(tensors, needs, upstream, target, options):
     return [next(found) if need else None for need in needs]
 
 
-def _linear_density(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _linear_density(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`_LinearDensity`; under forward mode, torch.func and batched gradients plain torch on whole logits."""
     return _LinearDensity.plain(*args) if _transformed() else _LinearDensity.call(*args)
 
@@ -524,11 +577,24 @@ def product_dtype(h: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _head(
-    h, weight, bias=None, target=None, ignore_index=-100, need_score=False, need_mean=False, tile=None, dtype=None
+    h,
+    weight,
+    bias=None,
+    target=None,
+    ignore_index=-100,
+    need_score=False,
+    need_mean=False,
+    tile=None,
+    dtype=None,
+    keep=False,
 ):
-    """(rest, own, mean, score, correct), differentiable."""
-    options = (dtype or product_dtype(h, weight), tile_size(h) if tile is None else tile, need_score, need_mean)
-    return _linear_density(h, weight, bias, target, ignore_index, *options)
+    """(rest, own, mean, score, correct), differentiable.
+
+    ``keep``: whether logits are kept in the memory of the weight's gradient, which is then taken in the forward.
+    """
+    keep = keep and weight.requires_grad and torch.is_grad_enabled()
+    options = (dtype or product_dtype(h, weight), tile_size(h) if tile is None else tile, need_score, need_mean, keep)
+    return _linear_density(h, weight, bias, target, ignore_index, *options)[:5]
 
 
 def linear_log_density(h: Tensor, weight: Tensor, bias: Tensor | None = None, tile: int | None = None) -> Tensor:
@@ -726,7 +792,7 @@ def linear_loss_and_correct(
         if label_smoothing:
             raise ValueError("class_weight together with label_smoothing: expected one of them, got both")
         counts = class_weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0)
-    options = (ignore_index, x is not None, label_smoothing > 0, tile, dtype)
+    options = (ignore_index, x is not None, label_smoothing > 0, tile, dtype, True)
     rest, own, mean, score, correct = _head(h, weight, bias, target, *options)
     ce = cross_entropy_rows(rest, own, mean, ignored, classes, label_smoothing, margin)
     cross_entropy = ((ce * counts).sum() / counts.sum()).to(row_dtype(h, weight))

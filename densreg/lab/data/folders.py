@@ -38,15 +38,16 @@ def _image_files(folder: Path) -> list[Path]:
 
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected a folder with the images of a class")
-    files = sorted(file for file in _files(folder, folder.resolve().parents) if file.suffix.lower() in IMG_EXTENSIONS)
+    files = sorted(file for file in _files(folder) if file.suffix.lower() in IMG_EXTENSIONS)
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
     return files
 
 
-def _files(folder: Path, above: Sequence[Path]) -> Iterator[Path]:
+def _files(folder: Path, above: Sequence[Path] = ()) -> Iterator[Path]:
     """The files below a folder, in linked folders too; hidden ones are left out."""
     here = folder.resolve()
+    above = above or here.parents
     if here in above:
         raise DataError(f"{folder} is a link to a folder that it lies in, {here}; remove the link")
     for entry in _visible(folder):
