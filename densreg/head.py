@@ -34,8 +34,9 @@ from densreg.step import (
 AUTO_CLASSES = 100_000
 """From so many classes on ``head="auto"`` takes the head without logits: it costs no time there, and saves the memory.
 
-The step's time over that with logits, medians (batch 128, 512 features, 2 cores of an EPYC with AVX2): compiled 1.34 at
-1000 classes, 1.20 at 20,000, 0.99 at 100,000; in eager 1.21, 0.94, 0.85. No GPU was measured.
+The step's time over that with logits, medians (batch 128, 512 features, one core of an EPYC with AVX-512): compiled
+1.33 at 1000 classes, 0.99 at 20,000, 0.97 at 100,000; in eager 1.34, 1.00, 0.94. At batch 1024, which is more rows than
+features, compiled 1.15 at 21,841. No GPU was measured.
 """
 
 
