@@ -3,16 +3,16 @@
 ``s = h W^T + b`` with features ``h [B, D]`` is taken in tiles of classes. Memory is ``O(B D + C D + B tile)``, where
 the functions of the logits take three arrays of [B, C].
 
-In a training step the logits wait for the backward where it will write the weight's gradient, [C, D]: all of them for
-B <= D, else those of D / B of the classes. Of the other classes, and where the caller may not go on to a backward at
-once, each tile's logits are made again.
+In a training step the forward leaves the logits where the backward will write the weight's gradient, [C, D]: all of
+them for B <= D, else those of D / B of the classes. The others are computed again, tile by tile; so are all of them in
+functions whose caller may hold the graph for long, or never differentiate it.
 
 Notation: ``L = logsumexp(s)``, ``P = softmax(s)``, y the target, ``rest = log sum_{c != y} exp s_c``, ``own = s_y``.
 
     forward    rest, own, and the cotangent of the score's backward, G = dL/dh = P W     2 products of 2 B C D
     backward   upstream r of rest, g of own, U [B, D] of G;  T = U W^T,  d_b = <P, T>_b = U_b . G_b
                c = P (T - d + r exp(L - rest)) off the target,  g + P_y (T_y - d) at it
-               dh = c W,  dW = c^T h + P^T U,  db = sum_b c               4 of them, and s again: 5
+               dh = c W,  dW = c^T h + P^T U,  db = sum_b c               4 of them; 5 where s is computed again
 
 Of rest and own the cross-entropy is ``softplus(rest - own)``, which keeps its digits where a sample is sure, and any
 function of the target's logit (a margin) is plain torch on [B] numbers. Rows are float64 in any precision: they cost
@@ -145,7 +145,7 @@ def off_target_factor(r: Tensor, density: Tensor, rest: Tensor, dtype: torch.dty
 def kept_tiles(kept: Tensor | None, rows: int, dtype: torch.dtype, tile: int) -> Iterator[Tensor]:
     """Places for the logits [B, n] of the first tiles, as many as fit into the memory of the weight's gradient.
 
-    They end where the memory ends: the gradient of a tile lies over none that has not been read yet.
+    The last one ends where the memory ends, so that the gradient of a tile overwrites only logits that have been read.
     """
     if kept is None or not rows:
         return iter(())
