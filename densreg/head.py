@@ -32,11 +32,11 @@ from densreg.step import (
 )
 
 AUTO_CLASSES = 100_000
-"""From so many classes on ``head="auto"`` takes the head without logits: it costs no time there, and saves the memory.
+"""From so many classes on ``head="auto"`` takes the head without logits: it saves time there as well as memory.
 
-The step's time over that with logits, medians (batch 128, 512 features, one core of an EPYC with AVX-512): compiled
-1.33 at 1000 classes, 0.99 at 20,000, 0.97 at 100,000; in eager 1.34, 1.00, 0.94. At batch 1024, which is more rows than
-features, compiled 1.15 at 21,841. No GPU was measured.
+A step of the last layer over that with logits (512 features, two threads of an EPYC with AVX-512): at batch 128
+compiled 1.37 at 1000 classes, 0.94 at 21,841 and 0.81 at 100,000, in eager 1.50, 1.02 and 0.80; at batch 1024, which is
+more rows than features, compiled 1.09 at 21,841. No GPU was measured.
 """
 
 
