@@ -1,10 +1,10 @@
-"""How long the first step takes in a new process: with torch's caches on disk empty (cold), and filled by it (warm).
+"""How long the first step takes in a new process: with torch's caches on disk empty (cold), and filled (warm).
 
     python -m benchmarks startup [--models mlp resnet18 ...] [--threads 2] [--json FILE]
 
 The plain step and the objective's, as in `steps`, each in processes of its own with a folder of its own for the caches.
-What is timed is the first call: compilation, and one step. Imports are not. The objective's gradients are compared with
-float64 after both calls: a cache must not give another step's.
+What is timed is the first call: compilation, and one step. Imports are not. The gradients are compared with float64
+after each call, as a cache must not give another step's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def measure(name: str, threads: int | None = None) -> Row:
         with tempfile.TemporaryDirectory() as caches:
             variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches}
             for state in ("cold", "warm"):
-                child = subprocess.run([sys.executable, "-c", code, column], env=variables, stdout=-1, text=True)
+                child = subprocess.run(
+                    [sys.executable, "-c", code, column], env=variables, stdout=subprocess.PIPE, text=True
+                )
                 if child.returncode:
                     raise WrongResult(f"{name}, {column}, {state}: expected exit status 0, got {child.returncode}")
                 found[f"{column}, {state}"] = {"first_call": float(child.stdout.split()[-1])}

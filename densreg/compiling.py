@@ -91,7 +91,7 @@ class CompiledStep:
             _inform("the first training step compiles, which can take minutes; compile=False starts at once")
             start = time.perf_counter()
         with _LOCK, hardsigmoid_under_compile():
-            self._backend.of = spec, batch
+            self._backend.given = spec, batch
             restore = self._configure()
             try:
                 result = self._compiled(spec, batch, *args, **kwargs)
@@ -110,7 +110,7 @@ class CompiledStep:
                 return result
             finally:
                 restore()
-                self._backend.of = None
+                self._backend.given = None
         self._raise_error_in_eager(spec, batch, *args, **kwargs)
         raise_kept_tensor(spec, batch, failure)
         raise RuntimeError(
@@ -147,15 +147,15 @@ class CheckedBackend:
         self.penalized = penalized
         self.graphs = 0
         """How many were compiled."""
-        self.of: tuple[StepSpec, Batch] | None = None
+        self.given: tuple[StepSpec, Batch] | None = None
         """What the running call was given."""
         self.stores = _torch.scoped_reductions if backend == "inductor" else contextlib.nullcontext
         self.inner = _torch.compiler_backend(backend, mode)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.graphs += 1
-        if self.of is not None:  # what raises here is compiled anew, and so checked again, in the next call
-            spec, batch = self.of
+        if self.given is not None:  # what raises here is compiled anew, and so checked again, in the next call
+            spec, batch = self.given
             if spec.head is not None:
                 check_head(spec, batch)
             known = {id(t) for t in (*spec.trained, *batch.xs)}

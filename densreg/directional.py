@@ -199,19 +199,8 @@ _RULES: dict[Callable, _Rule] = {
     **{
         getattr(owner, name): _Constant()
         for name in (
-            "gt",
-            "ge",
-            "lt",
-            "le",
-            "eq",
-            "ne",
-            "greater",
-            "greater_equal",
-            "less",
-            "less_equal",
-            "not_equal",
-            "sign",
-            "sgn",
+            *("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal"),
+            *("sign", "sgn"),
         )
         for owner in (torch, Tensor)
     },

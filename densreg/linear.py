@@ -707,7 +707,9 @@ def linear_density_loss(
     margin: Callable[[Tensor], Tensor] | None = None,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`densreg.density_loss` of the logits ``h W^T + b``, which are never in memory as a whole.
+    """:func:`densreg.density_loss` of the logits ``h W^T + b``, for which no array [B, C] is allocated.
+
+    From the forward to the backward as many logits as fit lie in the memory of the weight's gradient, [C, D].
 
         h = trunk(x.requires_grad_())  # [B, D]
         loss, ce, penalty = densreg.linear_density_loss(h, head.weight, head.bias, y, x, coeff=0.1)

@@ -276,7 +276,7 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool | None:
     """Whether the logits of a sample, or what is kept in a buffer, depend on which samples are in the batch.
 
     Tried with one sample among its neighbours, and among others. None where the logits do not even depend on the
-    sample, as those of a head that is initialized to zero: they tell nothing yet.
+    sample: they tell nothing yet.
     """
     size, device = len(batch.xs[0]), batch.xs[0].device
     index = torch.full((size,), size // 2, device=device)

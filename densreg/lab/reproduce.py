@@ -162,7 +162,7 @@ def _row(budget: Budget, data: str, model: str, method: str, p: float, coeff: fl
 
 
 def _digits(number: float) -> str:
-    """A number as short as it can be read back, as others are in the name of another run."""
+    """Six significant digits, or all of them where six are another number's."""
     return short if float(short := f"{number:g}") == number else repr(number)
 
 
