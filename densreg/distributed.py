@@ -413,8 +413,8 @@ def linear_density_cross_entropy(
     Arguments and errors as for :func:`linear_density_loss`. The results can be differentiated once.
 
     Returns:
-        ``(cross_entropy [B], log_density [B], correct [B])`` of this process's rows: float32 (float64 for float64),
-        and bool.
+        ``(cross_entropy [B], log_density [B], correct [B])`` of this process's rows, float32 (float64 for float64) and
+        bool.
     """
     weight, bias, classes, name = _shard(weight, bias, classes, group)
 
@@ -449,8 +449,10 @@ def linear_density_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`densreg.linear_density_loss` with the classes split over processes, each of which has a part of the batch.
 
-        h = trunk(x.requires_grad_())  # [B, D]; the trunk's gradients are averaged over the processes
-        loss, ce, penalty = densreg.distributed.linear_density_loss(h, weight_shard, bias_shard, y, x, coeff=0.1)
+        h = trunk(x.requires_grad_())  # [B, D]
+        loss, ce, penalty = densreg.distributed.linear_density_loss(
+            h, weight_shard, bias_shard, y, x, coeff=0.1
+        )
 
     Every process calls it with the same number of rows, and runs the backward. The mean of what the processes return is
     what one process would return for the whole batch. The trunk's gradients must be averaged over the processes, as

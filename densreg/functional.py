@@ -585,8 +585,8 @@ def log_softmax_difference(logits: Tensor, k: int | Tensor) -> Tensor:
         [B], float32 (float64 for float64 logits). Differentiable to every order.
 
     Raises:
-        TypeError, ValueError: logits of another dtype or rank; k of another dtype, shape, device or range. The classes
-        in a tensor k are checked on the CPU, in eager mode: the result does not depend on them.
+        TypeError, ValueError: logits of another dtype or rank; k of another dtype, shape, device or range (that of a
+            tensor is checked on the CPU in eager mode only, as the result does not depend on it).
     """
     check_logits(logits)
     class_index(logits, k)  # raises

@@ -673,13 +673,12 @@ def linear_density_cross_entropy(
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: a target with this value has cross-entropy 0, and is not correct.
         margin: a differentiable function of the targets' logits, [B] float64 to [B], whose value the cross-entropy uses
-            in their place (``lambda s: s - 0.35`` is CosFace's). The log density is without margin. The gradients are
-            right for margins up to 80 (700 in float64); beyond that, they are cut off for samples whose target leads by
-            more than that.
+            in their place (``lambda s: s - 0.35`` is CosFace's). The log density is without margin. With margins above
+            80 (700 in float64) gradients are cut off for samples whose target leads by more than 80 (700).
 
     Returns:
-        ``(cross_entropy [B], log_density [B], correct [B])``: float32 (float64 for float64), and bool: the target's
-        logit (without margin) is larger than every other.
+        ``(cross_entropy [B], log_density [B], correct [B])``, float32 (float64 for float64) and bool; correct says
+        whether the target's logit, without margin, is larger than every other.
 
     Raises:
         TypeError, ValueError: what was given and what is expected. On CUDA a target out of range is a device assert.
@@ -709,7 +708,7 @@ def linear_density_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`densreg.density_loss` of the logits ``h W^T + b``, for which no array [B, C] is allocated.
 
-    From the forward to the backward as many logits as fit lie in the memory of the weight's gradient, [C, D].
+    The forward allocates the weight's gradient [C, D], which holds as many logits as fit until the backward.
 
         h = trunk(x.requires_grad_())  # [B, D]
         loss, ce, penalty = densreg.linear_density_loss(h, head.weight, head.bias, y, x, coeff=0.1)
@@ -723,7 +722,7 @@ def linear_density_loss(
         p: order of the norm, 1 <= p <= inf.
         label_smoothing: in [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: as in :func:`torch.nn.functional.cross_entropy`.
-        class_weight: [C], or None, as its ``weight``; not together with label smoothing.
+        class_weight: [C], or None, as ``weight`` of that function; not together with label smoothing.
         margin: as in :func:`linear_density_cross_entropy`; the penalty is that of the logits without margin.
 
     Returns:

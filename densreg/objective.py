@@ -54,10 +54,11 @@ class ObjectiveOutput(NamedTuple):
 
     The other fields are for inspection. A loss term made of them would train nothing, so its backward raises an error:
     put such a term into ``criterion``. ``.detach()`` turns them into constants; the logits need it before ``.numpy()``.
+    Scalars are float32 (float64 for float64 logits), but ``ce`` of a criterion as the criterion gives it.
 
     Attributes:
         loss: scalar, ``ce + coeff * penalty``.
-        logits: [B, C].
+        logits: [B, C], of the model's dtype.
         ce: scalar, the criterion; with auxiliary classifiers, theirs included.
         penalty: scalar, NaN where it was not computed: without gradients, and on the steps that ``interval`` skips.
     """
@@ -72,8 +73,10 @@ class HeadOutput(NamedTuple):
     """:class:`ObjectiveOutput` of an objective with ``head``, whose last layer is computed without logits.
 
     Attributes:
-        loss, ce, penalty: as there.
+        loss: as there.
         logits: [B, C] where they were asked for, ``objective(x, y, logits=True)``, else None.
+        ce: as there.
+        penalty: as there.
         correct: [B] bool, whether the target's logit is larger than every other: the accuracy is its mean. An ignored
             target is not correct.
     """
@@ -181,8 +184,8 @@ class RegularizedObjective(nn.Module):
             out.loss.backward()
             optimizer.step()
 
-    With F the cost of one forward pass, a plain step costs 3F, and this one 6F. Two options are cheaper, but change
-    what is optimized. With ``interval=k`` the penalty is part of every k-th step only, with k times the weight:
+    With F the cost of one forward pass, a plain step costs 3F, and a penalized one 6F. Two options are cheaper, but
+    change what is optimized. With ``interval=k`` the penalty is part of every k-th step only, with k times the weight,
     (3 + 3/k) F on average. With ``fraction=s`` it is computed on a random part of the batch, which goes through the
     model apart from the rest: (3 + 3s) F, an unbiased estimate. Where a layer uses batch statistics (BatchNorm in
     training mode) the part goes through the model once more, so that the cross-entropy and the running statistics stay
@@ -194,8 +197,7 @@ class RegularizedObjective(nn.Module):
     Every option is an attribute too (``compile`` as ``compiled``): an assigned value is checked and takes effect in the
     next step, which compiles again.
 
-    A sample whose score is exactly 0 is not penalized, so a model whose head is initialized to zero (torchvision's ViT)
-    has penalty 0 in the first step: :func:`densreg.density_penalty` says what the gradient is at 0 and near it.
+    :func:`densreg.density_penalty` says what the gradient is where a score is 0, as in a model with a zero head.
 
     Args:
         model: [B, ...] -> logits [B, C], with its parameters on one device; any ``torch.nn.Module``. torchvision's
@@ -209,8 +211,8 @@ class RegularizedObjective(nn.Module):
             kernels only, for models that cannot be differentiated twice (which :func:`densreg.check_model` finds out):
             see ``central``. It runs in eager mode.
         compile: whether the step is compiled, as one graph; where that is impossible the first call raises an error.
-        interval: k above, of a model in training mode; in eval mode every step has the penalty. None leaves it out of
-            every step, which is then a plain one.
+        interval: k above; counts in training mode only (in eval mode every step has the penalty). None leaves the
+            penalty out of every step.
         fraction: s above, 0 < s <= 1, rounded to at least one sample.
         criterion: (logits, target) -> scalar loss; None is the mean cross-entropy of [B] int64 classes. If it is a
             module its parameters are trained too.
@@ -218,7 +220,7 @@ class RegularizedObjective(nn.Module):
             are trained too; those of a module that a function merely calls are not.
         central: for path "directional": two perturbed forwards instead of one, 10F instead of 7F, with an error that
             is quadratic in the step instead of linear.
-        mode, backend: of :func:`torch.compile`.
+        mode, backend: as for :func:`torch.compile`.
         regularizer: the penalty: a name in the table of :mod:`densreg.regularizers`, with ``p`` as its order if it has
             one; or a regularizer with its own options, ``regularizers.Cure(h=3)``. All but the density penalty need a
             class for each sample, target [B] int64.
@@ -415,11 +417,14 @@ class RegularizedObjective(nn.Module):
                 ``scaler.scale(out.loss).backward()`` follows as usual.
             logits: with ``head``, whether to compute the logits too, without a graph.
 
+        Returns:
+            An :class:`ObjectiveOutput`, or a :class:`HeadOutput` of an objective with ``head``.
+
         Raises:
             TypeError, ValueError: what was given and what was expected.
-            RuntimeError: the step cannot be compiled as one graph, or loses second order there (the model calls an
-                autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be differentiated twice,
-                or the Hessian to be penalized is 0 because the model is piecewise linear.
+            RuntimeError: the step cannot be compiled as one graph, or would lose its second derivative there (the model
+                calls an autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be
+                differentiated twice, or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
         for module in (self, self.model):  # fully_shard may have come after the constructor
             _check_unsharded(module)
@@ -482,12 +487,15 @@ class RegularizedObjective(nn.Module):
     @torch.inference_mode(False)  # under which there are no gradients either
     @torch.enable_grad()
     def penalty(self, x: Inputs | Mapping[str, Any], target: Any = None) -> Tensor:
-        """The penalty's value, a scalar without a graph; the model's buffers (running statistics) stay as they are.
+        """The penalty's value; the model's buffers (running statistics) stay as they are.
 
         Args:
             x: as in :meth:`forward`.
             target: as in :meth:`forward`; the density penalty needs none. Penalties that draw random numbers use a
                 fixed seed.
+
+        Returns:
+            A scalar without a graph, float32 (float64 for float64 logits).
         """
         batch = leaves(detached_batch(_batch_of(x, self.penalized)))
         spec = self._with_head(self._spec(), batch)

@@ -263,8 +263,8 @@ def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor 
             sample from torch's global generator. The other paths ignore it.
 
     Returns:
-        The score, of the shape, dtype and device of x; a tuple for a sequence. For fp16 logits it is float32: the
-        backward runs on a scaled cotangent, which is divided out in float32.
+        The score, of the shape, dtype and device of x; a tuple for a sequence. It is float32 for fp16 logits, whose
+        backward runs on a scaled cotangent.
 
     Raises:
         TypeError, ValueError: what was given and what was expected; also for an x that does not require grad, and for

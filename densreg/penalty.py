@@ -48,8 +48,8 @@ def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused", reduction: str = "mean") -> Tensor:
     """``R = mean_b || grad_{x_b} logsumexp f(x_b) ||_p``, the density penalty (Yang et al., ECCV 2024).
 
-    Differentiable in the parameters, which is second order. Inside torch.compile, an ``autograd.Function`` of your own
-    in the model must be marked ``torch.compiler.allow_in_graph``: torch loses its second order there, without an error.
+    Differentiable in the parameters, by a double backward. Inside torch.compile, an ``autograd.Function`` of your own
+    in the model must be marked ``torch.compiler.allow_in_graph``: torch silently loses its second derivative there.
 
         x.requires_grad_()
         logits = model(x)
@@ -58,9 +58,9 @@ def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused"
 
     At a score g of exactly 0 the norm has no derivative. The gradient is then 0, as in torch: the sample is not
     penalized. So a network whose head is initialized to zero (torchvision's ViT) has penalty 0, with gradient 0, until
-    the cross-entropy has moved the head. Near 0 the gradient (for p = 2) is that of <u, g> with u = g / ||g||_2 held
-    fixed, and does not become small with g. Where the classes' gradients cancel in g, the rest carries their rounding
-    errors: in float32 the penalty and its gradient have a relative error of about 6e-8 max_i ||grad f_i|| / ||g||.
+    the cross-entropy has moved the head. Near 0 the gradient does not become small with g: for p = 2 it is that of
+    ``u . g`` with ``u = g / ||g||_2`` held fixed. Where the classes' gradients cancel in g, rounding errors remain: in
+    float32 the penalty and its gradient have a relative error of about ``6e-8 max_i ||grad f_i|| / ||g||``.
 
     Args:
         logits: [B, C], computed from x; fp16, bf16, fp32 or fp64.
@@ -74,8 +74,8 @@ def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused"
 
     Raises:
         TypeError, ValueError: what was given and what was expected.
-        RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice
-            (a backward in Python that detaches what it uses is not noticed: :func:`densreg.check_model` finds it).
+        RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice. A
+            backward in Python that detaches what it uses is found by :func:`densreg.check_model` only.
     """
     _check_reduction(reduction)
     p = functional.check_order(p)

@@ -8,14 +8,14 @@ are.
 
 With F a forward of the model, a plain training step costs 3F, and the step with
 
-    name            what is penalized, for each sample                               cost        paper
-    density         ||grad log sum exp f||_p                                         6F          Yang et al. 2024
-    input_gradient  ||grad f_y||_p                                                   6F          Srinivas, Fleuret 2021
-    loss_gradient   ||grad ce||_p                                                    6F          Drucker, LeCun 1992
-    score_matching  h + ||grad f_y||_2^2 / 2 + mu h^2, h ~ trace(Hess f_y)           12F         Srinivas, Fleuret 2021
-    ig_sum          ce(x') - ce(x) + beta ||IG(x, x')||_1, x' the worst near x       66F         Chen et al. 2019
-    hessian         ||Hess f_y v||_2^2, of mean ||Hess f_y||_F^2                     15F         Dombrowski et al. 2022
-    cure            ||grad ce(x + h z) - grad ce(x)||_2^2, z along sign(grad ce)     12F         Moosavi-Dezfooli 2019
+    name            what is penalized, for each sample                            cost
+    density         ||grad log sum exp f||_p                                      6F
+    input_gradient  ||grad f_y||_p                                                6F
+    loss_gradient   ||grad ce||_p                                                 6F
+    score_matching  h + ||grad f_y||_2^2 / 2 + mu h^2, h ~ trace(Hess f_y)        12F
+    ig_sum          ce(x') - ce(x) + beta ||IG(x, x')||_1, x' the worst near x    66F
+    hessian         ||Hess f_y v||_2^2, of mean ||Hess f_y||_F^2                  15F
+    cure            ||grad ce(x + h z) - grad ce(x)||_2^2, z along sign(grad ce)  12F
 
 Gradients and Hessians are in x, f_y is the label's logit, ce the cross-entropy, and the cost that of the default
 options. Each class says where it departs from its paper, and what is assumed. Where samples depend on each other
@@ -268,7 +268,8 @@ class IGSum(Traits):
     Args:
         beta: weight of ||IG||_1.
         eps: radius of the ball in the infinity norm, in pixels; x' is in [0, 1], as x must be.
-        segments, attack_segments: of the path from x to x'.
+        segments: of the path from x to x', in the penalty.
+        attack_segments: of that path, in the attack.
         steps: of the attack.
     """
 

@@ -268,7 +268,9 @@ class fast_second_order(_Mode):
     - convolutions (1d, 2d, 3d, transposed): every derivative of theirs is an ordinary forward, grad-input or
       grad-weight kernel, and ``torch.autograd.grad(..., inputs=[x])`` computes no weight gradient;
     - ``hardsigmoid`` (MobileNetV3), ``scaled_dot_product_attention`` and ``MultiheadAttention`` (ViT), whose backward
-      torch cannot differentiate, and ``normalize`` (Swin V2), whose second derivative is NaN at 0 in torch.
+      torch cannot differentiate;
+    - ``normalize`` (Swin V2), whose second derivative is NaN at 0 in torch, and ``weight_norm``, whose second
+      derivative is wrong in torch where the weight depends on the input.
 
     The forward must be inside. The backward may be inside, and must be with (non-reentrant) activation checkpoints,
     because it runs the forward again. Works inside torch.compile, in eager mode, and under autocast. Under torch.func,
@@ -389,7 +391,7 @@ class third_order(_Mode):
 
 
 class Finding(NamedTuple):
-    """A layer through which the penalty does not train, or not rightly.
+    """A layer through which the penalty's gradient is missing or wrong.
 
     Attributes:
         module: its name in the model, "" for the model itself.

@@ -50,7 +50,7 @@ def pgd(
             pixel).
 
     Returns:
-        clean, and lNORM_EPS for each budget: l2_1.5, linf_0.1.
+        clean, and lNORM_EPS for each budget (l2_1.5, linf_0.1).
 
     Raises:
         ValueError: an impossible budget, no normalisation in the model, or a gradient of it that is not finite, which

@@ -43,7 +43,7 @@ def autoattack(
         attacks: such as apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
 
     Returns:
-        clean, and lNORM_EPS for each budget, as :func:`densreg.lab.evaluation.attacks.pgd` has them: l2_1.5, linf_0.1.
+        clean, and lNORM_EPS for each budget (l2_1.5, linf_0.1), as :func:`densreg.lab.evaluation.attacks.pgd`.
 
     Raises:
         ValueError: fewer than 4 classes, for which the targeted attacks have no loss.

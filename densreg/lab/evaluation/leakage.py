@@ -45,9 +45,10 @@ def leakage(
         output: the label's "logit", "log_softmax" or "softmax".
 
     Returns:
-        l1, l2: mean over the images of the norm over the null tile; l1_sum, l2_sum: the sum over them. net: mean of the
-        absolute value of the attributions' sum over the tile, where their signs cancel. whole_l1, whole_l2: mean norm
-        over the whole image. share_l1, share_l2: mean over the images of the tile's norm in parts of the whole image's.
+        l1 and l2, the mean over the images of the norm over the null tile; l1_sum and l2_sum, the sum over them; net,
+        the mean of the absolute value of the attributions' sum over the tile, where their signs cancel; whole_l1 and
+        whole_l2, the mean norm over the whole image; share_l1 and share_l2, the mean over the images of the tile's norm
+        as a share of the whole image's.
 
     Raises:
         DataError: an image has no null tile.
