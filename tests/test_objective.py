@@ -1344,6 +1344,46 @@ def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynam
         torch.testing.assert_close(a, b)
 
 
+class _Counting(nn.Module):
+    """A model whose criterion keeps the frequencies of the classes in a buffer of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Checkpointed(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()))
+        self.head = nn.Linear(6, 7)
+        self.register_buffer("prior", torch.zeros(7))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def loss(self, logits, target):
+        with torch.no_grad():
+            self.prior.lerp_(F.one_hot(target, 7).to(self.prior).mean(0), 0.5)
+        return F.cross_entropy(logits + self.prior, target)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"interval": None},
+        {"regularizer": "cure"},
+        {"fraction": 0.4},
+        {"path": "directional"},
+        {"backend": "aot_eager", "compile": True},
+    ],
+)
+def test_a_criterion_may_update_the_models_buffers(options, fresh_dynamo):
+    model, x = _Counting().double(), torch.randn(5, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    objective = RegularizedObjective(model, 0.5, criterion=model.loss, **{"compile": False, **options})
+    for _ in range(2):
+        objective(x, Y).loss.backward()
+        twin.loss(twin(x), Y)
+    for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # compiling again and again
 
