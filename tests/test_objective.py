@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from reference import Checkpointed, Layer, Product, Sine, Subclass, by_autograd, gradients, nothing
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._higher_order_ops.map import map as torch_map
+from torch._higher_order_ops.scan import scan
 from torch.nn.utils import prune
 
 import densreg
@@ -869,6 +871,30 @@ def test_a_function_that_would_lose_second_order_is_refused(compiler, fresh_dyna
     plain = RegularizedObjective(net(), 1.0, backend=compiler, interval=None)  # there is no second order to lose
     plain(x, Y).loss.backward()
     assert relative_error(gradients(plain.model), by_autograd(net(), x, Y, 0.0)[1]) < 1e-10
+
+
+def _scanned(t: Tensor) -> Tensor:
+    return scan(lambda c, u: ((c / 2 + u).sin(), (c * u).exp()), torch.zeros_like(t[0]), t)[1]
+
+
+@pytest.mark.parametrize(
+    ("operator", "refused"),
+    [
+        (lambda t: torch_map(lambda u: u.sin() * u.exp(), t), True),
+        (lambda t: torch.cond(t.sum() > 0, lambda u: u.sin() * u.exp(), lambda u: u.cos() * u, (t,)), False),
+        (_scanned, False),
+        (lambda t: torch.func.vmap(torch.func.grad(lambda u: u.sin().exp().sum()))(t), False),
+    ],
+    ids=["map", "cond", "scan", "vmap(grad)"],
+)
+def test_higher_order_operators_are_right_or_refused(operator, refused, fresh_dynamo):
+    torch.manual_seed(0)
+    model, x = _Net(Layer(operator)).double(), torch.randn(5, 4, dtype=torch.float64)
+    if refused:
+        with pytest.raises(RuntimeError, match="loses without an error"):
+            objective_of(model, "aot_eager", 1.0)(x, Y)
+    objective_of(model, None if refused else "aot_eager", 1.0, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), by_autograd(model, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
 
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
