@@ -165,13 +165,9 @@ class CheckedBackend:
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
         graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
         # A plain step has no second order to lose.
-        if self.penalized and any(
-            "autograd_function_apply" in str(node.target) for each in graphs for node in each.graph.nodes
-        ):
-            raise RuntimeError(
-                "the model calls an autograd.Function, whose second order torch.compile loses without an error: mark "
-                "its class with torch.compiler.allow_in_graph"
-            )
+        for lossy, advice in _LOSES_SECOND_ORDER.items() if self.penalized else ():
+            if any(lossy in str(node.target) for each in graphs for node in each.graph.nodes):
+                raise RuntimeError(f"the model calls {advice}")
         with self.stores(), _torch.inductor_pass(GraphPasses()), _cacheable(graphs, inputs):
             return self.inner(graph, inputs)
 
@@ -179,6 +175,15 @@ class CheckedBackend:
         if name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+
+_LOSES_SECOND_ORDER = {
+    "autograd_function_apply": "an autograd.Function, whose second order torch.compile loses without an error: mark "
+    "its class with torch.compiler.allow_in_graph",
+    "map_impl": "map of torch's higher-order operators, whose second order torch.compile loses without an error: write "
+    "torch.vmap or a loop",
+}
+"""Names in Dynamo's graph, and what to say of them."""
 
 
 def _cacheable(graphs: Sequence[torch.fx.GraphModule], inputs: Sequence[Any]) -> AbstractContextManager:

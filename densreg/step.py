@@ -382,7 +382,9 @@ def whole_step(
                         penalized_logits = logits_of(xs)
                     of_xs = labels_of(spec, target if part is None else part)
                     penalty = regularizer(logits_of, penalized_logits, xs, of_xs).mean()
+                restore_buffers(saved)
                 ce = loss_of(spec, outputs, target)
+                saved = save_buffers(spec) if saved else []  # the criterion may be the model's, and update its buffers
             loss = ce if penalty is None else ce + coeff.to(penalty.dtype) * penalty
             gradients = gradients_of(spec, loss * scale.to(loss.dtype))
     restore_buffers(saved)
@@ -414,9 +416,9 @@ def directional_step(
     with pieces.recorded() if penalized and not apart else contextlib.nullcontext():
         outputs = classify(spec, batch if whole is None else whole)
     check_trained(spec, batch, outputs)
-    saved = save_buffers(spec)
     with torch.autocast(device.type, enabled=False):  # half precision would drown a difference
         ce = loss = total = loss_of(spec, outputs, target)
+        saved = save_buffers(spec)  # after the criterion, which may be the model's, and update its buffers
         penalty = torch.full_like(ce, float("nan"))
         if penalized:
 

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from reference import Checkpointed, Layer, Product, Sine, Subclass, by_autograd, gradients, nothing
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._higher_order_ops.map import map as torch_map
+from torch._higher_order_ops.scan import scan
 from torch.nn.utils import prune
 
 import densreg
@@ -871,6 +873,30 @@ def test_a_function_that_would_lose_second_order_is_refused(compiler, fresh_dyna
     assert relative_error(gradients(plain.model), by_autograd(net(), x, Y, 0.0)[1]) < 1e-10
 
 
+def _scanned(t: Tensor) -> Tensor:
+    return scan(lambda c, u: ((c / 2 + u).sin(), (c * u).exp()), torch.zeros_like(t[0]), t)[1]
+
+
+@pytest.mark.parametrize(
+    ("operator", "refused"),
+    [
+        (lambda t: torch_map(lambda u: u.sin() * u.exp(), t), True),
+        (lambda t: torch.cond(t.sum() > 0, lambda u: u.sin() * u.exp(), lambda u: u.cos() * u, (t,)), False),
+        (_scanned, False),
+        (lambda t: torch.func.vmap(torch.func.grad(lambda u: u.sin().exp().sum()))(t), False),
+    ],
+    ids=["map", "cond", "scan", "vmap(grad)"],
+)
+def test_higher_order_operators_are_right_or_refused(operator, refused, fresh_dynamo):
+    torch.manual_seed(0)
+    model, x = _Net(Layer(operator)).double(), torch.randn(5, 4, dtype=torch.float64)
+    if refused:
+        with pytest.raises(RuntimeError, match="loses without an error"):
+            objective_of(model, "aot_eager", 1.0)(x, Y)
+    objective_of(model, None if refused else "aot_eager", 1.0, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), by_autograd(model, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
+
+
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_a_hook_that_comes_later_counts(compiler, fresh_dynamo):
     model, twin = _Net(nn.Tanh()).double(), _Net(nn.Tanh()).double()
@@ -1342,6 +1368,46 @@ def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynam
     twin(x)
     for a, b in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class _Counting(nn.Module):
+    """A model whose criterion keeps the frequencies of the classes in a buffer of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Checkpointed(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()))
+        self.head = nn.Linear(6, 7)
+        self.register_buffer("prior", torch.zeros(7))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def loss(self, logits, target):
+        with torch.no_grad():
+            self.prior.lerp_(F.one_hot(target, 7).to(self.prior).mean(0), 0.5)
+        return F.cross_entropy(logits + self.prior, target)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"interval": None},
+        {"regularizer": "cure"},
+        {"fraction": 0.4},
+        {"path": "directional"},
+        {"backend": "aot_eager", "compile": True},
+    ],
+)
+def test_a_criterion_may_update_the_models_buffers(options, fresh_dynamo):
+    model, x = _Counting().double(), torch.randn(5, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    objective = RegularizedObjective(model, 0.5, criterion=model.loss, **{"compile": False, **options})
+    for _ in range(2):
+        objective(x, Y).loss.backward()
+        twin.loss(twin(x), Y)
+    for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
 
 
 # --------------------------------------------------------------------------------------------------------------------

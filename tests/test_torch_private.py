@@ -37,6 +37,7 @@ ALLOWED = {
         "torch._inductor.config",  # its caches, its random numbers and the pass that a user may have set
         "torch._C._dispatch_get_all_op_names",  # that no operator of densreg is forgotten
         "torch.overrides._get_current_function_mode_stack",  # that no mode is left behind
+        "torch._higher_order_ops",  # what a user's model may call, which has no public name yet
         "torch._foreach_mul_",  # a change in place that must be seen, as is the next
         "o.model._modules.update",
         "cli._parser()._actions",  # argparse's: the parser of one command
