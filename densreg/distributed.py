@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densreg import _torch, functional, linear, paths, penalty
-from densreg.functional import _Function, _transformed, _undifferentiated
+from densreg.functional import _Function, _undifferentiated
 from densreg.ops import accumulation_dtype
 from densreg.paths import Inputs
 
@@ -299,24 +299,21 @@ class _ShardedDensity(_Function):
     """The operators, differentiable once."""
 
     @staticmethod
-    def forward(*args):
-        return torch.ops.densreg.sharded_density(*args)
+    def forward(ctx, h, weight, bias, *args):
+        output = torch.ops.densreg.sharded_density(h, weight, bias, *args)
+        *_, dtype, tile, ctx.need_score, ctx.need_mean, keep, group = args
+        rest, _, mean, score, correct, features, at, density, numbers, kept = output
+        ctx.kept = [kept] if keep else []
+        ctx.options = (dtype, tile, group)
+        ctx.save_for_backward(weight, bias, features, at, density, rest, score, numbers)
+        ctx.set_materialize_grads(False)
+        absent = [t for t, here in ((score, ctx.need_score), (mean, ctx.need_mean)) if not here]
+        ctx.mark_non_differentiable(correct, features, at, density, numbers, kept, *absent)
+        return output
 
     @staticmethod
     def plain(*args):
         raise RuntimeError(_ONCE)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, weight, bias, _, _, _, dtype, tile, need_score, need_mean, keep, group = inputs
-        rest, _, mean, score, correct, features, at, density, numbers, kept = output
-        ctx.kept = [kept] if keep else []
-        ctx.options = (dtype, tile, group)
-        ctx.need_score, ctx.need_mean = need_score, need_mean
-        ctx.save_for_backward(weight, bias, features, at, density, rest, score, numbers)
-        ctx.set_materialize_grads(False)
-        absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
-        ctx.mark_non_differentiable(correct, features, at, density, numbers, kept, *absent)
 
     @staticmethod
     def backward(ctx, r, g, q, u, *_):
@@ -389,8 +386,7 @@ def _head(h, weight, bias, target, ignore_index, need_score, need_mean, classes,
     """(rest, own, mean, score, correct, numbers), differentiable once."""
     keep = keep and weight.requires_grad and torch.is_grad_enabled()
     options = (linear.product_dtype(h, weight), tile, need_score, need_mean, keep, group)
-    function = _ShardedDensity.plain if _transformed() else _ShardedDensity.call
-    of_all = function(h, weight, bias, target, ignore_index, classes, *options)
+    of_all = _ShardedDensity.call(h, weight, bias, target, ignore_index, classes, *options)
     rest, own, mean, score, correct, *_, numbers, _ = of_all
     return rest, own, mean, score, correct, numbers
 

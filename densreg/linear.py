@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densreg import functional, paths, penalty
-from densreg.functional import _Function, _transformed, _undifferentiated
+from densreg.functional import _Function, _undifferentiated
 from densreg.ops import accumulation_dtype
 from densreg.paths import Inputs
 
@@ -450,11 +450,20 @@ def _without_autocast(function: Callable) -> Callable:
 
 @torch.compiler.allow_in_graph
 class _LinearDensity(_Function):
-    """(rest, own, mean, score, correct, kept), and their gradients, by the operators."""
+    """(rest, own, mean, score, correct, kept), and their gradients, by the operators; plain is on whole logits."""
 
     @staticmethod
-    def forward(*args):
-        return torch.ops.densreg.linear_density(*args)
+    def forward(ctx, h, weight, bias, target, *options):
+        output = torch.ops.densreg.linear_density(h, weight, bias, target, *options)
+        rest, own, mean, score, correct, kept = output
+        ctx.options = options
+        *_, need_score, need_mean, keep = options
+        ctx.kept = [kept] if keep else []
+        ctx.save_for_backward(h, weight, bias, target, rest, own, score)
+        ctx.set_materialize_grads(False)
+        absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
+        ctx.mark_non_differentiable(correct, kept, *absent)
+        return output
 
     @staticmethod
     @_without_autocast
@@ -476,17 +485,6 @@ class _LinearDensity(_Function):
         correct = own > m if counts is None else (own > m) & counts.squeeze(1)
         mean, score = s.mean(1).double() if need_mean else None, s.softmax(1) @ w if need_score else None
         return rest, own.double(), mean, score, correct, None
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ignore_index, dtype, tile, need_score, need_mean, keep = inputs
-        ctx.options = (ignore_index, dtype, tile, need_score, need_mean, keep)
-        rest, own, mean, score, correct, kept = output
-        ctx.kept = [kept] if keep else []
-        ctx.save_for_backward(*tensors, rest, own, score)
-        ctx.set_materialize_grads(False)
-        absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
-        ctx.mark_non_differentiable(correct, kept, *absent)
 
     @staticmethod
     def backward(ctx, r, g, q, u, *_):
@@ -520,11 +518,6 @@ def _differentiable(tensors, needs, upstream, target, options):
         values, cotangents = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(values, wanted, cotangents, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
-
-
-def _linear_density(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:class:`_LinearDensity`; under forward mode, torch.func and batched gradients plain torch on whole logits."""
-    return _LinearDensity.plain(*args) if _transformed() else _LinearDensity.call(*args)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -594,7 +587,7 @@ def _head(
     """
     keep = keep and weight.requires_grad and torch.is_grad_enabled()
     options = (dtype or product_dtype(h, weight), tile_size(h) if tile is None else tile, need_score, need_mean, keep)
-    return _linear_density(h, weight, bias, target, ignore_index, *options)[:5]
+    return _LinearDensity.call(h, weight, bias, target, ignore_index, *options)[:5]
 
 
 def linear_log_density(h: Tensor, weight: Tensor, bias: Tensor | None = None, tile: int | None = None) -> Tensor:
