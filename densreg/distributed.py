@@ -166,7 +166,7 @@ def _raise_of_others(mine: str, group: Any) -> NoReturn:
 # the operators
 
 
-@linear._as_given
+@linear.as_given
 def _forward(
     h: Tensor,
     weight: Tensor,
@@ -217,10 +217,9 @@ def _forward(
         sums.append(linear.sum_of_logits(features, weight, bias, accumulation_dtype(dtype)))
     z, own, *of_logits = _reduce(torch.stack(sums), dist.ReduceOp.SUM, group)
     rest = linear.finite(top) + z.log()
-    density = linear.joined(rest, own, torch.where(counts, 0, -1))
+    density = linear.density_rows(rest, own, ~counts)
     if need_score:
-        places = at.clamp(min=0) if shard else None
-        score = _scatter_sum(linear.whole_score(score, ref, density, weight, places, own, here), group)
+        score = _scatter_sum(linear.whole_score(score, ref, density, weight, at if shard else None, own), group)
     mine = slice(dist.get_rank(group) * len(h), (dist.get_rank(group) + 1) * len(h))
     mean = of_logits[0][mine] / total if need_mean else rest.new_empty(0)
     correct = ((own > largest) & counts)[mine].clone()
@@ -229,7 +228,7 @@ def _forward(
     return rest[mine].clone(), own[mine].clone(), mean, score, correct, features, at, density, numbers, kept
 
 
-@linear._as_given
+@linear.as_given
 def _backward(
     features: Tensor,
     weight: Tensor,
