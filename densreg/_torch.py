@@ -36,7 +36,7 @@ _VMAP_OF_AUTOGRAD = torch._C._dispatch_key_parse("VmapMode")  # torch.func's is 
 
 
 def inside_func_transform() -> bool:
-    """Whether torch.func's transforms are active, of which a Function has to have ``setup_context``."""
+    """Whether torch.func's transforms are active."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -48,12 +48,6 @@ def inside_autograd_vmap() -> bool:
 def inside_forward_mode() -> bool:
     """Whether a level of ``torch.autograd.forward_ad`` is entered."""
     return torch.autograd.forward_ad._current_level >= 0
-
-
-def jvp_depth() -> int:
-    """How many of torch.func's transforms are a jvp."""
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from densreg.ops import accumulation_dtype
+from densreg.ops import accumulation_dtype, per_row
 
 NORMS = (2.0, math.inf)
 
@@ -31,10 +31,6 @@ def default_step_size(eps: float, steps: int) -> float:
     return 2.5 * eps / steps
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
 def _direction(gradient: Tensor, norm: float) -> Tensor:
     """The direction in which a step of length 1 in ``norm`` raises the loss most; 0 where the gradient is.
 
@@ -43,9 +39,9 @@ def _direction(gradient: Tensor, norm: float) -> Tensor:
     if norm == math.inf:
         return torch.where(gradient.isnan(), gradient, gradient.sign())
     # A confident classifier's gradient is so small that its squares are 0: scaled by the largest entry first.
-    largest = _per_sample(gradient.abs().flatten(1).amax(1), gradient)
+    largest = per_row(gradient.abs().flatten(1).amax(1), gradient)
     gradient = torch.where(largest == 0, 0.0, gradient / largest)
-    length = _per_sample(gradient.flatten(1).norm(dim=1), gradient)
+    length = per_row(gradient.flatten(1).norm(dim=1), gradient)
     return torch.where(length == 0, 0.0, gradient / length)
 
 
@@ -53,7 +49,7 @@ def project(delta: Tensor, norm: float, eps: float) -> Tensor:
     """The nearest point of the ball with radius eps around 0, for each sample of [B, ...]."""
     if norm == math.inf:
         return delta.clamp(-eps, eps)
-    length = _per_sample(delta.flatten(1).norm(dim=1), delta)
+    length = per_row(delta.flatten(1).norm(dim=1), delta)
     return torch.where(length > eps, delta * (eps / length), delta)
 
 
@@ -64,7 +60,7 @@ def uniform_in_ball(x: Tensor, norm: float, eps: float, generator: torch.Generat
     direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     radius = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device) ** (len(x) / max(x.numel(), 1))
     length = direction.flatten(1).norm(dim=1)
-    return eps * direction * _per_sample(radius / length, x)
+    return eps * direction * per_row(radius / length, x)
 
 
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densreg import _torch, directional, ops
+from densreg import _torch, ops
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
 from densreg.head import check_head
 from densreg.second_order import hardsigmoid_under_compile, of_a_graph
-from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, restore_buffers, save_buffers, try_trained
+from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, try_trained, without_trace
 
 OFTEN = 5
 """As many versions of a compiled step are taken for granted: a last batch of another size, skipped penalties."""
@@ -111,21 +111,13 @@ class CompiledStep:
             finally:
                 restore()
                 self._backend.given = None
-        self._raise_error_in_eager(spec, batch, *args, **kwargs)
+        with without_trace(spec, batch):  # an error of the step itself, if it has one, says more than Dynamo's
+            self.step(spec, batch, *args, **kwargs)
         raise_kept_tensor(spec, batch, failure)
         raise RuntimeError(
             f"the training step could not be compiled as one graph: {explanation(failure, spec.model, batch.xs)}; or "
             "compile=False, which runs it in eager, where there is no error (torch's own words are above in full)"
         ) from failure
-
-    def _raise_error_in_eager(self, spec: StepSpec, batch: Batch, *args: Any, **kwargs: Any) -> None:
-        """After a failed compilation: the error of the step itself, if it has one, says more than Dynamo's."""
-        saved, device = save_buffers(spec), batch.xs[0].device
-        try:
-            with directional.replayed(directional.random_states(device), device):
-                self.step(spec, batch, *args, **kwargs)
-        finally:
-            restore_buffers(saved)
 
     def _recompilations(self) -> str:
         """That the step is compiled again and again, and why."""

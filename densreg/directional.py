@@ -8,7 +8,7 @@ weights is that of ||g||_p. And <v, g> is a directional derivative of the log de
 
 Automatic differentiation takes ReLU for linear on either side of its kink; a difference sees the kinks that lie between
 x and x + h v, each of which adds 1/h to some weight's gradient. So the perturbed forwards use the pieces on which the
-units were at x (:class:`Pieces`); without that a ResNet-18's gradient was a hundred times too long.
+units were at x (:class:`Record`, :class:`Reuse`); without that a ResNet-18's gradient was a hundred times too long.
 """
 
 from __future__ import annotations
@@ -237,35 +237,45 @@ def _input_first(args: Sequence[Any], kwargs: dict[str, Any] | None) -> tuple[Se
     return ((kwargs.pop("input"),), kwargs) if not args and "input" in kwargs else (args, kwargs)
 
 
-class _Record(TorchFunctionMode):
-    """Notes the piece on which each unit is."""
+class _Pieces(TorchFunctionMode):
+    """A mode for the functions that have kinks."""
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        args, kwargs = _input_first(args, kwargs)
+        rule = _rule(func, args, kwargs)
+        return func(*args, **kwargs) if rule is None else self._call(rule, func, args, kwargs)
+
+    def _call(self, rule: _Rule, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class Record(_Pieces):
+    """Context in which a forward notes the piece on which each unit is, in a list.
+
+    Of ReLU, leaky ReLU, PReLU, ReLU6, ELU, SELU, hardswish, hardtanh, hardsigmoid, threshold, clamp, abs, softshrink,
+    hardshrink, max pooling, maximum, max, amax and the like where they are called as functions of torch or
+    torch.nn.functional, as torch's modules do, and of what follows a comparison (where, masked_fill); not of kinks in
+    anything else (sort, RReLU). What a checkpoint computes again in the backward is on the pieces of where it is.
+    """
 
     def __init__(self, pieces: list[tuple]) -> None:
         super().__init__()
         self.pieces = pieces
 
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        args, kwargs = _input_first(args, kwargs)
-        rule = _rule(func, args, kwargs)
-        if rule is None:
-            return func(*args, **kwargs)
+    def _call(self, rule, func, args, kwargs):
         y, piece = rule.note(func, args, kwargs)
         self.pieces.append((rule, args[0].shape, piece, y is args[0]))
         return y
 
 
-class _Reuse(TorchFunctionMode):
-    """Puts each unit on the piece that was noted."""
+class Reuse(_Pieces):
+    """Context in which another forward of the same model has each unit on the piece that was noted."""
 
     def __init__(self, pieces: list[tuple]) -> None:
         super().__init__()
         self.pieces = iter(pieces)
 
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        args, kwargs = _input_first(args, kwargs)
-        rule = _rule(func, args, kwargs)
-        if rule is None:
-            return func(*args, **kwargs)
+    def _call(self, rule, func, args, kwargs):
         noted, shape, piece, inplace = next(self.pieces, (None, None, None, False))
         if (noted, shape) != (rule, args[0].shape):
             raise RuntimeError(
@@ -276,26 +286,6 @@ class _Reuse(TorchFunctionMode):
             return rule.again(piece, *args, **kwargs)
         x, *others = args
         return x.copy_(rule.again(piece, x.clone(), *others, **kwargs))  # the backward may need what x was
-
-
-class Pieces:
-    """The pieces on which the units of a forward are, for other forwards of the same model.
-
-    Of ReLU, leaky ReLU, PReLU, ReLU6, ELU, SELU, hardswish, hardtanh, hardsigmoid, threshold, clamp, abs, softshrink,
-    hardshrink, max pooling, maximum, max, amax and the like where they are called as functions of torch or
-    torch.nn.functional, as torch's modules do, and of what follows a comparison (where, masked_fill); not of kinks in
-    anything else (sort, RReLU). What a checkpoint computes again in the backward is on the pieces of where it is.
-    """
-
-    def __init__(self) -> None:
-        self._pieces: list[tuple] = []
-
-    def recorded(self) -> TorchFunctionMode:
-        self._pieces.clear()
-        return _Record(self._pieces)
-
-    def reused(self) -> TorchFunctionMode:
-        return _Reuse(self._pieces)
 
 
 SMALLEST_INPUT = 1e-2

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densreg import _torch, functional, linear, paths, penalty
-from densreg.functional import _Function, _transformed, _undifferentiated
+from densreg.functional import _Function, _undifferentiated
 from densreg.ops import accumulation_dtype
 from densreg.paths import Inputs
 
@@ -166,7 +166,7 @@ def _raise_of_others(mine: str, group: Any) -> NoReturn:
 # the operators
 
 
-@linear._as_given
+@linear.as_given
 def _forward(
     h: Tensor,
     weight: Tensor,
@@ -217,10 +217,9 @@ def _forward(
         sums.append(linear.sum_of_logits(features, weight, bias, accumulation_dtype(dtype)))
     z, own, *of_logits = _reduce(torch.stack(sums), dist.ReduceOp.SUM, group)
     rest = linear.finite(top) + z.log()
-    density = linear.joined(rest, own, torch.where(counts, 0, -1))
+    density = linear.density_rows(rest, own, ~counts)
     if need_score:
-        places = at.clamp(min=0) if shard else None
-        score = _scatter_sum(linear.whole_score(score, ref, density, weight, places, own, here), group)
+        score = _scatter_sum(linear.whole_score(score, ref, density, weight, at if shard else None, own), group)
     mine = slice(dist.get_rank(group) * len(h), (dist.get_rank(group) + 1) * len(h))
     mean = of_logits[0][mine] / total if need_mean else rest.new_empty(0)
     correct = ((own > largest) & counts)[mine].clone()
@@ -229,7 +228,7 @@ def _forward(
     return rest[mine].clone(), own[mine].clone(), mean, score, correct, features, at, density, numbers, kept
 
 
-@linear._as_given
+@linear.as_given
 def _backward(
     features: Tensor,
     weight: Tensor,
@@ -299,24 +298,21 @@ class _ShardedDensity(_Function):
     """The operators, differentiable once."""
 
     @staticmethod
-    def forward(*args):
-        return torch.ops.densreg.sharded_density(*args)
+    def forward(ctx, h, weight, bias, *args):
+        output = torch.ops.densreg.sharded_density(h, weight, bias, *args)
+        *_, dtype, tile, ctx.need_score, ctx.need_mean, keep, group = args
+        rest, _, mean, score, correct, features, at, density, numbers, kept = output
+        ctx.kept = [kept] if keep else []
+        ctx.options = (dtype, tile, group)
+        ctx.save_for_backward(weight, bias, features, at, density, rest, score, numbers)
+        ctx.set_materialize_grads(False)
+        absent = [t for t, here in ((score, ctx.need_score), (mean, ctx.need_mean)) if not here]
+        ctx.mark_non_differentiable(correct, features, at, density, numbers, kept, *absent)
+        return output
 
     @staticmethod
     def plain(*args):
         raise RuntimeError(_ONCE)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, weight, bias, _, _, _, dtype, tile, need_score, need_mean, keep, group = inputs
-        rest, _, mean, score, correct, features, at, density, numbers, kept = output
-        ctx.kept = [kept] if keep else []
-        ctx.options = (dtype, tile, group)
-        ctx.need_score, ctx.need_mean = need_score, need_mean
-        ctx.save_for_backward(weight, bias, features, at, density, rest, score, numbers)
-        ctx.set_materialize_grads(False)
-        absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
-        ctx.mark_non_differentiable(correct, features, at, density, numbers, kept, *absent)
 
     @staticmethod
     def backward(ctx, r, g, q, u, *_):
@@ -389,8 +385,7 @@ def _head(h, weight, bias, target, ignore_index, need_score, need_mean, classes,
     """(rest, own, mean, score, correct, numbers), differentiable once."""
     keep = keep and weight.requires_grad and torch.is_grad_enabled()
     options = (linear.product_dtype(h, weight), tile, need_score, need_mean, keep, group)
-    function = _ShardedDensity.plain if _transformed() else _ShardedDensity.call
-    of_all = function(h, weight, bias, target, ignore_index, classes, *options)
+    of_all = _ShardedDensity.call(h, weight, bias, target, ignore_index, classes, *options)
     rest, own, mean, score, correct, *_, numbers, _ = of_all
     return rest, own, mean, score, correct, numbers
 

@@ -9,7 +9,7 @@ AOTAutograd then differentiates them as it finds them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,17 +34,13 @@ def _in_graph(function: type[Function]) -> Any:
 
 
 class _Function(Function):
-    """A Function for torch.func and torch.compile (``setup_context``), which eager calls reach by a shorter way.
+    """A Function of densreg's, which stands aside under transforms.
 
-    With ``setup_context`` torch binds default arguments at each call, which takes longer than a small kernel. So each
-    subclass has a twin without it, made of the same methods, for :meth:`call` outside of transforms.
-
-    In two places torch loses a Function's derivatives without a word: under the vmap of torch.autograd
-    (``is_grads_batched``, ``vectorize=True``) what a Function returns has no graph, and where forward mode is nested
-    the outer level's tangent is gone. There :meth:`call` takes ``plain``, which does the same in torch's own functions.
+    There :meth:`call` takes ``plain``, which does the same in torch's own functions. torch loses a Function's
+    derivatives without a word under the vmap of torch.autograd (``is_grads_batched``, ``vectorize=True``) and where
+    forward mode is nested, and calls one that torch.func can transform several times slower.
     """
 
-    twin: type[Function]
     plain: Callable[..., Any]
     in_graph: Callable[..., Any]
 
@@ -52,25 +48,9 @@ class _Function(Function):
         super().__init_subclass__()
         cls.in_graph = _in_graph(cls)
 
-        def forward(ctx, *args):
-            output = cls.forward(*args)
-            cls.setup_context(ctx, args, output)
-            return output
-
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
-        cls.twin = type(f"{cls.__name__}Twin", (Function,), methods | {"jvp": staticmethod(cls.jvp)})
-
     @classmethod
     def call(cls, *args):
-        if torch.compiler.is_compiling() or _torch.inside_func_transform():
-            return cls.plain(*args) if _loses_derivatives() else cls.apply(*args)
-        return cls.plain(*args) if _torch.inside_autograd_vmap() else cls.twin.apply(*args)
-
-
-@torch.compiler.assume_constant_result  # the transforms around a call are part of the code that is compiled
-def _loses_derivatives() -> bool:
-    """Whether torch would lose derivatives of a Function that is called now."""
-    return _torch.inside_autograd_vmap() or _torch.jvp_depth() > 1
+        return cls.plain(*args) if _transformed() else cls.apply(*args)
 
 
 @torch.compiler.assume_constant_result  # for code that is compiled, whose guards see to it
@@ -85,37 +65,11 @@ def _undifferentiated() -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# vmap: the operators take any number of rows, so a batch of calls is one call with more rows
-
-
-def _fold(info: Any, in_dims: tuple, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """[N, B, ...] (or [B, ...], repeated N times) -> [N * B, ...]."""
-    folded: list[Tensor | None] = []
-    for tensor, dim in zip(tensors, in_dims, strict=False):
-        if tensor is not None:
-            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            tensor = tensor.flatten(0, 1)
-        folded.append(tensor)
-    return folded
-
-
-def _unfold(info: Any, tensor: Tensor) -> Tensor:
-    """[N * B, ...] -> [N, B, ...]."""
-    return tensor.unflatten(0, (info.batch_size, tensor.shape[0] // max(info.batch_size, 1)))
-
-
-def _unfold_present(info: Any, tensors: Sequence[Tensor], present: Sequence[bool]) -> tuple[tuple, tuple]:
-    """:func:`_unfold` and the out_dims of several outputs; those that were not asked for have no batch."""
-    outputs = tuple(_unfold(info, t) if here else t for t, here in zip(tensors, present, strict=True))
-    return outputs, tuple(0 if here else None for here in present)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # log density, cross-entropy, softmax
 
 
 def _target_distribution(like: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
-    """q [B, C], a zero row where the target is ignored; only derivatives of third order and jvp need it whole."""
+    """q [B, C], a zero row where the target is ignored; only derivatives of third order need it whole."""
     ignored = (target == ignore_index).unsqueeze(1)
     q = torch.full_like(like, label_smoothing / like.shape[1])
     index = target.unsqueeze(1).masked_fill(ignored, 0)
@@ -144,7 +98,6 @@ def _save_source(
     written = ctx.need_softmax and softmax.dtype == statistics.dtype
     tensors = (softmax, None, target, None) if written else (logits, statistics, target, softmax if keep else None)
     ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
 
 
 def _probabilities(source: Tensor, statistics: Tensor | None, scale: float) -> Tensor:
@@ -153,28 +106,19 @@ def _probabilities(source: Tensor, statistics: Tensor | None, scale: float) -> T
     return wide / scale if statistics is None else torch.softmax(wide, 1)
 
 
-def _through_softmax(p: Tensor, v: Tensor) -> Tensor:
-    """``P (v - <P, v>)``: the softmax's gradient for a cotangent v, and its derivative along v."""
-    return p * (v - (p * v).sum(1, keepdim=True))
-
-
-def _softmax_gradient(p: Tensor, q: Any, l: Tensor | None, a: Tensor | None, u: Tensor | None) -> Tensor:
-    """``a (P - q) + l P + P (U - <P, U>)``, as :func:`densreg.ops.softmax_backward` has it, in differentiable torch."""
-    grad = torch.zeros_like(p)
-    if l is not None:
-        grad = grad + l.unsqueeze(1) * p
-    if a is not None:
-        grad = grad + a.unsqueeze(1) * (p - q)
-    return grad if u is None else grad + _through_softmax(p, u)
-
-
 @torch.compiler.allow_in_graph
 class _Softmax(_Function):
     """Order 0: (log_density, cross_entropy, scale * softmax) of the logits. See :func:`densreg.ops.softmax`."""
 
     @staticmethod
-    def forward(logits, target, label_smoothing, ignore_index, need_softmax, scale, keep):
-        return ops.softmax(logits, target, label_smoothing, ignore_index, need_softmax or keep, scale)
+    def forward(ctx, logits, target, label_smoothing, ignore_index, need_softmax, scale, keep):
+        output = ops.softmax(logits, target, label_smoothing, ignore_index, need_softmax or keep, scale)
+        _, cross_entropy, softmax, statistics = output
+        ctx.options, ctx.need_softmax, ctx.scale = (label_smoothing, ignore_index), need_softmax, scale
+        _save_source(ctx, logits, softmax, statistics, target, keep)
+        absent = [t for t, here in ((cross_entropy, target is not None), (softmax, need_softmax)) if not here]
+        ctx.mark_non_differentiable(statistics, *absent)
+        return output
 
     @staticmethod
     def plain(logits, target, label_smoothing, ignore_index, need_softmax, scale, keep):
@@ -188,52 +132,22 @@ class _Softmax(_Function):
         return torch.logsumexp(wide, 1), cross_entropy, y, None
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, target, *ctx.options, ctx.need_softmax, ctx.scale, keep = inputs
-        _, cross_entropy, softmax, statistics = output
-        _save_source(ctx, logits, softmax, statistics, target, keep)
-        absent = [t for t, here in ((cross_entropy, target is not None), (softmax, ctx.need_softmax)) if not here]
-        ctx.mark_non_differentiable(statistics, *absent)
-
-    @staticmethod
     def backward(ctx, l, a, u, _statistics):
         if l is None and a is None and u is None:
             return (None,) * 7
-        backward: Callable[..., Tensor] = _SoftmaxBackward.forward if _undifferentiated() else _SoftmaxBackward.call
-        return backward(*ctx.saved_tensors, l, a, u, *ctx.options, ctx.scale), *[None] * 6
-
-    @staticmethod
-    def jvp(ctx, logits, *_):
-        source, statistics, target, _ = ctx.saved_tensors
-        p = _probabilities(source, statistics, ctx.scale)
-        log_density = (p * logits).sum(1)
-        cross_entropy = y = None
-        if target is not None:
-            q = _target_distribution(p, target, *ctx.options)
-            cross_entropy = (log_density - (q * logits).sum(1)).masked_fill(target == ctx.options[1], 0)
-        if ctx.need_softmax:
-            y = (ctx.scale * p * (logits - log_density.unsqueeze(1))).to(source.dtype)
-        return log_density, cross_entropy, y, None
-
-    @staticmethod
-    def vmap(info, in_dims, logits, target, label_smoothing, ignore_index, need_softmax, scale, keep):
-        logits, target = _fold(info, in_dims, (logits, target))
-        *outputs, statistics = _Softmax.call(logits, target, label_smoothing, ignore_index, need_softmax, scale, keep)
-        outputs, out_dims = _unfold_present(info, outputs, (True, target is not None, need_softmax or keep))
-        return (*outputs, _unfold_statistics(info, statistics)), (*out_dims, 0)
+        return _softmax_backward(*ctx.saved_tensors, l, a, u, *ctx.options, ctx.scale), *[None] * 6
 
 
-def _unfold_statistics(info: Any, statistics: Tensor) -> Tensor:
-    """[2, N * B] -> [N, 2, B]."""
-    return _unfold(info, statistics.t()).mT
+def _for_operator(source: Tensor, statistics: Tensor | None, softmax: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What an operator takes P from: the softmax where there is one, which saves the exponentials."""
+    return (source, statistics) if softmax is None else (softmax, None)
 
 
-def _fold_statistics(info: Any, statistics: Tensor | None, dim: int | None) -> Tensor | None:
-    """The inverse of :func:`_unfold_statistics`."""
-    if statistics is None:
-        return None
-    batched = statistics.expand(info.batch_size, *statistics.shape) if dim is None else statistics.movedim(dim, 0)
-    return batched.mT.flatten(0, 1).t()
+def _softmax_backward(source, statistics, target, softmax, *others):
+    """:class:`_SoftmaxBackward`; its operator alone where nothing looks at what is computed."""
+    if not _undifferentiated():
+        return _SoftmaxBackward.call(source, statistics, target, softmax, *others)
+    return ops.softmax_backward(*_for_operator(source, statistics, softmax), target, *others)
 
 
 @torch.compiler.allow_in_graph
@@ -241,21 +155,24 @@ class _SoftmaxBackward(_Function):
     """Order 1: the gradient in the logits. See :func:`densreg.ops.softmax_backward`, also for l, a and U."""
 
     @staticmethod
-    def forward(source, statistics, target, softmax, l, a, u, label_smoothing, ignore_index, scale):
-        source, statistics = (source, statistics) if softmax is None else (softmax, None)
-        return ops.softmax_backward(source, statistics, target, l, a, u, label_smoothing, ignore_index, scale)
+    def forward(ctx, source, statistics, target, softmax, *others):
+        l, a, u, *options, ctx.scale = others
+        ctx.options = tuple(options)
+        ctx.save_for_backward(source, statistics, target, softmax, l, a, u)
+        return ops.softmax_backward(*_for_operator(source, statistics, softmax), target, *others)
 
     @staticmethod
     def plain(source, statistics, target, _softmax, l, a, u, label_smoothing, ignore_index, scale):
-        inputs = _SoftmaxBackward._wide(source, statistics, target, l, a, u, (label_smoothing, ignore_index), scale)
-        return _softmax_gradient(*inputs).to(source.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, label_smoothing, ignore_index, ctx.scale = inputs
-        ctx.options = (label_smoothing, ignore_index)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        options = (label_smoothing, ignore_index)
+        p, q, l, a, u = _SoftmaxBackward._wide(source, statistics, target, l, a, u, options, scale)
+        grad = torch.zeros_like(p)
+        if l is not None:
+            grad = grad + l.unsqueeze(1) * p
+        if a is not None:
+            grad = grad + a.unsqueeze(1) * (p - q)
+        if u is not None:
+            grad = grad + p * (u - (p * u).sum(1, keepdim=True))
+        return grad.to(source.dtype)
 
     @staticmethod
     def _wide(source, statistics, target, l, a, u, options, scale):
@@ -271,20 +188,17 @@ class _SoftmaxBackward(_Function):
         grads: list[Tensor | None] = [None] * 10
         needs_source, needs_l, needs_a, needs_u = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
         if u is None and statistics is not None and _undifferentiated():
-            p_source, p_statistics = (source, statistics) if softmax is None else (softmax, None)
-            of_p = (p_source, p_statistics, target, l, a)
-            grads[0], v_dot_p = ops.softmax_double_backward(*of_p, v, ctx.options[1])
+            of_p = _for_operator(source, statistics, softmax)
+            grads[0], v_dot_p = ops.softmax_double_backward(*of_p, target, l, a, v, ctx.options[1])
             if needs_l:
                 grads[4] = v_dot_p
             if needs_a:
-                grads[5] = _counted(
-                    v_dot_p - _target_dot(v.to(v_dot_p.dtype), target, *ctx.options), target, ctx.options
-                )
+                v_dot_q = _target_dot(v.to(v_dot_p.dtype), target, *ctx.options)
+                grads[5] = _counted(v_dot_p - v_dot_q, target, ctx.options)
             return tuple(grads)
 
         def through_softmax(grad: Tensor) -> Tensor:
-            backward: Callable[..., Tensor] = _SoftmaxBackward.forward if _undifferentiated() else _SoftmaxBackward.call
-            return backward(source, statistics, None, softmax, None, None, grad, *ctx.options, ctx.scale)
+            return _softmax_backward(source, statistics, None, softmax, None, None, grad, *ctx.options, ctx.scale)
 
         if needs_l or needs_a or (needs_source and u is not None):  # else the operator has what is needed of P
             p, q, *_, wide_u = _SoftmaxBackward._wide(source, statistics, target, l, a, u, ctx.options, ctx.scale)
@@ -314,27 +228,6 @@ class _SoftmaxBackward(_Function):
             grads[6] = through_softmax(v)
         return tuple(grads)
 
-    @staticmethod
-    def jvp(ctx, dsource, _statistics, _target, _softmax, dl, da, du, *_):
-        source, statistics, target, _, l, a, u = ctx.saved_tensors
-        p, q, l, a, u = _SoftmaxBackward._wide(source, statistics, target, l, a, u, ctx.options, ctx.scale)
-        du = None if du is None else du.to(p.dtype) * ctx.scale
-        tangent = _softmax_gradient(p, q, dl, _counted(da, target, ctx.options), du)
-        if dsource is not None:
-            dp = dsource.to(p.dtype) / ctx.scale if statistics is None else _through_softmax(p, dsource.to(p.dtype))
-            for weight in (l, a):
-                if weight is not None:
-                    tangent = tangent + weight.unsqueeze(1) * dp
-            if u is not None:
-                tangent = tangent + dp * (u - (p * u).sum(1, keepdim=True)) - p * (dp * u).sum(1, keepdim=True)
-        return tangent.to(source.dtype)
-
-    @staticmethod
-    def vmap(info, in_dims, source, statistics, *args):
-        tensors = _fold(info, (in_dims[0], *in_dims[2:7]), (source, *args[:5]))
-        statistics = _fold_statistics(info, statistics, in_dims[1])
-        return _unfold(info, _SoftmaxBackward.call(tensors[0], statistics, *tensors[1:], *args[5:])), 0
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # p-norm
@@ -355,8 +248,12 @@ class _PNorm(_Function):
     """Order 0: (norm, peak, total) of the rows. See :func:`densreg.ops.pnorm`."""
 
     @staticmethod
-    def forward(g, p):
-        return ops.pnorm(g, p)
+    def forward(ctx, g, p):
+        norm, peak, total = ops.pnorm(g, p)
+        ctx.p = p
+        ctx.mark_non_differentiable(peak, total)
+        ctx.save_for_backward(g, peak, total)
+        return norm, peak, total
 
     @staticmethod
     def plain(g, p):
@@ -372,27 +269,9 @@ class _PNorm(_Function):
         return norm.masked_fill(peak == 0, 0), None, None
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        g, ctx.p = inputs
-        _, peak, total = output
-        ctx.mark_non_differentiable(peak, total)
-        ctx.save_for_backward(g, peak, total)
-        ctx.save_for_forward(g, peak, total)
-
-    @staticmethod
     def backward(ctx, grad, _peak, _total):
         backward: Callable[..., Tensor] = ops.pnorm_backward if _undifferentiated() else _PNormBackward.call
         return backward(grad, *ctx.saved_tensors, ctx.p), None
-
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        g, peak, total = ctx.saved_tensors
-        dual = _PNormBackward.call(torch.ones_like(peak), g, peak, total, ctx.p)
-        return _row_sum(dual.to(peak.dtype) * tangent), None, None
-
-    @staticmethod
-    def vmap(info, in_dims, g, p):
-        return _unfold_present(info, _PNorm.call(*_fold(info, in_dims, (g,)), p), (True, True, True))
 
 
 @torch.compiler.allow_in_graph
@@ -400,7 +279,9 @@ class _PNormBackward(_Function):
     """Order 1: ``grad * d||g||_p / dg``. See :func:`densreg.ops.pnorm_backward`."""
 
     @staticmethod
-    def forward(grad, g, peak, total, p):
+    def forward(ctx, grad, g, peak, total, p):
+        ctx.p = p
+        ctx.save_for_backward(grad, g, peak, total)
         return ops.pnorm_backward(grad, g, peak, total, p)
 
     @staticmethod
@@ -419,48 +300,24 @@ class _PNormBackward(_Function):
         return (ops.per_row(grad, g) * dual).to(g.dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.p = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def _hessian_times(ctx, v):
-        """H v with H = (p - 1) / N (diag((|g| / N)^(p-2)) - D D^T), D the dual direction; also D."""
-        _, g, peak, total = ctx.saved_tensors
+    def backward(ctx, v):
+        # Of grad D it is H v grad with H = (p - 1) / N (diag((|g| / N)^(p-2)) - D D^T), D the dual direction.
+        grad, g, peak, total = ctx.saved_tensors
         norm = ops.per_row(_PNorm.call(g, ctx.p)[0], g)
         dual = _PNormBackward.call(torch.ones_like(peak), g, peak, total, ctx.p).to(norm.dtype)
         v = v.to(norm.dtype)
-        if ctx.p in (1, math.inf):  # piecewise linear
-            return torch.zeros_like(v), dual
         along = _row_sum(dual * v)
+        grad_grad = along if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_grad, None, None, None, None
+        if ctx.p in (1, math.inf):  # piecewise linear
+            return grad_grad, torch.zeros_like(g), None, None, None
         norm = norm.masked_fill(norm == 0, 1)
         # The norm has no derivative at a zero row, whose subgradient here is 0; nor a second one.
         zero = ops.per_row(peak, g) == 0
         curvature = (g.to(norm.dtype).abs() / norm).masked_fill(zero, 1).pow(ctx.p - 2)
         product = (ctx.p - 1) / norm * (curvature * v - dual * ops.per_row(along, g))
-        return product.masked_fill(zero, 0), dual
-
-    @staticmethod
-    def backward(ctx, v):
-        grad, g = ctx.saved_tensors[:2]
-        product, dual = _PNormBackward._hessian_times(ctx, v)
-        grad_grad = _row_sum(dual * v) if ctx.needs_input_grad[0] else None
-        grad_g = (ops.per_row(grad, g) * product).to(g.dtype) if ctx.needs_input_grad[1] else None
-        return grad_grad, grad_g, None, None, None
-
-    @staticmethod
-    def jvp(ctx, grad_tangent, g_tangent, *_):
-        grad, g = ctx.saved_tensors[:2]
-        product, dual = _PNormBackward._hessian_times(ctx, torch.zeros_like(g) if g_tangent is None else g_tangent)
-        tangent = ops.per_row(grad, g) * product
-        if grad_tangent is not None:
-            tangent = tangent + ops.per_row(grad_tangent, g) * dual
-        return tangent.to(g.dtype)
-
-    @staticmethod
-    def vmap(info, in_dims, grad, g, peak, total, p):
-        return _unfold(info, _PNormBackward.call(*_fold(info, in_dims, (grad, g, peak, total)), p)), 0
+        return grad_grad, (ops.per_row(grad, g) * product.masked_fill(zero, 0)).to(g.dtype), None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -217,30 +217,40 @@ def mask_pools(graph: Graph) -> None:
 
 def _indexed(indices: Node, maxima: int, pixels: int) -> list[Any]:
     """What adds to zeros at the indices of each image's pixels, or takes pixels there."""
-    found: list[Any] = []
-    pending: list[Any] = [indices]
+    found, pending = [], [indices]
     while pending:
         index = pending.pop()
         for user in index.users:
             if user.target in (*_RESHAPES, aten.clone.default):
                 pending.append(user)
-            elif user.target == aten.max_pool2d_with_indices_backward.default:  # on torch 2.11
-                added, image = (each.meta["val"].shape for each in user.args[:2])
-                fits = (math.prod(added[2:]), math.prod(image[2:])) == (maxima, pixels) and len(image) == 4
-                if fits and not any(map(_reads_strides, user.users)):
-                    found.append(user)
-            elif user.target in (aten.gather.default, aten.scatter_add.default) and user.args[2] is index:
-                base, dim = user.args[:2]
-                sizes = base.meta["val"].shape, index.meta["val"].shape
-                rows = sizes[0][:-1] == sizes[1][:-1] and (sizes[0][-1], sizes[1][-1]) == (pixels, maxima)
-                last = dim in (-1, len(sizes[0]) - 1)
-                takes = user.target == aten.gather.default
-                zeros = not takes and base.target == aten.full.default and base.args[1] == 0
-                adds = zeros and user.args[3].meta["val"].shape == sizes[1]  # there may be more than is added
-                ends = [end for near in user.users for end in (near.users if near.target in _RESHAPES else (near,))]
-                if rows and last and (takes or adds) and not any(map(_reads_strides, ends)):
-                    found.append(user)
+            elif _pools_backward(user, maxima, pixels) or _gathers_or_adds(user, index, maxima, pixels):
+                found.append(user)
     return found
+
+
+def _pools_backward(node: Any, maxima: int, pixels: int) -> bool:
+    """Whether a node is max pooling's backward, which torch 2.11 has as one operation."""
+    if node.target != aten.max_pool2d_with_indices_backward.default:
+        return False
+    added, image = (each.meta["val"].shape for each in node.args[:2])
+    fits = (math.prod(added[2:]), math.prod(image[2:])) == (maxima, pixels) and len(image) == 4
+    return fits and not any(map(_reads_strides, node.users))
+
+
+def _gathers_or_adds(node: Any, index: Node, maxima: int, pixels: int) -> bool:
+    """Whether a node takes pixels at the indices, or adds to zeros there."""
+    if node.target not in (aten.gather.default, aten.scatter_add.default) or node.args[2] is not index:
+        return False
+    base, dim = node.args[:2]
+    image, places = base.meta["val"].shape, index.meta["val"].shape
+    if image[:-1] != places[:-1] or (image[-1], places[-1]) != (pixels, maxima) or dim not in (-1, len(image) - 1):
+        return False
+    if node.target == aten.scatter_add.default:
+        zeros = base.target == aten.full.default and base.args[1] == 0
+        if not zeros or node.args[3].meta["val"].shape != places:  # there may be more than is added
+            return False
+    ends = [end for near in node.users for end in (near.users if near.target in _RESHAPES else (near,))]
+    return not any(map(_reads_strides, ends))
 
 
 def _of_maxima(graph: Graph, image: Node, places: Node, window: Sequence[int]) -> Node:

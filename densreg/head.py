@@ -5,8 +5,7 @@ The model runs as it is, in a mode in which that layer returns its input; the mo
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from densreg import directional
 from densreg._torch import tree_leaves
 from densreg.linear import linear_log_density, linear_loss_and_correct, product_dtype
 from densreg.second_order import fast_second_order
@@ -29,6 +27,7 @@ from densreg.step import (
     loss_of,
     restore_buffers,
     save_buffers,
+    without_trace,
 )
 
 AUTO_CLASSES = 100_000
@@ -153,24 +152,13 @@ def without_gradients(spec: StepSpec, batch: Batch, target: Any) -> tuple[Tensor
         return h, ce + loss_of(spec, auxiliary, target), correct
 
 
-@contextlib.contextmanager
-def _trial(spec: StepSpec, batch: Batch, weight: Tensor | None = None) -> Iterator[_Linears]:
-    """Context for a run of the model that leaves no trace: its buffers and the random states are as before."""
-    device, saved = batch.xs[0].device, save_buffers(spec)
-    try:
-        with torch.no_grad(), directional.replayed(directional.random_states(device), device), _Linears(weight) as mode:
-            yield mode
-    finally:
-        restore_buffers(saved)
-
-
 def check_head(spec: StepSpec, batch: Batch) -> None:
     """Raises ValueError where the head is not the last layer. The model is run once, in eager mode.
 
     Dynamo does not show the mode everything that is done to a tensor (``logits.data``, ``torch._foreach_mul_``).
     """
     assert spec.head is not None
-    with _trial(spec, batch, spec.head.weight) as mode:
+    with without_trace(spec, batch), torch.no_grad(), _Linears(spec.head.weight) as mode:
         _features(spec, batch, mode)
 
 
@@ -213,7 +201,7 @@ def check_name(model: nn.Module, head: Any) -> str | None:
 
 def find_head(spec: StepSpec, batch: Batch) -> str | None:
     """The name of the linear layer whose output is what the model returns, if there is one; the model is run once."""
-    with _trial(spec, batch) as mode:
+    with without_trace(spec, batch), torch.no_grad(), _Linears() as mode:
         output = classify(spec, batch)[0][1]
     if not mode.calls or mode.calls[-1][2] is not output or mode.changed or output.ndim != 2:
         return None

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densreg import functional, paths, penalty
-from densreg.functional import _Function, _transformed, _undifferentiated
+from densreg.functional import _Function, _undifferentiated
 from densreg.ops import accumulation_dtype
 from densreg.paths import Inputs
 
@@ -82,11 +82,6 @@ def _classes(target: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if target is None else target.masked_fill(target == ignore_index, -1)
 
 
-def joined(rest: Tensor, own: Tensor, y: Tensor | None) -> Tensor:
-    """L, of the other classes' logsumexp and the target's logit; the former alone where y < 0."""
-    return rest if y is None else torch.where(y >= 0, torch.logaddexp(rest, own), rest)
-
-
 def _in_tile(y: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
     """Whether the target is one of the classes k .. k + n - 1, [B, 1]; and its place there."""
     return ((y >= k) & (y < k + n)).unsqueeze(1), (y - k).clamp(0, n - 1).unsqueeze(1)
@@ -110,22 +105,19 @@ def finite(ref: Tensor) -> Tensor:
     return ref.masked_fill(ref == -math.inf, 0)
 
 
-def whole_score(
-    score: Tensor, ref: Tensor, density: Tensor, weight: Tensor, target: Tensor | None, own: Tensor, here: Tensor | None
-) -> Tensor:
+def whole_score(score: Tensor, ref: Tensor, density: Tensor, weight: Tensor, y: Tensor | None, own: Tensor) -> Tensor:
     """P W over the classes here, from what :func:`tiles_forward` gives; in place.
 
     Args:
         density: L [B] over all classes.
-        target: [B], places in the weight; None without targets.
+        y: the target's place in the weight [B], -1 where it is not here; None without targets.
         own: the target's logit [B].
-        here: [B], the rows whose target is one of the classes here; None without targets.
     """
     others = (ref - density).exp()  # 0 where all other classes are at -inf, whatever the target's logit is
     score *= others.masked_fill(ref == -math.inf, 0).to(score.dtype).unsqueeze(1)
-    if target is not None and here is not None:
-        w_y = weight[target].to(score.dtype)
-        score.addcmul_(w_y, ((own - density).exp() * here).to(score.dtype).unsqueeze(1))
+    if y is not None:
+        w_y = weight[y.clamp(min=0)].to(score.dtype)
+        score.addcmul_(w_y, ((own - density).exp() * (y >= 0)).to(score.dtype).unsqueeze(1))
     return score
 
 
@@ -198,7 +190,7 @@ def tiles_forward(
             s.scatter_(1, at, s_y.masked_fill(inside, -math.inf))
         m = torch.maximum(m, s.amax(1, keepdim=True))
         before, ref = ref, m.masked_fill(m == math.inf, 0) - headroom
-        shift = ref.masked_fill(ref == -math.inf, 0)
+        shift = finite(ref)
         torch.sub(s, shift, out=e).exp_()
         if y is not None and s is not e:
             s.scatter_(1, at, s_y)
@@ -306,18 +298,23 @@ def tiles_backward(
 # the operators
 
 
-def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients, and with products in the dtype that is asked for: not in autocast's."""
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of h and more, with products in the dtype that is asked for: not in autocast's."""
 
-    @torch.no_grad()
-    def operator(h: Tensor, *args: Any) -> Any:
+    @functools.wraps(function)
+    def call(h: Tensor, *args: Any) -> Any:
         with torch.autocast(h.device.type, enabled=False):
             return function(h, *args)
 
-    return operator
+    return call
 
 
-@_as_given
+def as_given(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of h and more: without gradients, nor autocast."""
+    return torch.no_grad()(_without_autocast(function))
+
+
+@as_given
 def _forward(
     h: Tensor,
     weight: Tensor,
@@ -354,18 +351,17 @@ def _forward(
     kept = weight.new_empty(weight.shape if keep else 0)
     m, ref, z, own, score = tiles_forward(h, weight, bias, y, dtype, tile, need_score, kept if keep else None)
     rest = finite(ref).double() + z.log()
-    correct = torch.zeros_like(m, dtype=torch.bool) if y is None else (own > m) & (y >= 0)
+    ignored = None if y is None else y < 0
+    correct = torch.zeros_like(m, dtype=torch.bool) if ignored is None else (own > m) & ~ignored
     if need_score:
-        counts = None if y is None else y >= 0
-        at = None if target is None or y is None else target.masked_fill(y < 0, 0)
-        score = whole_score(score, ref, joined(rest, own, y), weight, at, own, counts)
+        score = whole_score(score, ref, density_rows(rest, own, ignored), weight, y, own)
     mean = rest.new_empty(0)
     if need_mean:
         mean = sum_of_logits(h, weight, bias, score.dtype) / len(weight)
     return rest, own, mean, score, correct, kept
 
 
-@_as_given
+@as_given
 def _backward(
     h: Tensor,
     weight: Tensor,
@@ -393,7 +389,7 @@ def _backward(
         kept: the forward's, or None. It becomes the gradient in the weight, and the one returned has shape [0].
     """
     y = _classes(target, ignore_index)
-    density = joined(rest, own, y)
+    density = density_rows(rest, own, None if y is None else y < 0)
     factor = off_target_factor(r, density, rest, dtype)
     each = None if q is None else q / len(weight)
     dh, dw, db = tiles_backward(h, weight, bias, y, density, factor, g, each, u, dot, dtype, tile, needs, kept)
@@ -436,25 +432,22 @@ implement(_library, "linear_density_backward", _backward, _backward_fake)
 # the Function
 
 
-def _without_autocast(function: Callable) -> Callable:
-    """A function that keeps the dtypes of what it is given, whose first argument has, or is, a tensor."""
-
-    @functools.wraps(function)
-    def call(first, *args):
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
-        with torch.autocast(device, enabled=False):
-            return function(first, *args)
-
-    return call
-
-
 @torch.compiler.allow_in_graph
 class _LinearDensity(_Function):
-    """(rest, own, mean, score, correct, kept), and their gradients, by the operators."""
+    """(rest, own, mean, score, correct, kept), and their gradients, by the operators; plain is on whole logits."""
 
     @staticmethod
-    def forward(*args):
-        return torch.ops.densreg.linear_density(*args)
+    def forward(ctx, h, weight, bias, target, *options):
+        output = torch.ops.densreg.linear_density(h, weight, bias, target, *options)
+        rest, own, mean, score, correct, kept = output
+        ctx.options = options
+        *_, need_score, need_mean, keep = options
+        ctx.kept = [kept] if keep else []
+        ctx.save_for_backward(h, weight, bias, target, rest, own, score)
+        ctx.set_materialize_grads(False)
+        absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
+        ctx.mark_non_differentiable(correct, kept, *absent)
+        return output
 
     @staticmethod
     @_without_autocast
@@ -478,24 +471,13 @@ class _LinearDensity(_Function):
         return rest, own.double(), mean, score, correct, None
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ignore_index, dtype, tile, need_score, need_mean, keep = inputs
-        ctx.options = (ignore_index, dtype, tile, need_score, need_mean, keep)
-        rest, own, mean, score, correct, kept = output
-        ctx.kept = [kept] if keep else []
-        ctx.save_for_backward(*tensors, rest, own, score)
-        ctx.set_materialize_grads(False)
-        absent = [t for t, here in ((score, need_score), (mean, need_mean)) if not here]
-        ctx.mark_non_differentiable(correct, kept, *absent)
-
-    @staticmethod
     def backward(ctx, r, g, q, u, *_):
         h, weight, bias, target, rest, own, score = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         if all(v is None for v in (r, g, q, u)):
             return (None,) * 10
         if not _undifferentiated():
-            return *_differentiable((h, weight, bias), needs, (r, g, q, u), target, ctx.options), *(None,) * 7
+            return *_differentiable(h, weight, bias, needs, (r, g, q, u), target, ctx.options), *(None,) * 7
         r, g = (torch.zeros_like(rest) if v is None else v for v in (r, g))
         dot = None if u is None else (u.double() * score).sum(1)
         ignore_index, dtype, tile = ctx.options[:3]
@@ -509,22 +491,17 @@ class _LinearDensity(_Function):
 
 
 @_without_autocast
-def _differentiable(tensors, needs, upstream, target, options):
+def _differentiable(h, weight, bias, needs, upstream, target, options):
     """The gradients in h, weight and bias, differentiable to every order: plain torch on whole logits."""
     with torch.enable_grad():
         # Aliases: a trunk that uses the weight too makes h depend on it, which is not this Function's derivative.
-        inputs: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+        inputs: list[Any] = [None if t is None else t.view_as(t) for t in (h, weight, bias)]
         outputs = _LinearDensity.plain(*(*inputs, target, *options))
         pairs = [(o, v) for o, v in zip(outputs, upstream, strict=False) if v is not None]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         values, cotangents = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(values, wanted, cotangents, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
-
-
-def _linear_density(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:class:`_LinearDensity`; under forward mode, torch.func and batched gradients plain torch on whole logits."""
-    return _LinearDensity.plain(*args) if _transformed() else _LinearDensity.call(*args)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -594,7 +571,7 @@ def _head(
     """
     keep = keep and weight.requires_grad and torch.is_grad_enabled()
     options = (dtype or product_dtype(h, weight), tile_size(h) if tile is None else tile, need_score, need_mean, keep)
-    return _linear_density(h, weight, bias, target, ignore_index, *options)[:5]
+    return _LinearDensity.call(h, weight, bias, target, ignore_index, *options)[:5]
 
 
 def linear_log_density(h: Tensor, weight: Tensor, bias: Tensor | None = None, tile: int | None = None) -> Tensor:
@@ -628,9 +605,9 @@ def logsumexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.logsumexp(torch.stack([a, b]), 0)
 
 
-def density_rows(rest: Tensor, own: Tensor, ignored: Tensor) -> Tensor:
-    """The log density [B], float64: of an ignored target, all is in ``rest``."""
-    return torch.where(ignored, rest, logsumexp(rest, own))
+def density_rows(rest: Tensor, own: Tensor, ignored: Tensor | None) -> Tensor:
+    """The log density L [B], float64: where a target is ignored, or there is none, all is in ``rest``."""
+    return rest if ignored is None else torch.where(ignored, rest, logsumexp(rest, own))
 
 
 def cross_entropy_rows(

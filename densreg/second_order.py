@@ -35,7 +35,7 @@ from densreg.paths import graph_nodes
 #
 # Each one's derivatives are the other two, so every order takes the ordinary forward, grad-input and grad-weight
 # kernels, for any stride, padding, dilation, groups, and for transposed convolutions. `spec` is what
-# aten::convolution takes after the bias.
+# aten::convolution takes after the bias. Under transforms the operators serve themselves: aten's have every derivative.
 
 
 def _wanted(tensor: Tensor | None) -> bool:
@@ -43,29 +43,20 @@ def _wanted(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and _torch.engine_needs(tensor)
 
 
-class _Convolution(_Function):
-    """A Function on an aten operator that has every derivative itself, and is called as such under transforms."""
-
-    @classmethod
-    def call(cls, *args):
-        if _transformed():
-            return cls.forward(*args)
-        return cls.apply(*args) if torch.compiler.is_compiling() else cls.twin.apply(*args)
-
-
 @torch.compiler.allow_in_graph
-class _Conv(_Convolution):
+class _Conv(_Function):
     """[N, C_in, ...], weight, bias -> [N, C_out, ...]."""
 
     @staticmethod
-    def forward(x, weight, bias, *spec):
+    def plain(x, weight, bias, *spec):
         return torch.ops.aten.convolution(x, weight, bias, *spec)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, ctx.bias, *ctx.spec = inputs  # whose value no derivative needs, so it may change
-        ctx.bias_version = None if ctx.bias is None else _torch.version(ctx.bias)
+    def forward(ctx, x, weight, bias, *spec):
+        ctx.bias, ctx.spec = bias, spec  # the bias, whose value no derivative needs, may change
+        ctx.bias_version = None if bias is None else _torch.version(bias)
         ctx.save_for_backward(x, weight)
+        return _Conv.plain(x, weight, bias, *spec)
 
     @staticmethod
     def backward(ctx, grad):
@@ -79,17 +70,18 @@ class _Conv(_Convolution):
 
 
 @torch.compiler.allow_in_graph
-class _ConvGradInput(_Convolution):
+class _ConvGradInput(_Function):
     """The gradient in x; of x itself only the shape and the memory format matter."""
 
     @staticmethod
-    def forward(grad, weight, x, *spec):
+    def plain(grad, weight, x, *spec):
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *spec, [True, False, False])[0]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, weight, _, *ctx.spec = inputs
+    def forward(ctx, grad, weight, x, *spec):
+        ctx.spec = spec
         ctx.save_for_backward(grad, weight)
+        return _ConvGradInput.plain(grad, weight, x, *spec)
 
     @staticmethod
     def backward(ctx, v):
@@ -100,17 +92,18 @@ class _ConvGradInput(_Convolution):
 
 
 @torch.compiler.allow_in_graph
-class _ConvGradWeight(_Convolution):
+class _ConvGradWeight(_Function):
     """The gradient in the weight; of the weight itself only the shape and the memory format matter."""
 
     @staticmethod
-    def forward(grad, x, weight, *spec):
+    def plain(grad, x, weight, *spec):
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *spec, [False, True, False])[1]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, x, _, *ctx.spec = inputs
+    def forward(ctx, grad, x, weight, *spec):
+        ctx.spec = spec
         ctx.save_for_backward(grad, x)
+        return _ConvGradWeight.plain(grad, x, weight, *spec)
 
     @staticmethod
     def backward(ctx, u):

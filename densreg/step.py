@@ -227,14 +227,21 @@ def check_trained(spec: StepSpec, batch: Batch, outputs: Outputs) -> None:
             )
 
 
-def try_trained(spec: StepSpec, batch: Batch) -> None:
-    """:func:`check_trained` of a forward in eager mode, which leaves no trace."""
+@contextlib.contextmanager
+def without_trace(spec: StepSpec, batch: Batch) -> Iterator[None]:
+    """Context for a run of the model after which its buffers and the random states are as before."""
     device, saved = batch.xs[0].device, save_buffers(spec)
     try:
-        with directional.replayed(directional.random_states(device), device), fast_second_order():
-            check_trained(spec, batch, classify(spec, batch))
+        with directional.replayed(directional.random_states(device), device):
+            yield
     finally:
         restore_buffers(saved)
+
+
+def try_trained(spec: StepSpec, batch: Batch) -> None:
+    """:func:`check_trained` of a forward in eager mode."""
+    with without_trace(spec, batch), fast_second_order():
+        check_trained(spec, batch, classify(spec, batch))
 
 
 def loss_of(spec: StepSpec, outputs: Outputs, target: Any) -> Tensor:
@@ -409,11 +416,11 @@ def directional_step(
     all_leaves = [*trained, *xs, *(whole.xs if whole else ())]
     states = directional.random_states(device)
     buffers = copies_of(buffers_of(spec))  # as all forwards start from
-    pieces = directional.Pieces()
+    pieces: list[tuple] = []
     autocast = torch.is_autocast_enabled(device.type)
     apart = penalized and (autocast or whole is not None)  # the density is not that of the classifying forward
 
-    with pieces.recorded() if penalized and not apart else contextlib.nullcontext():
+    with directional.Record(pieces) if penalized and not apart else contextlib.nullcontext():
         outputs = classify(spec, batch if whole is None else whole)
     check_trained(spec, batch, outputs)
     with torch.autocast(device.type, enabled=False):  # half precision would drown a difference
@@ -426,14 +433,14 @@ def directional_step(
                 with directional.replayed(states, device), mode:
                     return functional.log_density(classify(spec, with_inputs(batch, inputs), buffers)[0][1])
 
-            at_x = log_density(xs, pieces.recorded()) if apart else functional.log_density(outputs[0][1])
+            at_x = log_density(xs, directional.Record(pieces)) if apart else functional.log_density(outputs[0][1])
             score = score_without_graph(at_x, xs, all_leaves, retain_graph=True)
             norm, direction = directional.dual_direction(score, spec.p)
             penalty = norm.mean()
 
             def difference(steps: int = 1, central: bool = spec.central) -> Tensor:
                 return directional.difference(
-                    lambda inputs: log_density(inputs, pieces.reused()), xs, direction, central, at_x, steps
+                    lambda inputs: log_density(inputs, directional.Reuse(pieces)), xs, direction, central, at_x, steps
                 )
 
             along = difference()

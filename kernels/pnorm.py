@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from densreg.ops.rows import accumulation_dtype
+
 from .rows import (
     SPLIT,
     Tile,
     accumulation,
-    accumulation_dtype,
     as_row,
     blocks_of,
     column,

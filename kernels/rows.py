@@ -77,10 +77,6 @@ def tile_of(length: int, itemsize: int, most: int = 1 << 20) -> Tile | None:
     return next((tile for tile in TILES[itemsize] if length <= tile.block <= most), None)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a device the current one: Triton launches there, on torch's current stream."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from densreg.ops.rows import accumulation_dtype
+from densreg.ops.softmax import check_classes
+
 from .rows import (
     SPLIT,
     SPLIT_PAIRS,
     accumulation,
-    accumulation_dtype,
     as_row,
     blocks_of,
     column,
@@ -325,18 +327,6 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
 
 
-def _checked_target(y: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """Contiguous class indices, checked here on the CPU. On a GPU that would synchronise: the kernels assert."""
-    if y.device.type == "cpu":
-        wrong = ((y < 0) | (y >= classes)) & (y != ignore_index)
-        if wrong.any():
-            raise ValueError(
-                f"expected classes in [0, {classes}) or ignore_index={ignore_index} in target, "
-                f"got class {y[wrong][0].item()}"
-            )
-    return y.contiguous()
-
-
 def softmax(
     logits: Tensor,
     target: Tensor | None,
@@ -350,7 +340,8 @@ def softmax(
     rows, classes = f.shape
     dtype = accumulation_dtype(f.dtype)
     if target is not None:
-        target = _checked_target(target, classes, ignore_index)
+        check_classes(target, classes, ignore_index)
+        target = target.contiguous()
     density = f.new_empty(rows, dtype=dtype)
     ce = f.new_empty(0 if target is None else rows, dtype=dtype)
     p = f.new_empty(f.shape if need_softmax else 0)
@@ -396,7 +387,8 @@ def softmax_backward(
     dtype = accumulation_dtype(source.dtype)
     out = source.new_empty(source.shape)
     if target is not None:
-        target = _checked_target(target, classes, ignore_index)
+        check_classes(target, classes, ignore_index)
+        target = target.contiguous()
     if rows == 0:
         return out
     statistics, l = as_row(statistics, dtype), as_row(grad_log_density, dtype)

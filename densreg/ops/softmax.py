@@ -41,8 +41,8 @@ def softmax(
     return call("softmax", logits, target, label_smoothing, ignore_index, need_softmax, scale)
 
 
-def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    # On CUDA this would synchronise: there the gather that follows asserts on the device, as in torch.
+def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a target out of range; on a GPU, where that would synchronise, kernels and gather assert."""
     if target.device.type != "cpu":
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
@@ -77,7 +77,7 @@ def _softmax_torch(
     m, e, s, log_density = _row_sums(logits)
     cross_entropy = log_density.new_empty(0)
     if target is not None:
-        _check_target(target, logits.shape[1], ignore_index)
+        check_classes(target, logits.shape[1], ignore_index)
         ignored = target == ignore_index
         log_s = s.log().squeeze(1)
         m_row = m.squeeze(1)
@@ -248,7 +248,7 @@ def _softmax_double_backward_torch(
     if grad_log_density is not None:
         weight = weight + grad_log_density
     if grad_cross_entropy is not None and target is not None:
-        _check_target(target, p.shape[1], ignore_index)
+        check_classes(target, p.shape[1], ignore_index)
         weight = weight + grad_cross_entropy.masked_fill(target == ignore_index, 0)
     out = torch.empty_like(source, memory_format=torch.contiguous_format)
     return out.copy_(weight.unsqueeze(1) * p * (wide - dot.unsqueeze(1))), dot
