@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from reference import DTYPES, HALF_ULP, ORDERS, error, softmax_reference
 
 from densreg import kernels
+from densreg.ops import accumulation_dtype
 
 pytestmark = pytest.mark.core
 
@@ -204,7 +205,7 @@ def test_odd_rows_that_fit_leave_what_is_beside_them(monkeypatch, dtype, classes
     monkeypatch.setattr(torch.Tensor, "new_empty", between)
     monkeypatch.setattr(torch, "empty_like", between)
     for rows in range(1, 5):
-        f, ones = torch.rand(rows, classes).to(dtype), torch.ones(rows, dtype=layout.accumulation_dtype(dtype))
+        f, ones = torch.rand(rows, classes).to(dtype), torch.ones(rows, dtype=accumulation_dtype(dtype))
         for make in (
             lambda f=f, ones=ones: kernels.softmax_backward(f, None, None, ones, None, f, 0.0, -100, 1.0),
             lambda f=f, ones=ones: kernels.pnorm_backward(ones, f, ones, ones, 2.0),
