@@ -249,7 +249,9 @@ def loss_of(spec: StepSpec, outputs: Outputs, target: Any) -> Tensor:
     total: Any = 0
     for weight, logits in outputs:
         wide = logits.to(ops.accumulation_dtype(logits.dtype)) if logits.is_floating_point() else logits
-        loss = (spec.criterion or mean_cross_entropy)(wide, target)
+        # torch 2.11 traces no "or" of a method.
+        criterion = mean_cross_entropy if spec.criterion is None else spec.criterion
+        loss = criterion(wide, target)
         if not isinstance(loss, Tensor) or loss.ndim:
             given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"the criterion must return a tensor of shape [], got {given}")

@@ -1384,8 +1384,7 @@ class _Counting(nn.Module):
 
     def loss(self, logits, target):
         with torch.no_grad():
-            chosen = target.unsqueeze(1) == torch.arange(7)  # torch 2.11 does not compile one_hot
-            self.prior.lerp_(chosen.to(self.prior).mean(0), 0.5)
+            self.prior.lerp_(F.one_hot(target, 7).to(self.prior).mean(0), 0.5)
         return F.cross_entropy(logits + self.prior, target)
 
 
