@@ -465,7 +465,8 @@ def density_cross_entropy(
         ``(cross_entropy [B], log_density [B])``, float32 (float64 for float64 logits). Differentiable to every order.
 
     Raises:
-        TypeError, ValueError: what was expected and what was given. On CUDA a target out of range is a device assert.
+        TypeError, ValueError: what was expected and what was given. A target out of range is a device assert on CUDA,
+            and under torch.func an IndexError of torch's.
     """
     check_logits(logits)
     check_target(logits, target, label_smoothing, ignore_index)

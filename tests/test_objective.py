@@ -1348,7 +1348,7 @@ def test_fraction_of_a_gate_that_is_still_closed(gate, half):
             assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
+every_step = pytest.mark.parametrize(
     "options",
     [
         {},
@@ -1359,6 +1359,9 @@ def test_fraction_of_a_gate_that_is_still_closed(gate, half):
         {"backend": "aot_eager", "compile": True},
     ],
 )
+
+
+@every_step
 def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynamo):
     model = _Net(Checkpointed(nn.Sequential(nn.BatchNorm1d(6), nn.Tanh()))).double()
     twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
@@ -1388,17 +1391,7 @@ class _Counting(nn.Module):
         return F.cross_entropy(logits + self.prior, target)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"interval": None},
-        {"regularizer": "cure"},
-        {"fraction": 0.4},
-        {"path": "directional"},
-        {"backend": "aot_eager", "compile": True},
-    ],
-)
+@every_step
 def test_a_criterion_may_update_the_models_buffers(options, fresh_dynamo):
     model, x = _Counting().double(), torch.randn(5, 4, dtype=torch.float64)
     twin = copy.deepcopy(model)
