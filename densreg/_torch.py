@@ -280,7 +280,8 @@ def cacheable(functions: Iterable[Callable], key: str) -> AbstractContextManager
 
     The key has to change whenever they do something else without a change in the graph.
     """
-    names = (f"{function.__module__}.{function.__name__}" for function in functions)
+    # Sorted: torch's key depends on the order, and that of a set of functions is another in each process.
+    names = sorted(f"{function.__module__}.{function.__name__}" for function in functions)
     marked = torch._inductor.config.unsafe_marked_cacheable_functions | dict.fromkeys(names, key)
     return torch._inductor.config.patch(unsafe_marked_cacheable_functions=marked)
 

@@ -14,7 +14,7 @@ from reference import Sine
 from torch import nn
 
 import densreg
-from densreg import compiling, functional, second_order
+from densreg import _torch, compiling, functional, second_order
 from densreg.compiling import CheckedBackend
 
 pytestmark = pytest.mark.compile
@@ -101,6 +101,14 @@ def test_only_densregs_functions_are_said_to_be_cacheable(fresh_dynamo):
     assert any("trampoline" in target.__name__ for target in targets)
     assert set(marked) == set(otherwise)
     assert not set(marked.values()) & set(otherwise.values())
+
+
+def test_the_key_does_not_depend_on_the_order_of_a_set():
+    keys = []
+    for functions in ([second_order._Conv, functional._Softmax], [functional._Softmax, second_order._Conv]):
+        with _torch.cacheable([function.in_graph for function in functions], "key"):
+            keys.append(list(torch._inductor.config.unsafe_marked_cacheable_functions))
+    assert keys[0] == keys[1]
 
 
 def test_the_key_has_the_sources_of_what_a_graph_is_made_of(monkeypatch):
