@@ -346,7 +346,6 @@ def load_checkpoint(run_dir: str | Path, device: str | torch.device = "cpu") -> 
             raise runs.RunError(f"its model has the option {unknown[0]!r}, which densreg {__version__} does not know")
         model = build(**spec)
         model.load_state_dict(saved["model"])
-        config.setdefault("image_shape", list(spec["image_shape"]))  # an older run's
     except ModelError:
         raise
     except Exception as error:  # what is not ours can lack anything

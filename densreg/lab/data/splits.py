@@ -130,9 +130,9 @@ class DataSet:
         return replace(self, train=self.train.first(left), test=val)
 
 
-def other_class(held: Sequence[str] | None, got: Sequence[str]) -> str:
-    """The first class whose name is another one: "class 0 is 'a', got 'b'"; "" where none is, or none is known."""
-    for i, (a, b) in enumerate(itertools.zip_longest(held or got, got)):
+def other_class(held: Sequence[str], got: Sequence[str]) -> str:
+    """The first class whose name is another one: "class 0 is 'a', got 'b'"; "" where none is."""
+    for i, (a, b) in enumerate(itertools.zip_longest(held, got)):
         if a != b:
             return f"class {i} is {a!r}, got {b!r}"  # None: there are fewer
     return ""

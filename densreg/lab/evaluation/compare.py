@@ -86,17 +86,13 @@ def _check_trained_on(
     where, shape = data_dir or config.get("data_dir") or dataset.name, list(dataset.image_shape)
     now = getattr(dataset, split).digest(datasets.CONTENTS) if data_dir is None else None
     for run, held in configs.items():
-        classes, image_shape, images = held.get("class_names"), held["image_shape"], held.get("images", {}).get(split)
-        if images is None and held.get("data_dir") != config.get("data_dir") and data_dir is None:  # an older run
-            own = _dataset(held, None)
-            classes, images = own.class_names, getattr(own, split).digest(datasets.CONTENTS)
-        other = datasets.other_class(classes, dataset.class_names)
+        other = datasets.other_class(held["class_names"], dataset.class_names)
         if other:
             raise ValueError(f"the run {run} was trained on other classes than {where} has: {other}")
-        if image_shape != shape:
-            trained, given = ("x".join(map(str, sides)) for sides in (image_shape, shape))
+        if held["image_shape"] != shape:
+            trained, given = ("x".join(map(str, sides)) for sides in (held["image_shape"], shape))
             raise ValueError(f"the run {run} was trained on {trained} images, and those in {where} are {given}")
-        if now is not None and images not in (None, now):
+        if now is not None and held["images"][split] != now:
             apart = "" if run == first else "measure it apart, or "
             raise ValueError(
                 f"the {split} images in {where} are not those of the run {run} (other names, sizes, contents, labels "

@@ -92,8 +92,6 @@ class State:
             "epoch_rows": self.epoch_rows,
             "step_rows": self.step_rows,
             "rng": self._random_states(),
-            "train_images": len(problem.train),
-            "train_labels": runs.digest(problem.train.labels),
             "config": self._description(),
         }
 
@@ -168,33 +166,19 @@ class State:
         if other:
             name, held, given = other
             refuse(f"the run in {self.folder} has {name} {held!r}, got {given!r}; give the same, or another --out")
-        renamed = data.other_class(config.get("class_names"), self.problem.dataset.class_names)
+        renamed = data.other_class(config["class_names"], self.problem.dataset.class_names)
         if renamed:
             refuse(f"the run in {self.folder} has other classes than {where}: {renamed}")
-        for name in {**checkpoint["spec"], **self.problem.spec}:
-            held, given = checkpoint["spec"].get(name), self.problem.spec.get(name)
-            if held != given:
-                refuse(f"the model of the run in {self.folder} has {name} {held}, got {given} from {where}")
         if len(checkpoint["rng"]) != self.problem.processes:
             refuse(f"the run in {self.folder} has {len(checkpoint['rng'])} processes, got {self.problem.processes}")
-        if checkpoint["train_images"] != len(self.problem.train):
-            refuse(
-                f"the run in {self.folder} has {checkpoint['train_images']} training images, "
-                f"got {len(self.problem.train)} from {where}"
-            )
-        if checkpoint.get("train_labels") not in (None, runs.digest(self.problem.train.labels)):  # None: an older run's
-            refuse(f"the run in {self.folder} had other labels than the training images from {where}")
-        self._check_images(config.get("images", {}), checkpoint, where)
-
-    def _check_images(self, held: dict[str, str], checkpoint: dict[str, Any], where: str) -> None:
-        """That the images are those of the run, by their digests, which an older run lacks."""
-        now = self.dataset["images"]
-        kept = "other names, sizes, contents, labels or groups; give the same, or another --out"
-        if held and held["train"] != now["train"]:
-            raise RunError(f"--resume: the run in {self.folder} had other training images than {where} has: {kept}")
+        held, now = config["images"], self.dataset["images"]
+        kept = (
+            f"images than {where} has: other names, sizes, contents, labels or groups; give the same, or another --out"
+        )
+        if held["train"] != now["train"]:
+            refuse(f"the run in {self.folder} had other training {kept}")
         # In a table of epochs all figures are of the same test images. A run that is over gets no more of them.
-        tested, going_on = checkpoint["epoch_rows"], checkpoint["epoch"] < (self.config.epochs or 0)
-        if held and tested and self.config.val_size is None:
-            if going_on and held["test"] != now["test"]:
-                raise RunError(f"--resume: the run in {self.folder} had other test images than {where} has: {kept}")
+        if checkpoint["epoch_rows"] and self.config.val_size is None:
+            if checkpoint["epoch"] < (self.config.epochs or 0) and held["test"] != now["test"]:
+                refuse(f"the run in {self.folder} had other test {kept}")
             self.dataset["images"] = held
