@@ -51,43 +51,30 @@ def attribute(
         ModuleNotFoundError: captum is not installed.
         ValueError: an attribution is not finite, of which there is no order.
     """
-    result = _attributions(model, x, target, index, method, seed, samples, sigma, steps)
-    lost = ~result.isfinite().flatten(1).all(1)
-    if lost.any():
-        raise Unmeasurable(f"the attributions of image {index[lost.cpu()][0].item()} are not finite")
-    return result
-
-
-def _attributions(
-    model: nn.Module,
-    x: Tensor,
-    target: Tensor,
-    index: Tensor,
-    method: str,
-    seed: int,
-    samples: int,
-    sigma: float,
-    steps: int,
-) -> Tensor:
     check_one_of("method", method, METHODS)
     for name, value in (("samples", samples), ("steps", steps)):
         check_range(name, value, 1, 2**31)
     check_range("sigma", sigma, 0, 1e3)
     attr = require("captum.attr", "evaluate")
     x = x.detach()
+    saliency = attr.Saliency(model)
     if method == "integrated_gradients":
         integrated = attr.IntegratedGradients(model)
         result = integrated.attribute(x, 0.0, target, n_steps=steps, internal_batch_size=len(x))
-        return result.to(x.dtype).detach()  # captum's weights are float64
-    saliency = attr.Saliency(model)
-    if method == "gradient":
-        return saliency.attribute(x.requires_grad_(), target, abs=False).detach()
-    # captum's NoiseTunnel draws the noise of a batch as a whole: an image's would change with its place in the batch.
-    noise, total = Noise(seed, index), torch.zeros_like(x)
-    for _ in range(samples):
-        noisy = (x + sigma * noise.like(x)).requires_grad_()
-        total += saliency.attribute(noisy, target, abs=False).detach()
-    return total / samples
+        result = result.to(x.dtype)  # captum's weights are float64
+    elif method == "gradient":
+        result = saliency.attribute(x.requires_grad_(), target, abs=False)
+    else:
+        # captum's NoiseTunnel draws a batch's noise as a whole: an image's would change with its place in the batch.
+        noise, result = Noise(seed, index), torch.zeros_like(x)
+        for _ in range(samples):
+            noisy = (x + sigma * noise.like(x)).requires_grad_()
+            result += saliency.attribute(noisy, target, abs=False).detach()
+        result /= samples
+    lost = ~result.isfinite().flatten(1).all(1)
+    if lost.any():
+        raise Unmeasurable(f"the attributions of image {index[lost.cpu()][0].item()} are not finite")
+    return result.detach()
 
 
 def ranking(attributions: Tensor) -> Tensor:
