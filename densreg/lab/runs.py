@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
+import errno
 import hashlib
 import io
 import json
 import os
-import platform
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from densreg.lab import report
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 CONFIG, METRICS, STEPS, CURVES = "config.json", "metrics.csv", "steps.csv", "curves.png"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -143,65 +139,29 @@ def open_run(out: str, reuse: bool = False, files: Sequence[str] = FILES, hint: 
         yield run
 
 
-_locks: set[int] = set()
-"""Descriptors of the locks that this process holds."""
-
-
-def _forked() -> None:
-    for lock in _locks:  # or a worker that outlives this process, by some seconds after a kill, would hold it on
-        os.close(lock)
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to a folder; the system lets go of it when this one ends, in whichever way.
 
-    Where the file system has no locks, a line says so.
+    The lock is on a file, which stays. Where the file system has no locks, a line says so.
 
     Raises:
         RunError: another one holds it.
         OSError: the folder is absent, or cannot be written to.
     """
-    path = folder / LOCK
-    while True:
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:
-            if not path.exists():
-                raise
-            lock = os.open(path, os.O_RDONLY)  # another user's, whose process was killed
-        try:
-            if fcntl is None:
-                raise OSError(0, "this system has none")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with os.fdopen(lock) as file:
-                owner = file.read(200) or "another process"
-            raise RunError(f"{folder} is in use by {owner}; wait for its end, or choose another folder") from None
-        except OSError as error:
-            print(f"no lock on {folder} ({error.strerror}): let no second process write to it", file=sys.stderr)
-            break
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), path.stat()):
-                break
-        os.close(lock)  # removed between our two calls, by the process that held it
-    _locks.add(lock)
+    lock = FileLock(folder / LOCK, timeout=0, mode=0o666)
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            os.truncate(lock, 0)
-            os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{folder} is in use by another process; wait for its end, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        print(f"no lock on {folder} ({error.strerror}): let no second process write to it", file=sys.stderr)
+    try:
         yield
     finally:
-        if lock in _locks:  # not in a process forked in between
-            _locks.remove(lock)
-            with contextlib.suppress(OSError):
-                path.unlink()
-            os.close(lock)
+        lock.release()
 
 
 def _second_name(path: Path, name: Path) -> None:

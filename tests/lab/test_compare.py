@@ -248,11 +248,6 @@ def test_run_of_a_newer_version(run, tmp_path, where, message):
         evaluation.evaluate([newer])
 
 
-def test_two_processes_on_one_folder(run, tmp_path):
-    with runs.locked(tmp_path), pytest.raises(runs.RunError, match="is in use by process"):
-        evaluation.evaluate([run], out=str(tmp_path), overwrite=True)
-
-
 def test_what_is_not_finite_is_an_error(run, tmp_path, refused):
     broken = tmp_path / "broken"
     broken.mkdir()

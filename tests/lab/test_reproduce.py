@@ -61,7 +61,7 @@ def test_table(command, tmp_path):
     status, said = command(*arguments)
     assert status == 0
     folder = tmp_path / "runs" / "reproduce" / "table1"
-    files = {"table.md", "table.csv", "config.json", "table1.png", "coefficients.png"}
+    files = {"table.md", "table.csv", "config.json", "table1.png", "coefficients.png", runs.LOCK}
     assert {path.name for path in folder.iterdir()} == files
     rows = _table(folder)
     assert [(row["method"], row["coeff"], row["seed"]) for row in rows] == [
@@ -287,14 +287,6 @@ def test_figures_against_other_images_do_not_count(tmp_path, monkeypatch):
         measured("one", data="digits")
 
 
-def test_two_processes_on_one_table(command, tmp_path):
-    (tmp_path / "out").mkdir()
-    with runs.locked(tmp_path / "out"):
-        status, said = command("table1", *SMALL, "--out", "out")
-    assert status == 2
-    assert "out is in use by process" in said
-
-
 def test_other_labels_are_no_resumption(command, mnist, tmp_path):
     arguments = ("table1", *SMALL, "--methods", "standard", "--set", "pgd.steps=1", "leakage.steps=2")
     assert command(*arguments)[0] == 0
@@ -466,7 +458,7 @@ def test_files_of_an_earlier_call_do_not_stay(command, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "measured", _interrupted)
         assert command("table1", *SMALL, "--methods", "density", "--out", "out")[0] == 130
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", runs.LOCK}
 
 
 def test_a_run_of_another_configuration_is_not_gone_on_with(command, tmp_path, monkeypatch):

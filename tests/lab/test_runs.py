@@ -5,27 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import resource
 import signal
 
 import pytest
 import torch
 
 from densreg.lab import runs
-
-
-def test_failed_write_keeps_the_old_file(tmp_path):
-    file = tmp_path / "file"
-    runs.write_atomically(file, lambda f: f.write(b"old"))
-
-    def fails(f):
-        f.write(b"half of the n")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        runs.write_atomically(file, fails, tmp_path / "previous")
-    assert file.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -83,25 +68,10 @@ def test_missing_checkpoint_beside_a_previous_one(tmp_path):
     assert runs.load_checkpoint(tmp_path)[0] == {"step": 1}
 
 
-def test_checkpoint_that_does_not_fit_on_the_disk(tmp_path):
-    """A limit on the size of files stands for the full disk: the write itself fails, in the middle."""
-    runs.save_checkpoint(tmp_path, {"step": 1})
-    runs.save_checkpoint(tmp_path, {"step": 2})
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            runs.save_checkpoint(tmp_path, {"step": 3, "w": torch.zeros(200_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
 def test_open_run(tmp_path, monkeypatch):
     with runs.open_run(str(tmp_path / "deep" / "run")) as run:
         assert [file.name for file in run.iterdir()] == [runs.LOCK]
-    assert list(run.iterdir()) == []
+    assert list(run.iterdir()) == [run / runs.LOCK]
     (run / runs.STEPS).write_text("mine")
 
     def refused(message, out=run, **options):
@@ -148,21 +118,19 @@ def _kill(child):
 
 
 def test_two_processes_on_one_folder(tmp_path):
-    """The second is told who is there; after a kill nothing is in its way."""
+    """The second is refused; after a kill nothing is in its way."""
     child, said = _child(lambda: runs.locked(tmp_path))
     try:
         assert said == b"."
-        message = rf"is in use by process {child} on .*; wait for its end, or choose another folder$"
+        message = "is in use by another process; wait for its end, or choose another folder$"
         with pytest.raises(runs.RunError, match=message), runs.open_run(str(tmp_path)):
             pytest.fail("both are in")
     finally:
         _kill(child)
-    assert (tmp_path / runs.LOCK).exists(), "it could not tidy up"
     with runs.open_run(str(tmp_path)):
         other, said = _child(lambda: runs.locked(tmp_path))
         _kill(other)
         assert said == b"", "it holds against others, with the file that the killed one left"
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_ends_with_its_process_and_not_with_its_workers(tmp_path):
@@ -183,23 +151,6 @@ def test_a_lock_ends_with_its_process_and_not_with_its_workers(tmp_path):
             os.kill(worker, 0)  # it is there
     finally:
         os.kill(worker, signal.SIGKILL)
-
-
-def test_a_lock_file_that_is_removed_in_between(tmp_path, monkeypatch):
-    """By the process that held it, after we opened it: its lock would be one on nothing."""
-    flock, calls = fcntl.flock, []
-
-    def removed_first(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            (tmp_path / runs.LOCK).unlink()
-        flock(*args)
-
-    monkeypatch.setattr(fcntl, "flock", removed_first)
-    with runs.locked(tmp_path):
-        assert len(calls) == 2
-        with pytest.raises(runs.RunError, match="is in use by process"), runs.locked(tmp_path):
-            pytest.fail("both are in")
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):

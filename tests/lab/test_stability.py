@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.second_order import problem
-from densreg.lab import cli, runs, stability, training
+from densreg.lab import cli, stability, training
 from densreg.lab.training import Config
 from densreg.paths import PATHS
 
@@ -44,11 +44,6 @@ def test_measuring_leaves_no_trace(tmp_path, monkeypatch):
     rows = list(stability.measure(config, (1.0, 50.0), steps=4, every=2))
     assert [(row["step"], row["scale"]) for row in rows] == [(s, f) for s in (0, 2, 3) for f in (1.0, 50.0)]
     assert all(torch.equal(w, fitted[k]) for k, w in problems[0].model.state_dict().items())
-
-
-def test_two_processes_on_one_folder(tmp_path, refused):
-    with runs.locked(tmp_path):
-        assert "is in use by process" in refused("stability", "--data", "digits", "--out", str(tmp_path))
 
 
 def test_command(tmp_path, monkeypatch, refused, capsys):

@@ -72,7 +72,7 @@ def test_the_first_step_says_that_it_compiles(quiet, tmp_path, monkeypatch, caps
 def test_run_directory(tmp_path):
     out = tmp_path / "deep" / "run"
     rows = fit(Config(str(out), epochs=2, train_size=256, test_size=100, log_every=2))
-    assert sorted(p.name for p in out.iterdir()) == sorted([*runs.FILES, runs.CURVES])
+    assert sorted(p.name for p in out.iterdir()) == sorted([*runs.FILES, runs.CURVES, runs.LOCK])
     config = json.loads((out / "config.json").read_text())
     assert (config["data"], config["lr"], config["optimizer"]) == ("digits", 1e-3, "adam")
     assert config["versions"]["torch"] == torch.__version__
@@ -655,7 +655,7 @@ def test_two_processes_on_one_run(folder):
     before = {file.name: file.read_bytes() for file in Path(config.out).iterdir()}
     with runs.locked(Path(config.out)):
         for options in ({"resume": True}, {"overwrite": True}, {}):
-            with pytest.raises(training.RunError, match="is in use by process"):
+            with pytest.raises(training.RunError, match="is in use by another process"):
                 fit(config, progress=False, **options)
     assert {file.name: file.read_bytes() for file in Path(config.out).iterdir()} == before
 
