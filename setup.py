@@ -22,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -169,35 +170,6 @@ def run(command: list[str]) -> None:
         raise RuntimeError(f"{Path(command[0]).name} failed: " + "; ".join(errors[:3]))
 
 
-def ninja() -> str | None:
-    """The ninja of the system, or of the wheel that pip's isolated build installs."""
-    beside = Path(sys.executable).with_name("ninja")
-    if shutil.which("ninja"):
-        return "ninja"
-    return str(beside) if beside.is_file() else None
-
-
-def compile_all(commands: dict[str, list[str]], sources: dict[str, str], folder: Path) -> None:
-    """Runs the command of each object file: several at once with ninja, one after the other without."""
-    program = ninja()
-    if program is None:
-        for command in commands.values():
-            run(command)
-        return
-
-    def quoted(text: str) -> str:
-        return text.replace("$", "$$")
-
-    def path(text: str) -> str:
-        return quoted(text).replace(" ", "$ ").replace(":", "$:")
-
-    lines = ["rule compile", "  command = $it"]
-    for target, command in commands.items():
-        lines += [f"build {path(target)}: compile {path(sources[target])}", f"  it = {quoted(shlex.join(command))}"]
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    run([program, "-C", str(folder), *([f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else [])])
-
-
 class BuildExtension(build_ext):
     """Compiles with the flags above, and writes _build_info.json beside the result."""
 
@@ -260,7 +232,7 @@ class BuildExtension(build_ext):
         compiler = compiler_command()
         root = Path(__file__).parent.absolute()
         include = ["-isystem", str(torch / "include")]
-        commands, sources = {}, {}
+        commands = {}
         for source in SOURCES + (CUDA_SOURCES if toolkit else []):
             target = str(folder / (source.replace("/", "_") + ".o"))
             if source.endswith(".cu"):
@@ -273,8 +245,8 @@ class BuildExtension(build_ext):
                 flags = shlex.split(os.environ.get("CPPFLAGS", "")) + shlex.split(os.environ.get("CXXFLAGS", ""))
                 first = [*compiler, *COMPILE, *include, *flags]
             commands[target] = [*first, "-c", str(root / source), "-o", target]
-            sources[target] = str(root / source)
-        compile_all(commands, sources, folder)
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            list(pool.map(run, commands.values()))  # raises what one of them does
         link = [*compiler, "-shared", "-s", *commands, "-o", str(output), *shlex.split(os.environ.get("LDFLAGS", ""))]
         link += [f"-L{torch / 'lib'}", "-Wl,--allow-shlib-undefined", "-Wl,--no-as-needed", "-ltorch_cpu"]
         if toolkit:
