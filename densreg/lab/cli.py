@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "pictures, and prints a table. Several runs are compared side by side if they were trained on the same images.",
         formatter_class=_Help,
     )
+    config.add_options(evaluate, "test_size", "device", "threads")
     add = evaluate.add_argument
     add("folders", nargs="*", metavar="RUN", help="folder that densreg train has written")
     add(
@@ -97,15 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--list", action="store_true", help="print the metrics with their options and defaults, and stop")
     add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of metrics; METRIC.OPTION=VALUE for one")
-    add("--data", metavar="NAME", help="data set; by default the run's, and another one is an error")
     add("--data-dir", metavar="DIR", help="measure the images there; by default the run's, as they were in training")
     add("--out", metavar="DIR", help="folder for the results; by default RUN/evaluation")
-    add("--test-size", type=int, metavar="N", help="use the first N test images only")
     add("--val", action="store_true", help="use the training images that the runs held out by --val-size instead")
     add("--batch-size", type=int, metavar="N", help="images at a time, which bounds the memory; by default the run's")
     add("--seed", type=int, default=0, metavar="N", help="of what is random in a metric")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")
-    add("--threads", type=int, metavar="N", help="threads of torch on the CPU")
     add("--overwrite", action="store_true", help="replace results that are already in the folder")
 
     reproduce = commands.add_parser(
@@ -115,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         "paper's figures beside ours. May be stopped at any time and called again.",
         formatter_class=_Help,
     )
+    config.add_options(
+        reproduce, *("data_dir", "download", "epochs", "train_size", "val_size", "test_size", "device", "threads")
+    )
     add = reproduce.add_argument
     add(
         "experiments",
@@ -123,17 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         help="table1, table3 to table7, fig2a, fig4 or fig7, done in turn; list says what they are",
     )
     add("--budget", default="paper", metavar="NAME", help="paper, or 30-epochs, which is ours: see docs/paper.md")
-    add("--data-dir", metavar="DIR", help="folder of the data sets, as torchvision lays them out")
-    add("--download", action="store_true", help="let torchvision download what is absent")
     add("--out", metavar="DIR", help="folder for the tables, NAME in it for several; by default runs/reproduce/NAME")
     add("--runs", default="runs/reproduce", metavar="DIR", help="folder of the run directories, for all experiments")
     add("--methods", nargs="+", metavar="NAME", help="some of the methods; by default the experiment's")
     add("--models", nargs="+", metavar="NAME", help="models; by default the experiment's")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="trainings of each method")
-    add("--epochs", type=int, metavar="N", help="by default the paper's")
-    add("--train-size", type=int, metavar="N", help="use the first N training images only")
-    add("--val-size", type=int, metavar="N", help="hold the last N training images out, and measure these")
-    add("--test-size", type=int, metavar="N", help="measure the first N images only")
     add("--coeff", nargs="+", default=[], metavar="METHOD=X[,X]", help="coefficients of a method; a row for each")
     add("--coeff-from", metavar="DIR", help="those that a call with --val-size and several --coeff found, in its --out")
     add("--p", type=float, nargs="+", metavar="P", help="orders of the norm; by default the experiment's")
@@ -141,8 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", nargs="+", default=[], metavar="[METHOD.]OPTION=VALUE", help="options of densreg train")
     add("--set", nargs="+", default=[], metavar="METRIC.OPTION=VALUE", help="options of metrics, as densreg evaluate")
     add("--batch-size", type=int, default=250, metavar="N", help="images at a time in the measurements")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda or auto")
-    add("--threads", type=int, metavar="N", help="threads of torch on the CPU")
 
     commands.add_parser("info", help="say what is installed, and which backend serves which device")
     return parser

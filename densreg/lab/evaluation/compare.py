@@ -32,17 +32,14 @@ def names_of(folders: Sequence[str | Path]) -> list[str]:
 
 
 def load_runs(
-    folders: Sequence[str | Path], device: str | torch.device = "cpu", name: str | None = None
+    folders: Sequence[str | Path], device: str | torch.device = "cpu"
 ) -> tuple[dict[str, nn.Module], dict[str, dict[str, Any]]]:
     """The models and the configurations of runs, by the runs' names.
-
-    Args:
-        name: the data set that they must have been trained on.
 
     Raises:
         ModelError: a folder holds no readable run.
         RunError: a newer densreg wrote a run, with an option that this one lacks.
-        ValueError: no run is given, or one was trained on another data set.
+        ValueError: no run is given, or two were trained on different data sets.
     """
     if not folders:
         raise ValueError("no run is given; expected a folder that densreg train has written")
@@ -52,10 +49,8 @@ def load_runs(
     first = next(iter(configs))
     for run, config in configs.items():
         training.check_known(config, run)
-        trained = config.get("data")
-        if trained != (name or configs[first].get("data")):
-            other = f"expected {name}" if name else f"and {first} on {configs[first].get('data')}"
-            raise ValueError(f"the run {run} was trained on {trained}, {other}")
+        if config["data"] != configs[first]["data"]:
+            raise ValueError(f"the run {run} was trained on {config['data']}, and {first} on {configs[first]['data']}")
     return dict(zip(names, (model for model, _ in loaded), strict=True)), configs
 
 
@@ -104,7 +99,6 @@ def evaluate(
     folders: Sequence[str | Path],
     metrics: Sequence[str] = ("accuracy",),
     out: str | None = None,
-    data: str | None = None,
     data_dir: str | None = None,
     test_size: int | None = None,
     val: bool = False,
@@ -124,7 +118,6 @@ def evaluate(
         folders: what ``densreg train --out`` wrote; all trained on the same images of one data set.
         metrics: names in :data:`METRICS`.
         out: the folder for the files; by default ``evaluation`` in the run's own, where there is only one.
-        data: by default that of the runs; another one is an error.
         data_dir: by default the runs', with the images as they were then: others are an error. Images in a folder that
             is given here are measured as they are; they must have the runs' classes and shape.
         test_size: use the first so many test images.
@@ -155,7 +148,7 @@ def evaluate(
         out, device=device, batch_size=batch_size, seed=seed, threads=threads, test_size=test_size
     ).complete()
     on = torch.device(checked.device)
-    loaded, configs = load_runs(folders, on, data)
+    loaded, configs = load_runs(folders, on)
     config = next(iter(configs.values()))
     dataset = _dataset(config, data_dir)
     for run, model in loaded.items():
