@@ -897,20 +897,6 @@ def test_higher_order_operators_are_right_or_refused(operator, refused, fresh_dy
     assert relative_error(gradients(model), by_autograd(model, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
 
 
-@pytest.mark.parametrize("compiler", [None, "aot_eager"])
-def test_a_hook_that_comes_later_counts(compiler, fresh_dynamo):
-    model, twin = _Net(nn.Tanh()).double(), _Net(nn.Tanh()).double()
-    twin.load_state_dict(model.state_dict())
-    x = torch.randn(5, 4, dtype=torch.float64)
-    objective = objective_of(model, compiler, criterion=nothing)
-    objective(x, Y).loss.backward()
-    model.zero_grad()
-    for net in (model, twin):
-        net.first.register_forward_hook(lambda module, inputs, output: 3 * output)
-    objective(x, Y).loss.backward()
-    assert relative_error(gradients(model), by_autograd(twin, x, Y, 0.5, criterion=nothing)[1]) < 1e-10
-
-
 @pytest.mark.parametrize(
     ("compiler", "before", "after"),
     [

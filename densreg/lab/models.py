@@ -125,11 +125,7 @@ def vgg11(classes: int, image_shape: Sequence[int]) -> nn.Module:
     if image_shape[0] != 3:
         features[0] = nn.Conv2d(image_shape[0], 64, 3, padding=1)
     model = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
-    for module in model.modules():  # as torchvision's VGG does
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    _kaiming(model)
     return model
 
 
@@ -167,10 +163,12 @@ class _WideBlock(nn.Module):
 
 
 def _kaiming(model: nn.Module) -> None:
-    """He initialization of the convolutions, for the signal backwards."""
+    """He initialization of the convolutions, for the signal backwards, as torchvision's VGG has it."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def wrn28_10(classes: int, image_shape: Sequence[int]) -> nn.Module:
