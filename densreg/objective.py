@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -656,7 +656,7 @@ def _checked(name: str, value: Any) -> Any:
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
         if isinstance(value, nn.Module):
-            _check_bare(name, value)
+            _check_bare(name, filter(_is_trained, value.modules()))  # a teacher in it may be wrapped or sharded
         return _identity if value is None and name == "labels" else value
     elif name == "penalized" and value is not None:
         names = (value,) if isinstance(value, (int, str)) else tuple(value) if isinstance(value, Sequence) else ()
@@ -710,12 +710,16 @@ def _bare(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     model = _torch.uncompiled(model)
-    _check_bare("model", model)
+    _check_bare("model", model.modules())
     return model
 
 
-def _check_bare(name: str, whole: nn.Module) -> None:
-    for module in whole.modules():
+def _is_trained(module: nn.Module) -> bool:
+    return any(w.requires_grad for w in module.parameters())
+
+
+def _check_bare(name: str, modules: Iterable[nn.Module]) -> None:
+    for module in modules:
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise TypeError(
                 f"the {name} is wrapped in {type(module).__name__}, through which torch cannot take the input's "
@@ -738,7 +742,7 @@ def _check_parallel(objective: RegularizedObjective) -> None:
         )
     if _torch.inside_ddp():  # of the objective; another of the model may train it in other steps
         return
-    parts = set(objective.modules()) - {objective}
+    parts = set(filter(_is_trained, objective.modules())) - {objective}
     for wrapper in gc.get_objects():
         ours = issubclass(type(wrapper), nn.parallel.DistributedDataParallel)
         if ours and getattr(wrapper, "module", None) in parts:

@@ -185,6 +185,10 @@ for options in ({{"criterion": Criterion(5, 5).double()}}, {{"output": nn.Linear
     refused(TypeError, f"the {{name}} is wrapped", lambda: RegularizedObjective(network(), 0.5, **{{name: DDP(part)}}))
     refused(TypeError, "the model is sharded (FSDP)", lambda: beside(**options))
 DDP(RegularizedObjective(wrapped.module, 0.5, compile=False))(x.detach(), y).loss.backward()  # plain steps by another
+distilled = Criterion(5, 5).double()
+distilled.teacher = fully_shard(network().requires_grad_(False))
+RegularizedObjective(network(), 0.5, compile=False, criterion=distilled)(x, y).loss.backward()
+assert distilled.weight.grad.abs().max() > 1e-3
 
 plain = distribute_tensor(x.detach(), mesh, [Replicate()])
 refused(TypeError, "x must be a plain tensor, got a DTensor", lambda: densreg.density_penalty(
