@@ -139,6 +139,11 @@ def sharded_by(node: Any) -> str | None:
     return None
 
 
+def inside_ddp() -> bool:
+    """Whether this is called from the forward of a DistributedDataParallel."""
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+
+
 def group_named(name: str) -> Any:
     """The process group of a name."""
     resolve: Any = torch.distributed.distributed_c10d._resolve_process_group

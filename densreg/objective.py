@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -292,7 +294,7 @@ class RegularizedObjective(nn.Module):
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
-        self._value_checked = False
+        self._value_checked = self._parallel_checked = False
         self._one: Tensor | None = None
         self._interacting: dict[tuple, bool] = {}
 
@@ -336,7 +338,7 @@ class RegularizedObjective(nn.Module):
                 self._head = self._head_to_take()
                 raise
             self._checks = DifferenceChecks()
-            self._value_checked = False
+            self._value_checked = self._parallel_checked = False
             self._interacting = {}
 
     def _set(self, options: dict[str, Any]) -> None:
@@ -426,7 +428,8 @@ class RegularizedObjective(nn.Module):
                 calls an autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be
                 differentiated twice, or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
-        for module in (self, self.model):  # fully_shard may have come after the constructor
+        # fully_shard may have come after the constructor.
+        for module in (self, self.model, self.criterion, self.output):
             _check_unsharded(module)
         batch = _batch_of(x, self.penalized)
         spec = self._with_head(self._spec(), batch)
@@ -451,6 +454,9 @@ class RegularizedObjective(nn.Module):
             target = target if plain else tree_map(lambda v: _for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
+        if not self._parallel_checked:
+            _check_parallel(self)
+            self._parallel_checked = True
         penalized, coeff = self.interval is not None, self.coeff
         if self.model.training:
             if self.interval is not None:
@@ -585,7 +591,7 @@ class RegularizedObjective(nn.Module):
         return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
+        new = {"head": None, "_head": None, "_one": None, "_parallel_checked": False}  # older ones have none of these
         super().__setstate__({**new, **state})
         self._compiled_step = self._compile()
 
@@ -649,6 +655,8 @@ def _checked(name: str, value: Any) -> Any:
     elif name in ("criterion", "output", "labels"):
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
+        if isinstance(value, nn.Module):
+            _check_bare(name, filter(_is_trained, value.modules()))  # a teacher in it may be wrapped or sharded
         return _identity if value is None and name == "labels" else value
     elif name == "penalized" and value is not None:
         names = (value,) if isinstance(value, (int, str)) else tuple(value) if isinstance(value, Sequence) else ()
@@ -702,17 +710,50 @@ def _bare(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     model = _torch.uncompiled(model)
-    for module in model.modules():
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            raise TypeError(
-                f"the model is wrapped in {type(module).__name__}, through which torch cannot take the input's "
-                "gradient: wrap the objective, DistributedDataParallel(RegularizedObjective(model, ...))"
-            )
-        _check_unsharded(module)
+    _check_bare("model", model.modules())
     return model
 
 
-def _check_unsharded(module: nn.Module) -> None:
+def _is_trained(module: nn.Module) -> bool:
+    return any(w.requires_grad for w in module.parameters())
+
+
+def _check_bare(name: str, modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise TypeError(
+                f"the {name} is wrapped in {type(module).__name__}, through which torch cannot take the input's "
+                "gradient: wrap the objective, DistributedDataParallel(RegularizedObjective(model, ...))"
+            )
+        _check_unsharded(module)
+
+
+def _check_parallel(objective: RegularizedObjective) -> None:
+    """Raises TypeError where the modules were parallelized out of the objective's sight.
+
+    No module knows what it is wrapped in, so all objects of the process are looked through, once.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if any(map(paths._is_dtensor, objective.model.parameters())):
+        raise TypeError(
+            "the model's weights are DTensors (as of tensor parallelism), which lose gradients of gradients: wrap "
+            "the objective in DistributedDataParallel instead"
+        )
+    if _torch.inside_ddp():  # of the objective; another of the model may train it in other steps
+        return
+    parts = set(filter(_is_trained, objective.modules())) - {objective}
+    for wrapper in gc.get_objects():
+        ours = issubclass(type(wrapper), nn.parallel.DistributedDataParallel)
+        if ours and getattr(wrapper, "module", None) in parts:
+            raise TypeError(
+                f"the objective's {type(wrapper.module).__name__} is wrapped in DistributedDataParallel, which does "
+                "not average gradients that the objective computes: wrap the objective, "
+                "DistributedDataParallel(RegularizedObjective(model, ...))"
+            )
+
+
+def _check_unsharded(module: Any) -> None:
     if type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
         raise TypeError(
             "the model is sharded (FSDP), and gradients of gradients do not go through its resharding: "

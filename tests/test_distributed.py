@@ -155,6 +155,41 @@ refused(RuntimeError, "sharded (FSDP1)", lambda: gradients(
     FullyShardedDataParallel(network(), device_id=torch.device("cpu"))))
 refused(RuntimeError, "weights are sharded DTensors", lambda: gradients(parallel()))
 refused(RuntimeError, "static_graph=True", lambda: gradients(DDP(network(), static_graph=True)))
+
+# Where the constructor does not see it.
+def after(wrap, **options):
+    model = network()
+    objective = RegularizedObjective(model, 0.5, compile=False, **options)
+    wrapper = wrap(model)
+    return objective(x, y)
+
+def beside(**options):
+    (part,) = options.values()
+    objective = RegularizedObjective(network(), 0.5, compile=False, **options)
+    fully_shard(part)
+    return objective(x, y)
+
+wrapped = DDP(network())
+class Criterion(nn.Linear):
+    def forward(self, logits, target):
+        return nn.functional.cross_entropy(super().forward(logits), target)
+
+for function in (lambda: after(DDP), lambda: after(lambda model: DDP(model[3])), lambda: after(DDP, interval=None),
+                 lambda: RegularizedObjective(wrapped.module, 0.5, path="directional")(x, y)):
+    refused(TypeError, "is wrapped in DistributedDataParallel, which does not average", function)
+for compiled, path in ((True, "fused"), (False, "directional")):
+    refused(TypeError, "the model's weights are DTensors", lambda: RegularizedObjective(
+        parallel(), 0.5, compile=compiled, backend="aot_eager", path=path)(x, y))
+for options in ({{"criterion": Criterion(5, 5).double()}}, {{"output": nn.Linear(5, 5).double()}}):
+    ((name, part),) = options.items()
+    refused(TypeError, f"the {{name}} is wrapped", lambda: RegularizedObjective(network(), 0.5, **{{name: DDP(part)}}))
+    refused(TypeError, "the model is sharded (FSDP)", lambda: beside(**options))
+DDP(RegularizedObjective(wrapped.module, 0.5, compile=False))(x.detach(), y).loss.backward()  # plain steps by another
+distilled = Criterion(5, 5).double()
+distilled.teacher = fully_shard(network().requires_grad_(False))
+RegularizedObjective(network(), 0.5, compile=False, criterion=distilled)(x, y).loss.backward()
+assert distilled.weight.grad.abs().max() > 1e-3
+
 plain = distribute_tensor(x.detach(), mesh, [Replicate()])
 refused(TypeError, "x must be a plain tensor, got a DTensor", lambda: densreg.density_penalty(
     network()(x), plain.requires_grad_()))
