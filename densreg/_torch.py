@@ -291,6 +291,10 @@ def cacheable(functions: Iterable[Callable], key: str) -> AbstractContextManager
     return torch._inductor.config.patch(unsafe_marked_cacheable_functions=marked)
 
 
+SDPA_KERNEL = (torch.nn.attention._backend_from_string, torch.nn.attention._sdpa_kernel)
+"""What ``sdpa_kernel`` is in a graph of Dynamo's: functions of names that are in the graph too."""
+
+
 def count(event: str) -> None:
     """Counts what a pass did where torch counts what its own did: ``torch._dynamo.utils.counters["densreg"]``."""
     torch._dynamo.utils.counters["densreg"][event] += 1

@@ -190,6 +190,8 @@ def _cacheable(graphs: Sequence[torch.fx.GraphModule], inputs: Sequence[Any]) ->
             if function is not None and issubclass(function, _Function):
                 node.target = function.in_graph
                 called.add(function.in_graph)
+            elif node.target in _torch.SDPA_KERNEL:
+                called.add(node.target)
         graph.recompile()
     devices = sorted({t.device.type for t in inputs if isinstance(t, Tensor)})
     return _torch.cacheable(called, f"{_sources()} {[ops.routes(device) for device in devices]}")

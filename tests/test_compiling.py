@@ -103,6 +103,27 @@ def test_only_densregs_functions_are_said_to_be_cacheable(fresh_dynamo):
     assert not set(marked.values()) & set(otherwise.values())
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(32, 3)),
+        nn.Sequential(nn.Conv1d(4, 4, 3), nn.Hardsigmoid(), nn.Flatten(), nn.Linear(24, 3)),
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(), nn.Linear(32, 3)),
+    ],
+    ids=["attention", "convolution", "dropout"],
+)
+def test_torchs_cache_takes_the_step(fresh_dynamo, model):
+    """Or a new process would trace and differentiate it anew; it has no error for what it does not take."""
+    taken = []
+
+    def inner(graph, inputs):
+        taken.append(torch._functorch._aot_autograd.autograd_cache.check_cacheable(graph))  # raises
+        return graph.forward
+
+    densreg.RegularizedObjective(model, 0.1, backend=inner)(torch.randn(2, 4, 8), torch.tensor([0, 2]))
+    assert taken
+
+
 def test_the_key_does_not_depend_on_the_order_of_a_set():
     keys = []
     for functions in ([second_order._Conv, functional._Softmax], [functional._Softmax, second_order._Conv]):

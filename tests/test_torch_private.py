@@ -33,6 +33,7 @@ ALLOWED = {
     "tests": {
         "torch._dynamo.utils.counters",  # graph breaks, hits of the cache, what densreg's passes did
         "torch._dynamo.testing.CompileCounterWithBackend",  # graphs of one compiled function
+        "torch._functorch._aot_autograd.autograd_cache",  # what torch's cache takes
         "torch._dynamo.graph_break",  # where a user's model has one
         "torch._inductor.config",  # its caches, its random numbers and the pass that a user may have set
         "torch._C._dispatch_get_all_op_names",  # that no operator of densreg is forgotten
