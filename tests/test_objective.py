@@ -1373,6 +1373,36 @@ def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynam
         torch.testing.assert_close(a, b)
 
 
+class _OddBuffers(nn.Module):
+    """One that is expanded, one that the first forward makes, and one to which it gives a shape."""
+
+    def __init__(self, resizes):
+        super().__init__()
+        self.resizes = resizes
+        self.register_buffer("expanded", torch.ones(1, dtype=torch.float64).expand(6))
+        self.register_buffer("made", None)
+        self.register_buffer("sized", torch.zeros(0, dtype=torch.float64))
+
+    def forward(self, x):
+        self.made = torch.ones(6) if self.made is None else self.made + 1
+        if self.resizes:
+            self.sized.resize_(6).zero_()
+        return (x * self.expanded).tanh()
+
+
+@every_step
+def test_buffers_that_cannot_be_written_or_are_not_there_yet(options, fresh_dynamo):
+    odd = _OddBuffers(resizes="compile" not in options)  # Dynamo does not trace that
+    model = nn.Sequential(nn.Linear(4, 6).double(), odd, nn.Linear(6, 7).double())
+    twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
+    objective = RegularizedObjective(model, 0.5, **{"compile": False, **options})
+    for _ in range(2):
+        objective.penalty(x, Y)
+        objective(x, Y).loss.backward()
+        twin(x)
+        torch.testing.assert_close([*model.buffers()], [*twin.buffers()])
+
+
 class _Counting(nn.Module):
     """A model whose criterion keeps the frequencies of the classes in a buffer of the model."""
 
