@@ -897,6 +897,30 @@ def test_higher_order_operators_are_right_or_refused(operator, refused, fresh_dy
     assert relative_error(gradients(model), by_autograd(model, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
 
 
+@pytest.mark.parametrize("interval", [1, None], ids=["penalized", "plain"])
+@pytest.mark.parametrize("kind", ["layers", "residual", "weights"])
+def test_a_nested_region_is_refused(kind, interval, fresh_dynamo):
+    """torch 2.14 and 2.15 lose the second call's gradient: without an error in a plain step, and that of weights."""
+
+    @torch.compiler.nested_compile_region
+    def region(t, layer=None):
+        return 2 * t.tanh() if layer is None else 2 * layer(t).tanh()
+
+    def twice(x):
+        for layer in layers:
+            if kind == "weights":
+                x = F.linear(x, region(layer.weight), layer.bias)
+            else:
+                x = region(x, layer) + (x if kind == "residual" else 0)
+        return x
+
+    layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+    model = _Net(Layer(twice))
+    model.layers = layers
+    with pytest.raises(RuntimeError, match=r"one graph: .*nested_compile_region.*leave it out"):
+        RegularizedObjective(model, 0.5, backend="aot_eager", interval=interval)(torch.randn(5, 4), Y)
+
+
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_a_hook_that_comes_later_counts(compiler, fresh_dynamo):
     model, twin = _Net(nn.Tanh()).double(), _Net(nn.Tanh()).double()
