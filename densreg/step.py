@@ -507,8 +507,8 @@ def _check_difference(found: Tensor, expected: Tensor, within: Tensor) -> None:
 def _check_smooth(checks: DifferenceChecks, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
     """The gradient must not depend on the step, as it does where an unknown kink lies inside of it."""
     pairs = [(a, b) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
-    difference = sum((a - b).square().sum().item() for a, b in pairs) ** 0.5
-    length = sum(a.square().sum().item() for a, _ in pairs) ** 0.5
+    difference = sum((a - b).abs().square().sum().item() for a, b in pairs) ** 0.5  # of complex weights too
+    length = sum(a.abs().square().sum().item() for a, _ in pairs) ** 0.5
     if difference > 0.2 * length:
         checks.warned = True
         warnings.warn(
