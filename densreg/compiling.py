@@ -157,7 +157,7 @@ class CheckedBackend:
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
         graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
         # A plain step has no second order to lose.
-        for lossy, advice in _LOSES_SECOND_ORDER.items() if self.penalized else ():
+        for lossy, advice in {**_LOSES_GRADIENTS, **(_LOSES_SECOND_ORDER if self.penalized else {})}.items():
             if any(lossy in str(node.target) for each in graphs for node in each.graph.nodes):
                 raise RuntimeError(f"the model calls {advice}")
         with self.stores(), _torch.inductor_pass(GraphPasses()), _cacheable(graphs, inputs):
@@ -169,6 +169,10 @@ class CheckedBackend:
         return getattr(self.inner, name)
 
 
+_LOSES_GRADIENTS = {
+    "invoke_subgraph": "a region of torch.compiler.nested_compile_region again, whose gradient torch.compile loses "
+    "there without an error: leave it out",
+}
 _LOSES_SECOND_ORDER = {
     "autograd_function_apply": "an autograd.Function, whose second order torch.compile loses without an error: mark "
     "its class with torch.compiler.allow_in_graph",
@@ -221,6 +225,8 @@ _REMEDIES = (
         "momentum=None averages by a count, which is read from a tensor",
         "give it a momentum",
     ),
+    # They do in eager, which has been tried by then.
+    ("the logits do not depend on x", "a region of torch.compiler.nested_compile_region lost that", "leave it out"),
     ("data-dependent", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
     (
         "RNG ops in recompute",

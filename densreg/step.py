@@ -136,8 +136,8 @@ def leaves(batch: Batch) -> Batch:
 # buffers
 
 
-Buffers = list[dict[str, Tensor]]
-"""By name, of the model and, where it is a module, of the output."""
+Buffers = list[dict[str, Any]]
+"""By name, of the model and, where it is a module, of the output: a tensor, or None where a forward is to make one."""
 
 
 def _owners(spec: StepSpec) -> list[nn.Module]:
@@ -151,30 +151,42 @@ def buffers_of(spec: StepSpec) -> Buffers:
             f"{prefix}.{name}" if prefix else name: buffer
             for prefix, module in owner.named_modules()
             for name, buffer in _torch.buffers_of(module).items()
-            if buffer is not None
         }
         for owner in _owners(spec)
     ]
 
 
 def copies_of(buffers: Buffers) -> Buffers:
-    return [{name: buffer.clone() for name, buffer in each.items()} for each in buffers]
+    return [{name: None if b is None else b.clone() for name, b in each.items()} for each in buffers]
 
 
-_SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
-"""(module, name, buffer, its value)"""
+_SavedBuffers = list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
+"""(module, name, buffer, its value); no value where a forward can only put another buffer in its place"""
+
+
+def _value(buffer: Tensor | None) -> Tensor | None:
+    """None of a buffer that a forward is yet to make, or of an expanded one, which nothing can change in place."""
+    expanded = buffer is not None and buffer.layout == torch.strided and 0 in buffer.stride()
+    return None if buffer is None or expanded else buffer.detach().clone()
 
 
 def save_buffers(spec: StepSpec) -> _SavedBuffers:
     """The buffers' values, for :func:`restore_buffers`."""
-    named = [(m, *each) for owner in _owners(spec) for m in owner.modules() for each in _torch.buffers_of(m).items()]
-    return [(module, name, b, b.detach().clone()) for module, name, b in named if b is not None]
+    return [
+        (module, name, b, _value(b))
+        for owner in _owners(spec)
+        for module in owner.modules()
+        for name, b in _torch.buffers_of(module).items()
+    ]
 
 
 def restore_buffers(saved: _SavedBuffers) -> None:
     """Undo what checkpoints did to the buffers as they ran their forward again, in each backward that there was."""
     for module, name, buffer, value in saved:
-        buffer.data.copy_(value)  # the graph may hold the buffer: to it nothing has changed
+        if buffer is not None and value is not None:
+            if buffer.shape != value.shape:  # quantization's observers give theirs a shape in the first forward
+                buffer.resize_(value.shape)
+            buffer.data.copy_(value)  # the graph may hold the buffer: to it nothing has changed
         _torch.buffers_of(module)[name] = buffer
 
 
@@ -302,7 +314,10 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool | None:
             with directional.replayed(states, device):
                 found = classify(spec, each)[0][1].float()
                 logits.append(found[size // 2])
-    changed = not all(_torch.buffers_of(m)[name] is b and torch.equal(b, value) for m, name, b, value in saved)
+    changed = not all(
+        _torch.buffers_of(module)[name] is b and (b is None or value is None or torch.equal(b, value))
+        for module, name, b, value in saved
+    )
     restore_buffers(saved)
     same = (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].abs().max()
     if not changed and same and bool((found == logits[1]).all()):
@@ -492,8 +507,8 @@ def _check_difference(found: Tensor, expected: Tensor, within: Tensor) -> None:
 def _check_smooth(checks: DifferenceChecks, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
     """The gradient must not depend on the step, as it does where an unknown kink lies inside of it."""
     pairs = [(a, b) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
-    difference = sum((a - b).square().sum().item() for a, b in pairs) ** 0.5
-    length = sum(a.square().sum().item() for a, _ in pairs) ** 0.5
+    difference = sum((a - b).abs().square().sum().item() for a, b in pairs) ** 0.5  # of complex weights too
+    length = sum(a.abs().square().sum().item() for a, _ in pairs) ** 0.5
     if difference > 0.2 * length:
         checks.warned = True
         warnings.warn(

@@ -176,6 +176,22 @@ def test_models_that_cannot_be_differentiated_twice(case):
     assert relative_error(gradients(model), expected) < 1e-5
 
 
+def test_complex_weights():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filter, self.head = nn.Parameter(torch.randn(5, dtype=torch.complex128)), nn.Linear(8, 5).double()
+
+        def forward(self, x):
+            return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=8).tanh())
+
+    model, x, y = Net(), torch.randn(6, 8, dtype=torch.float64), torch.randint(5, (6,))
+    RegularizedObjective(model, 1.0, path="directional", criterion=nothing)(x, y).loss.backward()
+    expected = by_autograd(model, x, y, 1.0, criterion=nothing)[1]
+    for found, right in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+
+
 def test_lstm():
     class Net(nn.Module):
         def __init__(self):

@@ -897,6 +897,30 @@ def test_higher_order_operators_are_right_or_refused(operator, refused, fresh_dy
     assert relative_error(gradients(model), by_autograd(model, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
 
 
+@pytest.mark.parametrize("interval", [1, None], ids=["penalized", "plain"])
+@pytest.mark.parametrize("kind", ["layers", "residual", "weights"])
+def test_a_nested_region_is_refused(kind, interval, fresh_dynamo):
+    """torch 2.14 and 2.15 lose the second call's gradient: without an error in a plain step, and that of weights."""
+
+    @torch.compiler.nested_compile_region
+    def region(t, layer=None):
+        return 2 * t.tanh() if layer is None else 2 * layer(t).tanh()
+
+    def twice(x):
+        for layer in layers:
+            if kind == "weights":
+                x = F.linear(x, region(layer.weight), layer.bias)
+            else:
+                x = region(x, layer) + (x if kind == "residual" else 0)
+        return x
+
+    layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+    model = _Net(Layer(twice))
+    model.layers = layers
+    with pytest.raises(RuntimeError, match=r"one graph: .*nested_compile_region.*leave it out"):
+        RegularizedObjective(model, 0.5, backend="aot_eager", interval=interval)(torch.randn(5, 4), Y)
+
+
 @pytest.mark.parametrize(
     ("compiler", "before", "after"),
     [
@@ -1357,6 +1381,36 @@ def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynam
     twin(x)
     for a, b in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class _OddBuffers(nn.Module):
+    """One that is expanded, one that the first forward makes, and one to which it gives a shape."""
+
+    def __init__(self, resizes):
+        super().__init__()
+        self.resizes = resizes
+        self.register_buffer("expanded", torch.ones(1, dtype=torch.float64).expand(6))
+        self.register_buffer("made", None)
+        self.register_buffer("sized", torch.zeros(0, dtype=torch.float64))
+
+    def forward(self, x):
+        self.made = torch.ones(6) if self.made is None else self.made + 1
+        if self.resizes:
+            self.sized.resize_(6).zero_()
+        return (x * self.expanded).tanh()
+
+
+@every_step
+def test_buffers_that_cannot_be_written_or_are_not_there_yet(options, fresh_dynamo):
+    odd = _OddBuffers(resizes="compile" not in options)  # Dynamo does not trace that
+    model = nn.Sequential(nn.Linear(4, 6).double(), odd, nn.Linear(6, 7).double())
+    twin, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
+    objective = RegularizedObjective(model, 0.5, **{"compile": False, **options})
+    for _ in range(2):
+        objective.penalty(x, Y)
+        objective(x, Y).loss.backward()
+        twin(x)
+        torch.testing.assert_close([*model.buffers()], [*twin.buffers()])
 
 
 class _Counting(nn.Module):
