@@ -110,6 +110,12 @@ def cannot_be_differentiated(node: Any) -> bool:
     return node.name() == "torch::autograd::Error"
 
 
+def is_higher_order(node: Any) -> bool:
+    """Whether this is a node of one of torch's higher-order operators (cond, map, scan, while_loop)."""
+    function = getattr(node, "_forward_cls", None)  # of a node of a Function
+    return function is not None and function.__module__.startswith("torch._higher_order_ops")
+
+
 def is_of_compiled_model(node: Any) -> bool:
     """Whether this is a node of the backward of what torch.compile compiled."""
     return node.name() == "CompiledFunctionBackwardBackward"

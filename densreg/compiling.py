@@ -23,6 +23,7 @@ from densreg import _torch, ops
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
 from densreg.head import check_head
+from densreg.paths import HIGHER_ORDER
 from densreg.second_order import hardsigmoid_under_compile, of_a_graph
 from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, try_trained, without_trace
 
@@ -157,9 +158,10 @@ class CheckedBackend:
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
         graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
         # A plain step has no second order to lose.
-        for lossy, advice in {**_LOSES_GRADIENTS, **(_LOSES_SECOND_ORDER if self.penalized else {})}.items():
-            if any(lossy in str(node.target) for each in graphs for node in each.graph.nodes):
-                raise RuntimeError(f"the model calls {advice}")
+        refused = {**_LOSES_GRADIENTS, **(_LOSES_SECOND_ORDER if self.penalized else {})}
+        for node in (node for each in graphs for node in each.graph.nodes if node.op == "call_function"):
+            if str(node.target) in refused:
+                raise RuntimeError(f"the model calls {refused[str(node.target)]}")
         with self.stores(), _torch.inductor_pass(GraphPasses()), _cacheable(graphs, inputs):
             return self.inner(graph, inputs)
 
@@ -176,8 +178,7 @@ _LOSES_GRADIENTS = {
 _LOSES_SECOND_ORDER = {
     "autograd_function_apply": "an autograd.Function, whose second order torch.compile loses without an error: mark "
     "its class with torch.compiler.allow_in_graph",
-    "map_impl": "map of torch's higher-order operators, whose second order torch.compile loses without an error: write "
-    "torch.vmap or a loop",
+    **dict.fromkeys(("cond", "map_impl", "scan", "switch", "while_loop"), HIGHER_ORDER),
 }
 """Names in Dynamo's graph, and what to say of them."""
 
@@ -227,7 +228,7 @@ _REMEDIES = (
     ),
     # They do in eager, which has been tried by then.
     ("the logits do not depend on x", "a region of torch.compiler.nested_compile_region lost that", "leave it out"),
-    ("data-dependent", "a tensor's value decides what is computed", "use torch.where or torch.cond"),
+    ("data-dependent", "a tensor's value decides what is computed", "use torch.where"),
     (
         "RNG ops in recompute",
         "a checkpoint has dropout inside, which this torch does not compile",

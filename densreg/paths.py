@@ -42,6 +42,10 @@ _NOT_TWICE = (
     "the score cannot be differentiated again, so the penalty would train nothing, or not all of the model: the "
     "backward of some layer (a custom autograd.Function?) runs outside autograd or is once_differentiable"
 )
+HIGHER_ORDER = (
+    "a higher-order operator of torch (cond, map, scan, while_loop), whose second order torch loses without an error: "
+    "write torch.where, torch.vmap or a loop"
+)
 _SHARDED = (
     "the logits come from {}, which loses gradients of gradients without an error: give densreg the bare model, or "
     "train with DistributedDataParallel(RegularizedObjective(model, ...))"
@@ -159,6 +163,8 @@ def check_score(
             raise RuntimeError(_SHARDED.format(whose))
         if _torch.is_of_compiled_model(node):
             raise RuntimeError(_COMPILED_MODEL)
+        if _torch.is_higher_order(node):
+            raise RuntimeError(f"the model calls {HIGHER_ORDER}")
         if _torch.cannot_be_differentiated(node):
             raise RuntimeError(_NOT_TWICE)
     if not all(g.requires_grad for g in score):
