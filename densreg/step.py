@@ -161,13 +161,16 @@ def copies_of(buffers: Buffers) -> Buffers:
 
 
 _SavedBuffers = list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
-"""(module, name, buffer, its value); no value where a forward can only put another buffer in its place"""
+"""(module, name, buffer, its value); no value where restoring only puts the buffer back in its place"""
 
 
 def _value(buffer: Tensor | None) -> Tensor | None:
-    """None of a buffer that a forward is yet to make, or of an expanded one, which nothing can change in place."""
-    expanded = buffer is not None and buffer.layout == torch.strided and 0 in buffer.stride()
-    return None if buffer is None or expanded else buffer.detach().clone()
+    """None of a buffer that a forward is yet to make, or of an expanded one, which copy_ does not write to."""
+    if buffer is None:
+        return None
+    strided = buffer.layout == torch.strided
+    expanded = strided and any(n > 1 and step == 0 for n, step in zip(buffer.shape, buffer.stride(), strict=True))
+    return None if expanded else buffer.detach().clone()
 
 
 def save_buffers(spec: StepSpec) -> _SavedBuffers:

@@ -1413,16 +1413,18 @@ def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynam
 
 
 class _OddBuffers(nn.Module):
-    """One that is expanded, one that the first forward makes, and one to which it gives a shape."""
+    """One that is expanded, one that only looks so, one that the first forward makes, and one to which it gives a shape."""
 
     def __init__(self, resizes):
         super().__init__()
         self.resizes = resizes
         self.register_buffer("expanded", torch.ones(1, dtype=torch.float64).expand(6))
+        self.register_buffer("counted", torch.zeros((), dtype=torch.float64).expand(1))  # of stride 0 as well
         self.register_buffer("made", None)
         self.register_buffer("sized", torch.zeros(0, dtype=torch.float64))
 
     def forward(self, x):
+        self.counted.add_(1)
         self.made = torch.ones(6) if self.made is None else self.made + 1
         if self.resizes:
             self.sized.resize_(6).zero_()

@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure runs of densreg train on their test images; writes evaluation.json, evaluation.csv and "
         "pictures, and prints a table. Several runs are compared side by side if they were trained on the same images.",
         formatter_class=_Help,
+        allow_abbrev=False,  # or --data NAME, as densreg train has it, would be --data-dir
     )
     config.add_options(evaluate, "test_size", "device", "threads")
     add = evaluate.add_argument

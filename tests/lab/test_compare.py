@@ -137,6 +137,7 @@ def test_default_folder(run, capsys):
         ("RUN --metrics lime", "unknown metric 'lime'; expected some of accuracy, worst_group, leakage"),
         ("RUN --metrics acuracy", "activation_maximisation; did you mean accuracy?\n"),
         ("RUN --metrics worst_group", "worst_group needs a data set with groups, and this one has none"),
+        ("RUN --data mnist", "unrecognized arguments: --data mnist"),
         ("RUN RUN --out out", "is given twice"),
         ("RUN --test-size 0", "test_size must lie in [1, 2^31), got 0"),
         ("RUN --batch-size 0", "batch_size must lie in [1, 2^31), got 0"),
