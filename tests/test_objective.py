@@ -1413,7 +1413,7 @@ def test_buffers_are_of_one_forward_through_checkpoints_too(options, fresh_dynam
 
 
 class _OddBuffers(nn.Module):
-    """One that is expanded, one that only looks so, one that the first forward makes, and one to which it gives a shape."""
+    """One that is expanded, one that only looks so, one that the first forward makes, one to which it gives a shape."""
 
     def __init__(self, resizes):
         super().__init__()
