@@ -137,7 +137,6 @@ def test_default_folder(run, capsys):
         ("RUN --metrics lime", "unknown metric 'lime'; expected some of accuracy, worst_group, leakage"),
         ("RUN --metrics acuracy", "activation_maximisation; did you mean accuracy?\n"),
         ("RUN --metrics worst_group", "worst_group needs a data set with groups, and this one has none"),
-        ("RUN --data mnist", "unrecognized arguments: --data mnist"),
         ("RUN RUN --out out", "is given twice"),
         ("RUN --test-size 0", "test_size must lie in [1, 2^31), got 0"),
         ("RUN --batch-size 0", "batch_size must lie in [1, 2^31), got 0"),
@@ -153,6 +152,12 @@ def test_bad_requests(arguments, message, run, tmp_path, monkeypatch, refused):
     given = [str(run) if word == "RUN" else word for word in arguments.split()]
     out = [] if "--out" in given else ["--out", "out"]
     assert message in refused("evaluate", *given, *out)
+
+
+def test_data_is_no_short_form_of_data_dir(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "run", "--data", "mnist"])
+    assert capsys.readouterr().err == "densreg: error: unrecognized arguments: --data mnist\n"
 
 
 def test_several_runs_need_a_folder(run, tmp_path, refused):
