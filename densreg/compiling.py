@@ -226,8 +226,11 @@ _REMEDIES = (
         "momentum=None averages by a count, which is read from a tensor",
         "give it a momentum",
     ),
-    # They do in eager, which has been tried by then.
-    ("the logits do not depend on x", "a region of torch.compiler.nested_compile_region lost that", "leave it out"),
+    (  # they do in eager, which has been tried by then
+        "the logits do not depend on x",
+        "compiled, the logits do not depend on x, as after a region of torch.compiler.nested_compile_region",
+        "leave it out",
+    ),
     ("data-dependent", "a tensor's value decides what is computed", "use torch.where"),
     (
         "RNG ops in recompute",

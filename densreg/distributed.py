@@ -344,13 +344,13 @@ def _shard(
     weight: Tensor, bias: Tensor | None, classes: int | None, group: Any
 ) -> tuple[Tensor, Tensor | None, int | None, str]:
     """(weight, bias, classes, group's name): of DTensors, this process's part, their length, and the mesh's group."""
-    if not (paths._is_dtensor(weight) or paths._is_dtensor(bias)):  # type: ignore[arg-type]
+    if not (paths.is_dtensor(weight) or paths.is_dtensor(bias)):  # type: ignore[arg-type]
         return weight, bias, classes, _name_of(group)
     from torch.distributed.tensor import Shard
 
     given: dict[str, Any] = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, t in given.items():
-        if not paths._is_dtensor(t):
+        if not paths.is_dtensor(t):
             raise TypeError(f"{name}: expected a DTensor, as the other one of weight and bias, got a plain tensor")
         if t.device_mesh.ndim != 1 or tuple(t.placements) != (Shard(0),):
             raise ValueError(

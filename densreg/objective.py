@@ -735,7 +735,7 @@ def _check_parallel(objective: RegularizedObjective) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    if any(map(paths._is_dtensor, objective.model.parameters())):
+    if any(map(paths.is_dtensor, objective.model.parameters())):
         raise TypeError(
             "the model's weights are DTensors (as of tensor parallelism), which lose gradients of gradients: wrap "
             "the objective in DistributedDataParallel instead"

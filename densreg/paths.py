@@ -76,7 +76,7 @@ def _compiling() -> bool:
     return True
 
 
-def _is_dtensor(t: Tensor) -> bool:
+def is_dtensor(t: Tensor) -> bool:
     return type(t).__name__ == "DTensor"  # torch.distributed is not in every build
 
 
@@ -96,8 +96,8 @@ def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
         raise TypeError(f"x must be a tensor or a non-empty sequence of tensors, got {x!r:.80}")
     for i, xi in enumerate(xs):
         name = "x" if isinstance(x, Tensor) else f"x[{i}]"
-        if _is_dtensor(xi) or _is_dtensor(logits):
-            given = name if _is_dtensor(xi) else "logits"
+        if is_dtensor(xi) or is_dtensor(logits):
+            given = name if is_dtensor(xi) else "logits"
             raise TypeError(f"{given} must be a plain tensor, got a DTensor: pass logits.full_tensor() and a plain x")
         check_input(name, xi, len(logits), "the logits")
         if torch.is_grad_enabled() and not xi.requires_grad:

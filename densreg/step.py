@@ -160,7 +160,7 @@ def copies_of(buffers: Buffers) -> Buffers:
     return [{name: None if b is None else b.clone() for name, b in each.items()} for each in buffers]
 
 
-_SavedBuffers = list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
+_SavedBuffers = list[tuple[nn.Module, str, Any, Tensor | None]]
 """(module, name, buffer, its value); no value where restoring only puts the buffer back in its place"""
 
 
@@ -186,7 +186,7 @@ def save_buffers(spec: StepSpec) -> _SavedBuffers:
 def restore_buffers(saved: _SavedBuffers) -> None:
     """Undo what checkpoints did to the buffers as they ran their forward again, in each backward that there was."""
     for module, name, buffer, value in saved:
-        if buffer is not None and value is not None:
+        if value is not None:
             if buffer.shape != value.shape:  # quantization's observers give theirs a shape in the first forward
                 buffer.resize_(value.shape)
             buffer.data.copy_(value)  # the graph may hold the buffer: to it nothing has changed
@@ -318,7 +318,7 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool | None:
                 found = classify(spec, each)[0][1].float()
                 logits.append(found[size // 2])
     changed = not all(
-        _torch.buffers_of(module)[name] is b and (b is None or value is None or torch.equal(b, value))
+        (value is None or torch.equal(b, value)) and _torch.buffers_of(module)[name] is b
         for module, name, b, value in saved
     )
     restore_buffers(saved)

@@ -25,15 +25,19 @@ STEPS = """
 import json, sys, torch
 from reference import by_autograd, gradients, nothing
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from densreg import RegularizedObjective, compiling
 
 def step(p=2.0):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    attention = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, activation="gelu", batch_first=True)
+    layers = nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(2), attention, nn.Flatten(), nn.Linear(8, 3)
+    model = nn.Sequential(*layers).double()
     x, y = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 2])
-    expected = by_autograd(model, x, y, 1.0, p, nothing)[1]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = by_autograd(model, x, y, 1.0, p, nothing)[1]
     RegularizedObjective(model, 1.0, p=p, criterion=nothing)(x, y).loss.backward()
     pairs = zip(gradients(model), expected, strict=True)
     error = max(float((g - e).norm()) for g, e in pairs) / max(float(e.norm()) for e in expected)
