@@ -8,6 +8,7 @@ Each column is forward, loss and the parameters' gradients (no optimizer) on the
     naive ... taylor  cross_entropy + coeff * penalty by that path, in eager, loss.backward()
     taylor compiled the same in one compiled graph with its gradients, the layers torch's own
     objective       densreg.RegularizedObjective; with the penalty of a quarter of the batch; and by a finite difference
+    without ...     on request: the objective without one of densreg.graph_passes
 
 Times are medians of interleaved rounds, ratios medians over the rounds. Before anything is timed every penalized
 column's gradients are compared with torch's own in float64; one that is off is reported and not timed. Memory is what
@@ -28,6 +29,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
 import densreg
-from densreg import _torch, attacks, paths, regularizers
+from densreg import _torch, attacks, graph_passes, paths, regularizers
 from densreg.lab import models
 
 from .records import Row, tables, write_json
@@ -51,6 +53,10 @@ COLUMNS = (
     *("plain", "naive", "max_shift", "stable", "taylor", "taylor compiled"),
     *("objective", "fraction 0.25", "directional"),
 )
+
+PASSES = ("merge_products", "lay_out_images", "merge_convolutions", "split_sums", "mask_pools")
+WITHOUT = tuple(f"without {name}" for name in PASSES)
+"""The objective without one of the changes that densreg.graph_passes makes to inductor's graph."""
 
 ADVERSARIAL = "PGD-5 training"
 RIVALS = ("input_gradient", "score_matching", "ig_sum", ADVERSARIAL)
@@ -154,6 +160,15 @@ def steps_of(column: str, model: nn.Module) -> Step:
             return taken()
 
         return plain
+    if column in WITHOUT:
+        step = steps_of("objective", model)
+
+        def without(x: Tensor, y: Tensor) -> list[Tensor]:
+            left_out = mock.patch.object(graph_passes, column.split()[1])
+            with left_out, torch._inductor.config.patch(force_disable_caches=True):  # which hold the whole graph
+                return step(x, y)
+
+        return without
     if column in ("objective", "objective eager", "fraction 0.25", "directional") or column.startswith("interval "):
         objective = densreg.RegularizedObjective(
             model,
@@ -360,7 +375,7 @@ SHARED = {"threads": None, "seconds": 60.0, "json": None}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=[*COLUMNS, *WITHOUT])
     parser.add_argument("--no-memory", dest="memory", action="store_false")
 
 

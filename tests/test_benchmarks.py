@@ -31,7 +31,7 @@ from benchmarks import (
     test_growth,
     timing,
 )
-from densreg import _torch
+from densreg import _torch, graph_passes
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -201,6 +201,20 @@ def test_a_step_that_fails_is_not_timed_and_costs_no_other(monkeypatch):
     assert taylor["error"] < 1e-5
     with pytest.raises(timing.WrongResult, match="mlp, naive: not timed"):  # there is nothing to divide by
         steps.measure("mlp", ["naive", "taylor"], 0, False, base="naive", batch=4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_a_step_without_one_change_to_its_graph(fresh_dynamo):
+    problem = steps.problem(steps.CASES["mlp-784"])
+    references = steps.references(*problem)
+    merged = []
+    for column in ("without merge_products", "objective"):
+        torch._dynamo.utils.counters["densreg"].clear()
+        assert steps.require(column, steps.step_of(column, *problem)(), references) < 0.02
+        merged.append(torch._dynamo.utils.counters["densreg"]["products merged"])
+    assert merged[0] == 0 < merged[1]
+    assert all(callable(getattr(graph_passes, name)) for name in steps.PASSES)
 
 
 def test_first_steps_are_timed_in_processes_of_their_own(monkeypatch):
