@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from densreg import _torch, ops
+from densreg.batch import Batch
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
 from densreg.head import check_head
 from densreg.paths import HIGHER_ORDER
 from densreg.second_order import hardsigmoid_under_compile, of_a_graph
-from densreg.step import Batch, StepResult, StepSpec, raise_kept_tensor, try_trained, without_trace
+from densreg.step import StepResult, StepSpec, raise_kept_tensor, try_trained, without_trace
 
 OFTEN = 5
 """As many versions of a compiled step are taken for granted: a last batch of another size, skipped penalties."""

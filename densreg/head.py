@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from densreg._torch import tree_leaves
+from densreg.batch import Batch
 from densreg.linear import linear_log_density, linear_loss_and_correct, product_dtype
 from densreg.second_order import fast_second_order
 from densreg.step import (
-    Batch,
     Buffers,
     Outputs,
     StepSpec,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +14,7 @@ from torch.autograd import Function
 
 from densreg import _torch, directional, functional, paths, regularizers
 from densreg._torch import tree_leaves, tree_map
+from densreg.batch import Batch, batch_of, detached, detached_batch, for_graph, leaves, rows, with_inputs
 from densreg.compiling import CompiledStep
 from densreg.head import (
     AUTO_CLASSES,
@@ -28,26 +28,20 @@ from densreg.paths import Inputs
 from densreg.regularizers import REGULARIZERS, Density, Regularizer, trait
 from densreg.second_order import fast_second_order
 from densreg.step import (
-    Batch,
     DifferenceChecks,
     StepResult,
     StepSpec,
     buffers_of,
     classify,
-    detached,
-    detached_batch,
     directional_step,
     labels_of,
-    leaves,
     loss_of,
     raise_kept_tensor,
     restore_buffers,
-    rows,
     samples_interact,
     save_buffers,
     score_without_graph,
     whole_step,
-    with_inputs,
 )
 
 
@@ -431,7 +425,7 @@ class RegularizedObjective(nn.Module):
         # fully_shard may have come after the constructor.
         for module in (self, self.model, self.criterion, self.output):
             _check_unsharded(module)
-        batch = _batch_of(x, self.penalized)
+        batch = batch_of(x, self.penalized)
         spec = self._with_head(self._spec(), batch)
         if not torch.is_grad_enabled():
             if spec.head is not None:
@@ -451,7 +445,7 @@ class RegularizedObjective(nn.Module):
         batch = detached_batch(batch)
         xs = batch.xs
         if self._compiled_step is not None:
-            target = target if plain else tree_map(lambda v: _for_graph(v, xs[0].device), target)
+            target = target if plain else tree_map(lambda v: for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
         if not self._parallel_checked:
@@ -503,7 +497,7 @@ class RegularizedObjective(nn.Module):
         Returns:
             A scalar without a graph, float32 (float64 for float64 logits).
         """
-        batch = leaves(detached_batch(_batch_of(x, self.penalized)))
+        batch = leaves(detached_batch(batch_of(x, self.penalized)))
         spec = self._with_head(self._spec(), batch)
         target = tree_map(detached, target)
         saved = save_buffers(spec)
@@ -759,61 +753,6 @@ def _check_unsharded(module: Any) -> None:
             "the model is sharded (FSDP), and gradients of gradients do not go through its resharding: "
             "wrap the objective in DistributedDataParallel instead"
         )
-
-
-def _for_graph(value: Any, device: torch.device) -> Any:
-    """A part of the target as the compiled step takes it: no subclass of Tensor, and no number that is compiled in."""
-    if isinstance(value, Tensor):
-        return _plain(value)
-    real = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
-    return torch.full((), float(value), dtype=torch.float64, device=device) if real else value
-
-
-def _batch_of(x: Any, penalized: tuple[int | str, ...] | None) -> Batch:
-    """What the model is called with; raises TypeError or ValueError where the penalized inputs have no score."""
-    if type(x) is Tensor and penalized is None and x.ndim > 1 and x.is_floating_point():
-        return Batch((x,), (0,), {})
-    given: dict[int | str, Any]
-    if isinstance(x, Mapping):
-        given = dict(x)
-    elif isinstance(x, Tensor) or (isinstance(x, Sequence) and not isinstance(x, str)):
-        given = dict(enumerate([x] if isinstance(x, Tensor) else x))
-    else:
-        raise TypeError(f"x must be a tensor, a sequence of inputs or a mapping to them, got {type(x).__name__}")
-    given = {key: _plain(v) if isinstance(v, Tensor) else v for key, v in given.items()}
-    tensors = {key: v for key, v in given.items() if isinstance(v, Tensor)}
-    if penalized is None:  # nothing is left out silently that has a derivative
-        for key, value in given.items():
-            if not isinstance(value, Tensor) and any(map(_is_differentiable, tree_leaves(value))):
-                raise TypeError(
-                    f"x[{key!r}] is a {type(value).__name__} with floating-point tensors in it, which would not be "
-                    "penalized: name the inputs that are, penalized=..., or pass each tensor by itself"
-                )
-        penalized = tuple(key for key, v in tensors.items() if _is_differentiable(v))
-    if not penalized:
-        kinds = ", ".join(str(v.dtype if isinstance(v, Tensor) else type(v).__name__) for v in given.values())
-        raise TypeError(f"x must be floating point to have a score, got {kinds or 'nothing'}")
-    for key in penalized:
-        if key not in tensors:
-            raise ValueError(f"penalized names {key!r}, which is none of x's tensors: {[*tensors]}")
-    xs = tuple(tensors[key] for key in penalized)
-    if xs[0].ndim == 0:
-        raise ValueError("x must have shape [B, ...], got []")
-    for key, t in zip(penalized, xs, strict=True):
-        paths.check_input("x" if isinstance(x, Tensor) else f"x[{key!r}]", t, len(xs[0]), "the first input")
-    return Batch(xs, tuple(penalized), {key: v for key, v in given.items() if key not in penalized})
-
-
-def _is_differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _plain(t: Tensor) -> Tensor:
-    """The same memory as no subclass, which torch.compile may not take; one that is more than its memory stays."""
-    if type(t) is Tensor or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return t
-    with _torch.plain_tensors():
-        return t.as_subclass(Tensor)
 
 
 def _identity(target: Any) -> Any:

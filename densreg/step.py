@@ -1,7 +1,7 @@
 """One penalized training step: forward, score, double backward, and the gradients of the trained parameters.
 
 :func:`whole_step` becomes one compiled graph, :func:`directional_step` runs in eager. Both take a :class:`StepSpec`,
-which describes what is trained and penalized, and a :class:`Batch`, and return a :class:`StepResult`.
+which describes what is trained and penalized, and a :class:`~densreg.batch.Batch`, and return a :class:`StepResult`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from densreg import _torch, directional, functional, ops
+from densreg.batch import Batch, rows, with_inputs
 from densreg.paths import graph_nodes
 from densreg.penalty import density_loss, mean_cross_entropy
 from densreg.regularizers import Regularizer, trait
@@ -72,64 +73,6 @@ class StepResult(NamedTuple):
     ce: Tensor
     penalty: Tensor
     gradients: Sequence[Tensor | None]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the batch
-
-
-class Batch(NamedTuple):
-    """What the model is called with.
-
-    Attributes:
-        xs: the inputs that are penalized, [B, ...].
-        keys: where each of them stands, a position or a name.
-        others: the rest by position or name. Of the tensors those of length B have a row for each sample.
-    """
-
-    xs: tuple[Tensor, ...]
-    keys: tuple[int | str, ...]
-    others: dict[int | str, Any]
-
-
-def _has_rows(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
-
-
-def with_inputs(batch: Batch, xs: tuple[Tensor, ...]) -> Batch:
-    """The batch with these penalized inputs, which may be several batches one after the other."""
-    size = len(batch.xs[0])
-    others = batch.others
-    if len(xs[0]) != size:
-        times = len(xs[0]) // size
-        others = {k: v.repeat(times, *[1] * (v.ndim - 1)) if _has_rows(v, size) else v for k, v in others.items()}
-    return Batch(xs, batch.keys, others)
-
-
-def rows(batch: Batch, index: Tensor) -> Batch:
-    """The batch of the samples ``index``."""
-    size = len(batch.xs[0])
-    others = {k: v[index] if _has_rows(v, size) else v for k, v in batch.others.items()}
-    return Batch(tuple(x[index] for x in batch.xs), batch.keys, others)
-
-
-def detached(value: Any) -> Any:
-    """A tensor without graph, which is no inference tensor; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if value.is_inference() else value.detach()
-
-
-def detached_batch(batch: Batch) -> Batch:
-    others = {key: detached(v) for key, v in batch.others.items()}
-    return Batch(tuple([detached(x) for x in batch.xs]), batch.keys, others)
-
-
-def leaves(batch: Batch) -> Batch:
-    """A batch without graph, which is nobody else's: its penalized inputs are made to require grad."""
-    for x in batch.xs:
-        x.requires_grad_()
-    return batch
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 
 import densreg
 from densreg import head
+from densreg.batch import batch_of
 from densreg.regularizers import Cure
 
 
@@ -278,7 +279,7 @@ def test_models_of_libraries(name, expected, training):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     objective = densreg.RegularizedObjective(model, 0.5, compile=False)
-    assert head.find_head(objective._spec(), densreg.objective._batch_of(x, None)) == expected
+    assert head.find_head(objective._spec(), batch_of(x, None)) == expected
     assert_penalty_as_with_logits(model, x, y, expected)
 
 
@@ -387,7 +388,7 @@ def test_hidden_changes_of_the_logits_are_seen(change, compiled, fresh_dynamo):
     options = {"compile": compiled, "backend": "aot_eager"}
     objective = densreg.RegularizedObjective(_Changed(function), 0.5, **options)
     x = torch.randn(3, 4)
-    assert head.find_head(objective._spec(), densreg.objective._batch_of(x, None)) is None
+    assert head.find_head(objective._spec(), batch_of(x, None)) is None
     objective.head = "head"
     with pytest.raises(ValueError if not compiled else (ValueError, RuntimeError), match=rf"it went through {name}"):
         objective(x, torch.tensor([0, 1, 2]))

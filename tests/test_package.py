@@ -32,6 +32,7 @@ LIBRARY = (
     "attacks",
     "second_order",
     "regularizers",
+    "batch",
     "directional",
     "graph_passes",
     "step",

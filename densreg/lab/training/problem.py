@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from densreg import attacks, regularizers
+from densreg.batch import Batch
 from densreg.head import find_head
 from densreg.lab import data, groups, models
 from densreg.lab.config import AMP, COMPILE_STEPS, Config
 from densreg.lab.training.distributed import processes
 from densreg.objective import HeadOutput, RegularizedObjective
 from densreg.regularizers import Regularizer
-from densreg.step import Batch
 
 PENALTY_SAMPLES = 1000
 """The test penalty is the mean over so many test images: it costs three forward passes, accuracy one."""
