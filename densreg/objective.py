@@ -294,7 +294,9 @@ class RegularizedObjective(nn.Module):
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
-        self._value_checked = self._parallel_checked = False
+        self._value_checked = False
+        self._parallel_checked: int | None = None
+        """After how many wrappers, of :func:`_count_wrappers`."""
         self._one: Tensor | None = None
         self._interacting: dict[tuple, bool] = {}
 
@@ -338,7 +340,7 @@ class RegularizedObjective(nn.Module):
                 self._head = self._head_to_take()
                 raise
             self._checks = DifferenceChecks()
-            self._value_checked = self._parallel_checked = False
+            self._value_checked, self._parallel_checked = False, None
             self._interacting = {}
 
     def _set(self, options: dict[str, Any]) -> None:
@@ -454,9 +456,9 @@ class RegularizedObjective(nn.Module):
             target = target if plain else tree_map(lambda v: _for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
-        if not self._parallel_checked:
+        if self._parallel_checked != _wrappers:
             _check_parallel(self)
-            self._parallel_checked = True
+            self._parallel_checked = _wrappers
         penalized, coeff = self.interval is not None, self.coeff
         if self.model.training:
             if self.interval is not None:
@@ -591,8 +593,8 @@ class RegularizedObjective(nn.Module):
         return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        new = {"head": None, "_head": None, "_one": None, "_parallel_checked": False}  # older ones have none of these
-        super().__setstate__({**new, **state})
+        new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
+        super().__setstate__({**new, **state, "_parallel_checked": None})  # maybe in another process
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:
@@ -728,10 +730,25 @@ def _check_bare(name: str, modules: Iterable[nn.Module]) -> None:
         _check_unsharded(module)
 
 
+_wrappers = 0
+"""How many DistributedDataParallel were made since densreg was imported."""
+
+
+def _count_wrappers(module: nn.Module, _name: str, _child: nn.Module) -> None:
+    """Called wherever a module gets a child."""
+    global _wrappers
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        _wrappers += 1
+
+
+nn.modules.module.register_module_module_registration_hook(_count_wrappers)
+
+
 def _check_parallel(objective: RegularizedObjective) -> None:
     """Raises TypeError where the modules were parallelized out of the objective's sight.
 
-    No module knows what it is wrapped in, so all objects of the process are looked through, once.
+    No module knows what it is wrapped in, so all objects of the process are looked through, once, and again after each
+    new wrapper.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -740,7 +757,13 @@ def _check_parallel(objective: RegularizedObjective) -> None:
             "the model's weights are DTensors (as of tensor parallelism), which lose gradients of gradients: wrap "
             "the objective in DistributedDataParallel instead"
         )
-    if _torch.inside_ddp():  # of the objective; another of the model may train it in other steps
+    active = _torch.active_ddp()
+    if active is not None:  # of the objective; another of the model may train it in other steps
+        if _torch.delays_all_reduce(active):
+            raise TypeError(
+                "expected DistributedDataParallel without delay_all_reduce_named_params: it averages these gradients "
+                "once that of another parameter is there, which in the objective's backward may be before they are"
+            )
         return
     parts = set(filter(_is_trained, objective.modules())) - {objective}
     for wrapper in gc.get_objects():
