@@ -430,6 +430,7 @@ class RegularizedObjective(nn.Module):
                 calls an autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be
                 differentiated twice, or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
+        torch.clear_autocast_cache()  # of weights as they were, where autocast goes over several steps
         # fully_shard may have come after the constructor.
         for module in (self, self.model, self.criterion, self.output):
             _check_unsharded(module)
@@ -505,6 +506,7 @@ class RegularizedObjective(nn.Module):
         Returns:
             A scalar without a graph, float32 (float64 for float64 logits).
         """
+        torch.clear_autocast_cache()
         batch = leaves(detached_batch(_batch_of(x, self.penalized)))
         spec = self._with_head(self._spec(), batch)
         target = tree_map(detached, target)

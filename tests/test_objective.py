@@ -430,6 +430,30 @@ def test_autocast(dtype, scale, coeff, compiler, fresh_dynamo):
     assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
+@pytest.mark.parametrize("options", [{"compile": False}, {"backend": "aot_eager"}, {"path": "directional"}])
+def test_autocast_over_several_steps(options, fresh_dynamo):
+    """It keeps the weights as it has cast them until its end."""
+    model, x = _conv_net(), torch.randn(5, 3, 8, 8)
+    objective = RegularizedObjective(model, 1.0, **options)
+
+    def step():
+        objective.zero_grad()
+        loss = objective(x, Y).loss
+        loss.backward()
+        with torch.no_grad():
+            ce = objective(x, Y).ce
+        return gradients(model), loss.detach(), ce, objective.penalty(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        step()
+        with torch.no_grad():
+            for w in model.parameters():
+                w.mul_(1.2)
+        found = step()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(found, step())
+
+
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_tiny_gradients_survive_float16(compiler, fresh_dynamo):
     """A penalty whose gradients lie below float16's range, in the score and in the weights."""
