@@ -33,6 +33,7 @@ from densreg.step import (
     StepResult,
     StepSpec,
     buffers_of,
+    check_sharing,
     classify,
     detached,
     detached_batch,
@@ -468,6 +469,9 @@ class RegularizedObjective(nn.Module):
             self.calls += 1
         if penalized:
             trait(self.regularizer, "check_model")(self.model)
+            once = self.fraction == 1 and self.path != "directional" and trait(self.regularizer, "first_order")
+            if not (once or self._value_checked):
+                check_sharing(spec, batch)
         factor, scale = self._scales(xs, spec.trained, loss_scale, coeff)
         try:
             *values, gradients = self._run(spec, batch, target, coeff, scale, penalized)
@@ -510,6 +514,7 @@ class RegularizedObjective(nn.Module):
         batch = leaves(detached_batch(_batch_of(x, self.penalized)))
         spec = self._with_head(self._spec(), batch)
         target = tree_map(detached, target)
+        check_sharing(spec, batch)
         saved = save_buffers(spec)
         try:
             if not trait(self.regularizer, "first_order"):
