@@ -297,7 +297,9 @@ class RegularizedObjective(nn.Module):
         self._checks = DifferenceChecks()
         self._value_checked = False
         self._parallel_checked: int | None = None
-        """After how many wrappers, of :func:`_count_wrappers`."""
+        """After how many wrappers, of :func:`_see_wrapper`."""
+        self._averaged: set[int] | None = None
+        """The ids of the parameters that the latest DistributedDataParallel around it averages."""
         self._one: Tensor | None = None
         self._interacting: dict[tuple, bool] = {}
 
@@ -461,6 +463,8 @@ class RegularizedObjective(nn.Module):
         if self._parallel_checked != _wrappers:
             _check_parallel(self)
             self._parallel_checked = _wrappers
+        if self._averaged is not None and _torch.active_ddp() is not None:
+            _check_averaged(self, self._averaged, spec.trained)
         penalized, coeff = self.interval is not None, self.coeff
         if self.model.training:
             if self.interval is not None:
@@ -601,7 +605,7 @@ class RegularizedObjective(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
-        super().__setstate__({**new, **state, "_parallel_checked": None})  # maybe in another process
+        super().__setstate__({**new, **state, "_parallel_checked": None, "_averaged": None})  # of another process
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:
@@ -741,14 +745,28 @@ _wrappers = 0
 """How many DistributedDataParallel were made since densreg was imported."""
 
 
-def _count_wrappers(module: nn.Module, _name: str, _child: nn.Module) -> None:
+def _see_wrapper(module: nn.Module, _name: str, child: nn.Module) -> None:
     """Called wherever a module gets a child."""
     global _wrappers
     if isinstance(module, nn.parallel.DistributedDataParallel):
         _wrappers += 1
+        for objective in child.modules():
+            if isinstance(objective, RegularizedObjective):
+                objective._averaged = set(map(id, _torch.trained_parameters(objective)))
 
 
-nn.modules.module.register_module_module_registration_hook(_count_wrappers)
+nn.modules.module.register_module_module_registration_hook(_see_wrapper)
+
+
+def _check_averaged(objective: RegularizedObjective, averaged: set[int], trained: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where DistributedDataParallel would leave a gradient as it is in each process."""
+    late = next((w for w in trained if id(w) not in averaged), None)
+    if late is not None:
+        name = next(name for name, w in objective.named_parameters() if w is late)
+        raise RuntimeError(
+            f"{name} is trained only since DistributedDataParallel was made, which averages the gradients of those "
+            "parameters alone that required grad then: make it anew, DistributedDataParallel(objective)"
+        )
 
 
 def _check_parallel(objective: RegularizedObjective) -> None:

@@ -194,6 +194,24 @@ def delayed():
     return DDP(RegularizedObjective(model, 0.5, compile=False), **delay)(x, y)
 
 refused(TypeError, "without delay_all_reduce_named_params", delayed)
+
+def changed(change, again=False):
+    model = network()
+    model[0].requires_grad_(False)
+    objective = RegularizedObjective(model, 0.5, compile=False)
+    wrapper = DDP(objective, find_unused_parameters=True)
+    for _ in range(2):
+        wrapper(x.detach(), y).loss.backward()
+    change(model)
+    wrapper = DDP(objective) if again else wrapper
+    wrapper(x.detach(), y).loss.backward()
+
+for change in (lambda model: model[0].requires_grad_(), lambda model: setattr(model, "3", nn.Linear(144, 5).double()),
+               lambda model: model.load_state_dict(network().state_dict(), assign=True)):
+    refused(RuntimeError, "is trained only since DistributedDataParallel was made", lambda: changed(change))
+    changed(change, again=True)
+changed(lambda model: model[3].bias.requires_grad_(False))
+changed(lambda model: model.load_state_dict(network().state_dict()))
 DDP(RegularizedObjective(wrapped.module, 0.5, compile=False))(x.detach(), y).loss.backward()  # plain steps by another
 distilled = Criterion(5, 5).double()
 distilled.teacher = fully_shard(network().requires_grad_(False))
