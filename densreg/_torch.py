@@ -145,9 +145,14 @@ def sharded_by(node: Any) -> str | None:
     return None
 
 
-def inside_ddp() -> bool:
-    """Whether this is called from the forward of a DistributedDataParallel."""
-    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+def active_ddp() -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel from whose forward this is called."""
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def delays_all_reduce(ddp: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether it has ``delay_all_reduce_named_params``."""
+    return bool(ddp._delay_all_reduce_params)
 
 
 def group_named(name: str) -> Any:

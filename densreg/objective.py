@@ -32,6 +32,7 @@ from densreg.step import (
     StepResult,
     StepSpec,
     buffers_of,
+    check_sharing,
     classify,
     directional_step,
     labels_of,
@@ -288,7 +289,11 @@ class RegularizedObjective(nn.Module):
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = self._compile()
         self._checks = DifferenceChecks()
-        self._value_checked = self._parallel_checked = False
+        self._value_checked = False
+        self._parallel_checked: int | None = None
+        """After how many wrappers, of :func:`_see_wrapper`."""
+        self._averaged: set[int] | None = None
+        """The ids of the parameters that the latest DistributedDataParallel around it averages."""
         self._one: Tensor | None = None
         self._interacting: dict[tuple, bool] = {}
 
@@ -332,7 +337,7 @@ class RegularizedObjective(nn.Module):
                 self._head = self._head_to_take()
                 raise
             self._checks = DifferenceChecks()
-            self._value_checked = self._parallel_checked = False
+            self._value_checked, self._parallel_checked = False, None
             self._interacting = {}
 
     def _set(self, options: dict[str, Any]) -> None:
@@ -422,6 +427,7 @@ class RegularizedObjective(nn.Module):
                 calls an autograd.Function not marked ``torch.compiler.allow_in_graph``), a layer cannot be
                 differentiated twice, or the Hessian to be penalized is 0 because the model is piecewise linear.
         """
+        torch.clear_autocast_cache()  # of weights as they were, where autocast goes over several steps
         # fully_shard may have come after the constructor.
         for module in (self, self.model, self.criterion, self.output):
             _check_unsharded(module)
@@ -448,9 +454,11 @@ class RegularizedObjective(nn.Module):
             target = target if plain else tree_map(lambda v: for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
-        if not self._parallel_checked:
+        if self._parallel_checked != _wrappers:
             _check_parallel(self)
-            self._parallel_checked = True
+            self._parallel_checked = _wrappers
+        if self._averaged is not None and _torch.active_ddp() is not None:
+            _check_averaged(self, self._averaged, spec.trained)
         penalized, coeff = self.interval is not None, self.coeff
         if self.model.training:
             if self.interval is not None:
@@ -459,6 +467,9 @@ class RegularizedObjective(nn.Module):
             self.calls += 1
         if penalized:
             trait(self.regularizer, "check_model")(self.model)
+            once = self.fraction == 1 and self.path != "directional" and trait(self.regularizer, "first_order")
+            if not (once or self._value_checked):
+                check_sharing(spec, batch)
         factor, scale = self._scales(xs, spec.trained, loss_scale, coeff)
         try:
             *values, gradients = self._run(spec, batch, target, coeff, scale, penalized)
@@ -497,9 +508,11 @@ class RegularizedObjective(nn.Module):
         Returns:
             A scalar without a graph, float32 (float64 for float64 logits).
         """
+        torch.clear_autocast_cache()
         batch = leaves(detached_batch(batch_of(x, self.penalized)))
         spec = self._with_head(self._spec(), batch)
         target = tree_map(detached, target)
+        check_sharing(spec, batch)
         saved = save_buffers(spec)
         try:
             if not trait(self.regularizer, "first_order"):
@@ -585,8 +598,8 @@ class RegularizedObjective(nn.Module):
         return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        new = {"head": None, "_head": None, "_one": None, "_parallel_checked": False}  # older ones have none of these
-        super().__setstate__({**new, **state})
+        new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
+        super().__setstate__({**new, **state, "_parallel_checked": None, "_averaged": None})  # of another process
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:
@@ -722,10 +735,39 @@ def _check_bare(name: str, modules: Iterable[nn.Module]) -> None:
         _check_unsharded(module)
 
 
+_wrappers = 0
+"""How many DistributedDataParallel were made since densreg was imported."""
+
+
+def _see_wrapper(module: nn.Module, _name: str, child: nn.Module) -> None:
+    """Called wherever a module gets a child."""
+    global _wrappers
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        _wrappers += 1
+        for objective in child.modules():
+            if isinstance(objective, RegularizedObjective):
+                objective._averaged = set(map(id, _torch.trained_parameters(objective)))
+
+
+nn.modules.module.register_module_module_registration_hook(_see_wrapper)
+
+
+def _check_averaged(objective: RegularizedObjective, averaged: set[int], trained: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where DistributedDataParallel would leave a gradient as it is in each process."""
+    late = next((w for w in trained if id(w) not in averaged), None)
+    if late is not None:
+        name = next(name for name, w in objective.named_parameters() if w is late)
+        raise RuntimeError(
+            f"{name} is trained only since DistributedDataParallel was made, which averages the gradients of those "
+            "parameters alone that required grad then: make it anew, DistributedDataParallel(objective)"
+        )
+
+
 def _check_parallel(objective: RegularizedObjective) -> None:
     """Raises TypeError where the modules were parallelized out of the objective's sight.
 
-    No module knows what it is wrapped in, so all objects of the process are looked through, once.
+    No module knows what it is wrapped in, so all objects of the process are looked through, once, and again after each
+    new wrapper.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -734,7 +776,13 @@ def _check_parallel(objective: RegularizedObjective) -> None:
             "the model's weights are DTensors (as of tensor parallelism), which lose gradients of gradients: wrap "
             "the objective in DistributedDataParallel instead"
         )
-    if _torch.inside_ddp():  # of the objective; another of the model may train it in other steps
+    active = _torch.active_ddp()
+    if active is not None:  # of the objective; another of the model may train it in other steps
+        if _torch.delays_all_reduce(active):
+            raise TypeError(
+                "expected DistributedDataParallel without delay_all_reduce_named_params: it averages these gradients "
+                "once that of another parameter is there, which in the objective's backward may be before they are"
+            )
         return
     parts = set(filter(_is_trained, objective.modules())) - {objective}
     for wrapper in gc.get_objects():

@@ -136,6 +136,47 @@ def restore_buffers(saved: _SavedBuffers) -> None:
         _torch.buffers_of(module)[name] = buffer
 
 
+def _sharing(spec: StepSpec) -> dict[str, str]:
+    """Buffers that share memory with another buffer or with a parameter, by name, and the name of the other."""
+    named: list[tuple[str, Any]] = [item for owner in _owners(spec) for item in owner.named_parameters()]
+    named += [item for each in buffers_of(spec) for item in each.items()]
+    spans = []
+    for name, t in named:
+        if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and t.numel() and t.device.type != "meta":
+            last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+            spans.append((str(t.device), t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), name))
+    found: dict[str, str] = {}
+    before = ("", 0, 0, "")
+    for span in sorted(spans):
+        if span[0] == before[0] and span[1] < before[2]:
+            found |= {span[3]: before[3], before[3]: span[3]}
+        before = max(before, span, key=lambda each: (each[0], each[2]))
+    return found
+
+
+def check_sharing(spec: StepSpec, batch: Batch) -> None:
+    """Raises ValueError where copies of the buffers give other logits, as they do not share memory with each other."""
+    sharing = _sharing(spec)
+    if not sharing:
+        return
+    buffers = {name: b for each in buffers_of(spec) for name, b in each.items() if name in sharing}
+    with torch.no_grad():
+        with without_trace(spec, batch):
+            before = copies_of([buffers])[0]
+            logits = classify(spec, batch)[0][1]
+            changed = [name for name, b in buffers.items() if not torch.equal(b, before[name])]
+        if not changed:
+            return
+        with without_trace(spec, batch):
+            of_copies = classify(spec, batch, buffers_of(spec))[0][1]
+    if not torch.equal(logits, of_copies):
+        raise ValueError(
+            f"expected buffers that share no memory, got {changed[0]}, which shares it with {sharing[changed[0]]} and "
+            "is changed in the forward: here the model runs again from copies of its buffers, which would not share "
+            "it. Make them one buffer"
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # model and loss
 

@@ -157,9 +157,11 @@ refused(RuntimeError, "weights are sharded DTensors", lambda: gradients(parallel
 refused(RuntimeError, "static_graph=True", lambda: gradients(DDP(network(), static_graph=True)))
 
 # Where the constructor does not see it.
-def after(wrap, **options):
+def after(wrap, steps=0, **options):
     model = network()
     objective = RegularizedObjective(model, 0.5, compile=False, **options)
+    for _ in range(steps):
+        objective(x, y).loss.backward()
     wrapper = wrap(model)
     return objective(x, y)
 
@@ -175,6 +177,7 @@ class Criterion(nn.Linear):
         return nn.functional.cross_entropy(super().forward(logits), target)
 
 for function in (lambda: after(DDP), lambda: after(lambda model: DDP(model[3])), lambda: after(DDP, interval=None),
+                 lambda: after(DDP, steps=2), lambda: after(lambda model: DDP(model[3]), steps=1),
                  lambda: RegularizedObjective(wrapped.module, 0.5, path="directional")(x, y)):
     refused(TypeError, "is wrapped in DistributedDataParallel, which does not average", function)
 for compiled, path in ((True, "fused"), (False, "directional")):
@@ -184,6 +187,31 @@ for options in ({{"criterion": Criterion(5, 5).double()}}, {{"output": nn.Linear
     ((name, part),) = options.items()
     refused(TypeError, f"the {{name}} is wrapped", lambda: RegularizedObjective(network(), 0.5, **{{name: DDP(part)}}))
     refused(TypeError, "the model is sharded (FSDP)", lambda: beside(**options))
+def delayed():
+    model = network()
+    delay = {{"delay_all_reduce_named_params": [("model.3.weight", model[3].weight)],
+             "param_to_hook_all_reduce": model[0].weight}}
+    return DDP(RegularizedObjective(model, 0.5, compile=False), **delay)(x, y)
+
+refused(TypeError, "without delay_all_reduce_named_params", delayed)
+
+def changed(change, again=False):
+    model = network()
+    model[0].requires_grad_(False)
+    objective = RegularizedObjective(model, 0.5, compile=False)
+    wrapper = DDP(objective, find_unused_parameters=True)
+    for _ in range(2):
+        wrapper(x.detach(), y).loss.backward()
+    change(model)
+    wrapper = DDP(objective) if again else wrapper
+    wrapper(x.detach(), y).loss.backward()
+
+for change in (lambda model: model[0].requires_grad_(), lambda model: setattr(model, "3", nn.Linear(144, 5).double()),
+               lambda model: model.load_state_dict(network().state_dict(), assign=True)):
+    refused(RuntimeError, "is trained only since DistributedDataParallel was made", lambda: changed(change))
+    changed(change, again=True)
+changed(lambda model: model[3].bias.requires_grad_(False))
+changed(lambda model: model.load_state_dict(network().state_dict()))
 DDP(RegularizedObjective(wrapped.module, 0.5, compile=False))(x.detach(), y).loss.backward()  # plain steps by another
 distilled = Criterion(5, 5).double()
 distilled.teacher = fully_shard(network().requires_grad_(False))

@@ -430,6 +430,30 @@ def test_autocast(dtype, scale, coeff, compiler, fresh_dynamo):
     assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
+@pytest.mark.parametrize("options", [{"compile": False}, {"backend": "aot_eager"}, {"path": "directional"}])
+def test_autocast_over_several_steps(options, fresh_dynamo):
+    """It keeps the weights as it has cast them until its end."""
+    model, x = _conv_net(), torch.randn(5, 3, 8, 8)
+    objective = RegularizedObjective(model, 1.0, **options)
+
+    def step():
+        objective.zero_grad()
+        loss = objective(x, Y).loss
+        loss.backward()
+        with torch.no_grad():
+            ce = objective(x, Y).ce
+        return gradients(model), loss.detach(), ce, objective.penalty(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        step()
+        with torch.no_grad():
+            for w in model.parameters():
+                w.mul_(1.2)
+        found = step()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(found, step())
+
+
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_tiny_gradients_survive_float16(compiler, fresh_dynamo):
     """A penalty whose gradients lie below float16's range, in the score and in the weights."""
@@ -1442,6 +1466,56 @@ def test_buffers_that_cannot_be_written_or_are_not_there_yet(options, fresh_dyna
         objective(x, Y).loss.backward()
         twin(x)
         torch.testing.assert_close([*model.buffers()], [*twin.buffers()])
+
+
+class _SharedMemory(nn.Module):
+    """Two buffers in one memory, the first of which a forward changes; the other, or the first, is used."""
+
+    def __init__(self, second, used: str) -> None:
+        super().__init__()
+        self.used = used
+        memory = torch.ones(12, dtype=torch.float64)
+        self.register_buffer("first", memory[:6])
+        self.register_buffer("second", second(memory))
+
+    def forward(self, x):
+        self.first.data.mul_(0.5).add_(x.detach().abs().mean())
+        return (x * getattr(self, self.used)).tanh()
+
+
+def _of_shared_memory(second, used="second"):
+    shared = _SharedMemory(second, used)
+    return nn.Sequential(nn.Linear(4, 6).double(), shared, nn.Linear(6, 7).double()), torch.randn(5, 4).double()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"regularizer": name} for name in ("cure", "hessian")),
+        *({"fraction": 0.4}, {"path": "directional"}, {"fraction": 0.4, "compile": True, "backend": "aot_eager"}),
+    ],
+)
+def test_buffers_that_share_memory_are_refused(options, fresh_dynamo):
+    model, x = _of_shared_memory(lambda memory: memory[:6])
+    objective = RegularizedObjective(model, 0.5, **{"compile": False, **options})
+    for call in (objective, objective.penalty):
+        with pytest.raises(ValueError, match=r"share no memory, got 1\.first, which shares it with 1\.second"):
+            call(x, Y)
+    torch.testing.assert_close([*model.buffers()], [torch.ones(6, dtype=torch.float64)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("second", "used"),
+    [(lambda memory: memory[6:], "second"), (lambda memory: memory[:6], "first"), (torch.clone, "first")],
+)
+def test_memory_that_is_not_shared_or_not_used_twice(second, used):
+    """Halves of one memory; and another name for a buffer, of which the forward makes no use."""
+    model, x = _of_shared_memory(second, used)
+    objective = RegularizedObjective(model, 0.5, compile=False, fraction=0.4)
+    objective.penalty(x)
+    objective(x, Y).loss.backward()
+    once = RegularizedObjective(_of_shared_memory(lambda memory: memory[:6])[0], 0.5, compile=False)
+    once(x, Y).loss.backward()  # which runs the model once
 
 
 class _Counting(nn.Module):
