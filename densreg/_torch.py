@@ -59,11 +59,15 @@ def engine_needs(tensor: Tensor) -> bool:
 
     ``needs_input_grad`` also says so of weights under ``grad(loss, [x])`` (pytorch #56500), for lack of a public name.
     """
+    with plain_tensors():  # a subclass would be given the edge of a view of it
+        return engine_runs(torch.autograd.graph.get_gradient_edge(tensor).node)
+
+
+def engine_runs(node: Any) -> bool:
+    """Whether a node is a part of the running backward."""
     try:
-        with plain_tensors():  # a subclass would be given the edge of a view of it
-            edge = torch.autograd.graph.get_gradient_edge(tensor)
-        return torch._C._will_engine_execute_node(edge.node)
-    except RuntimeError:  # a leaf whose gradient autograd.grad was asked for
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf whose gradient autograd.grad was asked for
         return True
 
 
@@ -114,6 +118,36 @@ def is_higher_order(node: Any) -> bool:
     """Whether this is a node of one of torch's higher-order operators (cond, map, scan, while_loop)."""
     function = getattr(node, "_forward_cls", None)  # of a node of a Function
     return function is not None and function.__module__.startswith("torch._higher_order_ops")
+
+
+def has_no_formula(node: Any) -> bool:
+    """Whether torch put this node where an operator has nothing registered for autograd: its backward only warns."""
+    return node.name() == "torch::autograd::WarnNotImplemented"
+
+
+def may_leave_autograd(node: Any) -> bool:
+    """Whether this is a node whose backward can compute what it returns outside of autograd, and leave no trace of it.
+
+    Nothing is known of a Function's backward, in Python or C++, nor of that of an operator registered from Python; and
+    torch's own gradient of sparse_coo_tensor in the values has no graph.
+    """
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return True
+    name = node.name()
+    return name == "SparseCooTensorWithDimsAndTensorsBackward0" or "CppNode<" in name
+
+
+CHUNKED = "torch_nn__linear_cross_entropy_batch_chunked"
+"""What :func:`forward_of` calls F.linear_cross_entropy with ``options``, whose forward computes gradients, detached."""
+
+
+def forward_of(node: Any) -> tuple[type | None, str]:
+    """The Function in Python whose node this is, if it is one, and what to call the forward."""
+    function = getattr(node, "_forward_cls", None)
+    if function is not None:
+        return function, function.__name__.removeprefix("GeneratedBackwardFor_").removesuffix("_default")
+    name = node.name()
+    return None, "torch.sparse_coo_tensor" if name.startswith("Sparse") else name
 
 
 def is_of_compiled_model(node: Any) -> bool:
@@ -291,6 +325,27 @@ def function_of(node: torch.fx.Node) -> type | None:
     return node.target.__closure__[0].cell_contents  # type: ignore[index, union-attr]
 
 
+def is_foreign(node: torch.fx.Node) -> bool:
+    """Whether a node of Dynamo's graph calls what is not torch's or densreg's: a Function, an operator, a function.
+
+    ``flat_apply`` is torch's, and calls the function of a ``nonstrict_trace``.
+    """
+    if node.op != "call_function":
+        return False
+    target: Any = function_of(node) or node.target
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(target).partition(".")[0] not in ("aten", "prims", "densreg")
+    module = getattr(target, "__module__", None) or "torch"
+    known = module.partition(".")[0] in ("torch", "densreg", "math", "builtins", "_operator")
+    return not known or str(target) == "flat_apply"
+
+
+def without_formula(node: torch.fx.Node) -> bool:
+    """Whether a node of Dynamo's graph calls an operator for which nothing is registered with autograd."""
+    results = tree_leaves(node.meta.get("example_value"))
+    return any(isinstance(t, Tensor) and t.grad_fn is not None and has_no_formula(t.grad_fn) for t in results)
+
+
 def cacheable(functions: Iterable[Callable], key: str) -> AbstractContextManager:
     """Context in which AOTAutograd's cache takes graphs that call these functions.
 
@@ -368,6 +423,11 @@ def scoped_reductions() -> Iterator[None]:
 
     with replaced(CppVecKernel, "store_reduction", scoped):
         yield
+
+
+def replaced_weight_norm(value: Callable) -> AbstractContextManager:
+    """Context in which what ``weight_norm`` calls is another, for all threads; :data:`weight_norm` stays."""
+    return replaced(torch, "_weight_norm", value)
 
 
 @contextlib.contextmanager

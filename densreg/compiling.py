@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 import sys
 import threading
 import time
@@ -24,9 +25,9 @@ from densreg.batch import Batch
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
 from densreg.head import check_head
-from densreg.paths import HIGHER_ORDER
-from densreg.second_order import hardsigmoid_under_compile, of_a_graph
-from densreg.step import StepResult, StepSpec, raise_kept_tensor, try_trained, without_trace
+from densreg.paths import HIGHER_ORDER, NO_FORMULA
+from densreg.second_order import of_a_graph, replaced_under_compile
+from densreg.step import StepResult, StepSpec, raise_kept_tensor, try_score, try_trained, without_trace
 
 OFTEN = 5
 """As many versions of a compiled step are taken for granted: a last batch of another size, skipped penalties."""
@@ -92,7 +93,7 @@ class CompiledStep:
         if first:
             _inform("the first training step compiles, which can take minutes; compile=False starts at once")
             start = time.perf_counter()
-        with _LOCK, hardsigmoid_under_compile():
+        with _LOCK, replaced_under_compile():
             self._backend.given = spec, batch
             restore = self._configure()
             try:
@@ -163,6 +164,12 @@ class CheckedBackend:
         for node in (node for each in graphs for node in each.graph.nodes if node.op == "call_function"):
             if str(node.target) in refused:
                 raise RuntimeError(f"the model calls {refused[str(node.target)]}")
+        foreign = [node for each in graphs for node in each.graph.nodes if _torch.is_foreign(node)]
+        for node in foreign:
+            if _torch.without_formula(node):
+                raise RuntimeError(f"the model calls {NO_FORMULA.format(node.target)}")
+        if foreign and self.penalized and self.given is not None:
+            try_score(*self.given)  # Dynamo's graph does not show what their backward does
         with self.stores(), _torch.inductor_pass(GraphPasses()), _cacheable(graphs, inputs):
             return self.inner(graph, inputs)
 
@@ -229,7 +236,8 @@ _REMEDIES = (
     ),
     (  # they do in eager, which has been tried by then
         "the logits do not depend on x",
-        "compiled, the logits do not depend on x, as after a region of torch.compiler.nested_compile_region",
+        "compiled, the logits do not depend on x, as after a region of torch.compiler.nested_compile_region or an "
+        "operator for which nothing is registered with autograd",
         "leave it out",
     ),
     ("data-dependent", "a tensor's value decides what is computed", "use torch.where"),
@@ -274,6 +282,8 @@ def explanation(failure: BaseException, model: nn.Module, xs: tuple[Tensor, ...]
     said = "\n".join(str(error) for error in chain).lower()
     lines = (str(failure).strip() or type(failure).__name__).splitlines()
     reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
+    if reason == "Observed exception":  # in what Dynamo runs to trace it, which it says further down
+        reason = next(iter(re.findall(r"got (\w+\([^\n]{,200})", str(failure))), reason).rstrip("\"')")
     words, meaning, remedy = next((row for row in _REMEDIES if row[0].lower() in said), ("", "", ""))
     layer = next((layer for error in chain if (layer := _layer_of(error, model))), "")
     if words.startswith("consumed"):
@@ -286,7 +296,7 @@ def _layer_of(error: BaseException, model: nn.Module) -> str:
     """The innermost module in whose forward the error came up."""
     for frame in reversed(getattr(error, "real_stack", None) or traceback.StackSummary()):
         for name, module in model.named_modules():
-            code = getattr(type(module).forward, "__code__", None)
+            code = getattr(getattr(type(module), "forward", None), "__code__", None)  # a scripted module's has none
             lines = {(code.co_filename, line) for *_, line in code.co_lines()} if code is not None else ()
             if (frame.filename, frame.lineno) in lines:
                 return f"{name or 'the model itself'} ({type(module).__name__})"

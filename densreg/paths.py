@@ -21,6 +21,7 @@ float32 first; "fused" reads them as they are, and its operator sums in float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
@@ -40,11 +41,17 @@ _COMPILED_MODEL = (
 )
 _NOT_TWICE = (
     "the score cannot be differentiated again, so the penalty would train nothing, or not all of the model: the "
-    "backward of some layer (a custom autograd.Function?) runs outside autograd or is once_differentiable"
+    "backward of {} runs outside autograd or is once_differentiable. Write it in torch's elementary operations, or "
+    'train with RegularizedObjective(..., path="directional")'
 )
+_SOME_LAYER = "some layer (a custom autograd.Function?)"
 HIGHER_ORDER = (
     "a higher-order operator of torch (cond, map, scan, while_loop), whose second order torch loses without an error: "
     "write torch.where, torch.vmap or a loop"
+)
+NO_FORMULA = (
+    "{}, for which nothing is registered with autograd, so that its gradient is lost: register a formula that is made "
+    "of torch's operations (torch.library.register_autograd), or detach() what it is called with"
 )
 _SHARDED = (
     "the logits come from {}, which loses gradients of gradients without an error: give densreg the bare model, or "
@@ -117,8 +124,14 @@ def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float 
 
     Raises:
         ValueError: outputs do not depend on one of the inputs.
+        RuntimeError: the backward of a Function on the way makes constants of gradients.
     """
-    grads = torch.autograd.grad(outputs, x, grad_outputs=cotangent, create_graph=True, allow_unused=True)
+    hooks = _look_at_backwards(outputs, x)
+    try:
+        grads = torch.autograd.grad(outputs, x, grad_outputs=cotangent, create_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
     for i, grad in enumerate(grads):
         if grad is None:
             name = "x" if len(x) == 1 else f"x[{i}]"
@@ -128,6 +141,46 @@ def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float 
             )
     # Unscaled in float32: scores of 1e-5 would be subnormal in fp16.
     return tuple(grad.to(ops.accumulation_dtype(grad.dtype)) / scale if scale != 1 else grad for grad in grads)
+
+
+def _look_at_backwards(outputs: Tensor, x: tuple[Tensor, ...]) -> list[Any]:
+    """Hooks, to be removed, that raise RuntimeError where a part of the backward to come runs outside of autograd.
+
+    NumPy, a kernel of one's own or no_grad in a Function's backward leave nothing in the graph for :func:`check_score`.
+    """
+    hooks: list[Any] = []
+    if _compiling() or functional._transformed():
+        return hooks
+    for node in graph_nodes([outputs], x):
+        _check_formula(node)
+        if _torch.may_leave_autograd(node) and not _is_known(node):
+            hooks.append(node.register_hook(functools.partial(_check_backward, node)))
+    return hooks
+
+
+def _check_formula(node: Any) -> None:
+    if _torch.has_no_formula(node):
+        raise RuntimeError(f"the model calls {NO_FORMULA.format('an operator')}")
+
+
+def _is_known(node: Any) -> bool:
+    """Whether a node is of a Function of densreg's, or of one that :func:`check_score` has a better word for."""
+    function, _ = _torch.forward_of(node)
+    return _torch.is_higher_order(node) or (function is not None and issubclass(function, functional._Function))
+
+
+def _check_backward(node: Any, gradients: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
+    """Raises RuntimeError where a node has made constants of gradients that depend on the incoming ones."""
+    if not any(g is not None and g.requires_grad for g in incoming):
+        return
+    _, name = _torch.forward_of(node)
+    if name == _torch.CHUNKED:
+        raise RuntimeError(_NOT_TWICE.format("F.linear_cross_entropy with options"))
+    for g, (child, _) in zip(gradients, node.next_functions, strict=True):
+        if g is None or g.requires_grad or child is None or not (g.is_floating_point() or g.is_complex()):
+            continue
+        if _torch.engine_runs(child) and (g.layout != torch.strided or bool(g.any())):  # zeros may well be constant
+            raise RuntimeError(_NOT_TWICE.format(name))
 
 
 def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Iterator[Any]:
@@ -150,12 +203,13 @@ def check_score(
 
     Looks through its graph: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
     ``backward(inputs=...)``) stops at a node that cannot be differentiated. And through that of the outputs, of which a
-    sharded model's is not part of the score's. What a Function's own backward detaches leaves no node. What ``head``
-    was computed from is not looked at: the score's cotangent comes from it, but no gradient of a gradient goes through.
+    sharded model's is not part of the score's. What a Function's own backward detaches leaves no node: :func:`vjp`
+    finds it where a whole gradient is detached, and nothing finds a part. What ``head`` was computed from is not looked
+    at: the score's cotangent comes from it, but no gradient of a gradient goes through.
     """
     if _compiling():
         if not all(g.requires_grad for g in score):
-            raise RuntimeError(_NOT_TWICE)
+            raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
         return score
     for node in graph_nodes([*score, outputs], [*x, *head]):
         whose = _torch.sharded_by(node)
@@ -165,10 +219,11 @@ def check_score(
             raise RuntimeError(_COMPILED_MODEL)
         if _torch.is_higher_order(node):
             raise RuntimeError(f"the model calls {HIGHER_ORDER}")
+        _check_formula(node)
         if _torch.cannot_be_differentiated(node):
-            raise RuntimeError(_NOT_TWICE)
+            raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
     if not all(g.requires_grad for g in score):
-        raise RuntimeError(_NOT_TWICE)
+        raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
     return score
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -282,12 +281,15 @@ class fast_second_order(_Mode):
         return replacement(*args, **kwargs)
 
 
-def hardsigmoid_under_compile() -> AbstractContextManager:
+@contextlib.contextmanager
+def replaced_under_compile() -> Iterator[None]:
     """Context around a call of a compiled function that enters :class:`fast_second_order`.
 
-    torch lists hardsigmoid among the functions that no mode may override, by which Dynamo goes, though eager does not.
+    torch lists hardsigmoid and weight_norm among the functions that no mode may override, by which Dynamo goes, though
+    eager does not.
     """
-    return _torch.replaced(F, "hardsigmoid", _hardsigmoid)
+    with _torch.replaced(F, "hardsigmoid", _hardsigmoid), _torch.replaced_weight_norm(_weight_norm):
+        yield
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import _torch, directional, functional, ops
 from densreg.batch import Batch, rows, with_inputs
-from densreg.paths import graph_nodes
+from densreg.paths import graph_nodes, input_score
 from densreg.penalty import density_loss, mean_cross_entropy
 from densreg.regularizers import Regularizer, trait
 from densreg.second_order import KEPT_ADVICE, fast_second_order, kept_from_earlier
@@ -241,6 +241,12 @@ def try_trained(spec: StepSpec, batch: Batch) -> None:
     """:func:`check_trained` of a forward in eager mode."""
     with without_trace(spec, batch), fast_second_order():
         check_trained(spec, batch, classify(spec, batch))
+
+
+def try_score(spec: StepSpec, batch: Batch) -> None:
+    """Raises RuntimeError where the score cannot be differentiated again, as a forward in eager mode tells."""
+    with without_trace(spec, batch), fast_second_order():
+        input_score(classify(spec, batch)[0][1], batch.xs)
 
 
 def loss_of(spec: StepSpec, outputs: Outputs, target: Any) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Checkpointed, Layer, Product, Sine, Subclass, by_autograd, gradients, nothing
+from reference import Checkpointed, Layer, Once, Product, Sine, Subclass, by_autograd, gradients, nothing
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._higher_order_ops.map import map as torch_map
@@ -940,6 +940,147 @@ def test_higher_order_operators_that_lose_second_order_are_refused(name, fresh_d
         assert relative_error(gradients(model), by_autograd(plain, x, Y, 0.0)[1]) < 1e-10
 
 
+class _NoGrad(Sine):
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.no_grad():
+            return Sine.backward(ctx, grad)
+
+
+class _Numpy(Sine):
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.from_numpy(grad.detach().numpy() * np.cos(ctx.saved_tensors[0].detach().numpy()))
+
+
+class _OfOperator(Sine):
+    """With an operator for a backward that has none of its own."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.densreg_tests.times_cosine(grad, ctx.saved_tensors[0])
+
+
+class _MoreThanNeeded(torch.autograd.Function):
+    """Whose backward is right in what is asked for, and has a gradient that nobody asks for outside of autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x.sin() * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad * weight * x.cos(), (grad * x.sin()).detach()
+
+
+@pytest.fixture(scope="module")
+def operators():
+    """Kernels that autograd does not see, of operators for which nothing is registered with autograd."""
+    library = torch.library.Library("densreg_tests", "FRAGMENT")
+    library.define("sine(Tensor x) -> Tensor")
+    library.define("times_cosine(Tensor v, Tensor x) -> Tensor")
+    library.define("own(Tensor x) -> Tensor")
+    library.impl("sine", lambda x: torch.from_numpy(np.sin(x.detach().numpy())), "CPU")
+    library.impl("times_cosine", lambda v, x: torch.from_numpy(v.detach().numpy() * np.cos(x.detach().numpy())), "CPU")
+    library.impl("own", lambda x: x.sin(), "CPU")  # which autograd does see, but not torch.compile
+    for name in ("sine", "times_cosine", "own"):
+        library.impl(name, lambda v, x=None: torch.empty_like(v), "Meta")
+    return library
+
+
+def _sparse(t: Tensor) -> Tensor:
+    i = torch.arange(t.shape[1]).expand(2, -1)
+    rows = [torch.sparse_coo_tensor(i, row.sin(), check_invariants=False).to_dense().sum(0) for row in t]
+    return torch.stack(rows)
+
+
+LEAVE_AUTOGRAD = {
+    "no_grad": _NoGrad,
+    "numpy": _Numpy,
+    "once_differentiable": Once,
+    "operator in a backward": _OfOperator,
+    "operator": lambda t: torch.ops.densreg_tests.sine(t),
+    "sparse": _sparse,
+    "chunked": lambda t: F.linear_cross_entropy(t, t.T @ t, Y, reduction="sum", options=CHUNKED) * t,
+}
+CHUNKED = getattr(nn, "LinearCrossEntropyOptions", lambda **_: None)(batch_chunk_size=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize("name", LEAVE_AUTOGRAD)
+def test_a_backward_outside_of_autograd_is_refused(name, compiler, beside, operators, fresh_dynamo):
+    """Behind other layers and beside them, where the score has a graph all the same; marked, where it is compiled."""
+    if name == "chunked" and CHUNKED is None:
+        pytest.skip("this torch has no such option")
+    if name in ("numpy", "sparse") and compiler:
+        pytest.skip("an error of torch's")
+    function = LEAVE_AUTOGRAD[name]
+    if isinstance(function, type):
+        function = torch.compiler.allow_in_graph(type("Marked", (function,), {})).apply
+    model = _Net(Layer(lambda t: function(t) + t.tanh() if beside else function(t)))
+    words = r"cannot be differentiated again, .*directional|nothing is registered with autograd, .*register_autograd"
+    with pytest.raises(RuntimeError, match=words):
+        objective_of(model.double(), compiler)(torch.randn(5, 4, dtype=torch.float64), Y)
+
+
+@pytest.mark.parametrize("interval", [1, None], ids=["penalized", "plain"])
+def test_an_operator_that_is_differentiated_in_eager_mode_alone(interval, operators, fresh_dynamo):
+    """torch.compile takes its result for a constant, without an error."""
+    model, x = _Net(Layer(lambda t: torch.ops.densreg_tests.own(t) + t)), torch.randn(5, 4)
+    objective_of(model, None)(x, Y)
+    with pytest.raises(RuntimeError, match=r"densreg_tests.own, for which nothing is registered with autograd"):
+        objective_of(model, "aot_eager", interval=interval)(x, Y)
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_functions_and_operators_that_are_right_are_not_refused(compiler, operators, fresh_dynamo):
+    marked, more = (torch.compiler.allow_in_graph(type("Marked", (f,), {})).apply for f in (Sine, _MoreThanNeeded))
+    scale = torch.full((6,), 2.0, dtype=torch.float64)
+
+    def layer(t):
+        constant = torch.ops.densreg_tests.sine(t.detach())
+        with torch.no_grad():
+            constant = constant + torch.ops.densreg_tests.own(t)
+        return marked(t) + more(t, scale * t.new_ones(6)) + constant.detach()
+
+    x = torch.randn(5, 4, dtype=torch.float64)
+    torch.manual_seed(0)
+    model = _Net(Layer(layer)).double()
+    plain = _Net(Layer(lambda t: 3 * t.sin() + 2 * t.detach().sin())).double()
+    plain.load_state_dict(model.state_dict())
+    objective_of(model, compiler, 1.0, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), by_autograd(plain, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
+
+
+class _OwnWeights(nn.Module):
+    """A layer whose weight is computed from the batch, and normed, by weight_norm or its formula."""
+
+    def __init__(self, formula: bool) -> None:
+        super().__init__()
+        self.formula, self.v, self.g = formula, nn.Linear(6, 36), nn.Linear(6, 6)
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6, bias=False))
+
+    def forward(self, x):
+        v, g = self.v(x).sin().mean(0).view(6, 6), self.g(x).exp().mean(0).view(6, 1)
+        if self.formula:
+            return F.linear(x, v * g / v.norm(dim=1, keepdim=True))
+        given = {"parametrizations.weight.original0": g, "parametrizations.weight.original1": v}
+        return torch.func.functional_call(self.layer, given, x)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_weight_norm_of_a_weight_that_depends_on_x(compiler, fresh_dynamo):
+    model, plain = (_Net(_OwnWeights(formula)).double() for formula in (False, True))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    objective_of(model, compiler, 1.0, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), by_autograd(plain, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
+
+
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 def test_torch_func_inside_a_model(compiler, fresh_dynamo):
     nets, x = [], torch.randn(5, 4, dtype=torch.float64)
@@ -1633,6 +1774,24 @@ def test_what_does_not_compile_is_named(layer, words, fresh_dynamo):
     with pytest.raises(RuntimeError, match=rf"one graph: body\.1 {words}.*compile=False"):
         RegularizedObjective(model, 0.5, backend="aot_eager")(x, Y)
     RegularizedObjective(model, 0.5, compile=False)(x, Y)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (lambda: torch.jit.script(nn.Tanh()), "torch.jit.script/freeze modules unsupported"),
+        (lambda: Layer(BY_NAME), "derivative for aten::hardsigmoid_backward is not implemented"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_why_something_does_not_compile(layer, words, fresh_dynamo):
+    model, x = _Net(layer()), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match=rf"one graph: .*{words}.*compile=False"):
+        RegularizedObjective(model, 0.5, backend="aot_eager")(x, Y)
+    RegularizedObjective(model, 0.5, compile=False)(x, Y)
+
+
+BY_NAME = F.hardsigmoid  # as "from torch.nn.functional import hardsigmoid" has it
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled", "ignore:Error detected in")
