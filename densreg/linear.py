@@ -734,7 +734,7 @@ def penalty_of_score(
     """
     scale = paths.cotangent_scale(h.new_empty(0, classes))
     of_x = paths.vjp(h, xs, (score * scale).to(h.dtype), scale)
-    return penalty._norm(paths.check_score(of_x, h, xs, head), p, "mean")
+    return penalty._norm(paths.check_score(of_x, xs, head), p, "mean")
 
 
 def linear_loss_and_correct(

@@ -147,26 +147,36 @@ def _look_at_backwards(outputs: Tensor, x: tuple[Tensor, ...]) -> list[Any]:
     """Hooks, to be removed, that raise RuntimeError where a part of the backward to come runs outside of autograd.
 
     NumPy, a kernel of one's own or no_grad in a Function's backward leave nothing in the graph for :func:`check_score`.
+    Raises RuntimeError of what the outputs' graph says already, of which a sharded model's is not part of the score's.
     """
     hooks: list[Any] = []
     if _compiling() or functional._transformed():
         return hooks
     for node in graph_nodes([outputs], x):
-        _check_formula(node)
-        if _torch.may_leave_autograd(node) and not _is_known(node):
+        _check_node(node)
+        if _torch.may_leave_autograd(node) and not _is_of_densreg(node):
             hooks.append(node.register_hook(functools.partial(_check_backward, node)))
     return hooks
 
 
-def _check_formula(node: Any) -> None:
+def _check_node(node: Any) -> None:
+    """Raises RuntimeError of a node that torch cannot differentiate twice, or loses gradients at."""
+    whose = _torch.sharded_by(node)
+    if whose is not None:
+        raise RuntimeError(_SHARDED.format(whose))
+    if _torch.is_of_compiled_model(node):
+        raise RuntimeError(_COMPILED_MODEL)
+    if _torch.is_higher_order(node):
+        raise RuntimeError(f"the model calls {HIGHER_ORDER}")
     if _torch.has_no_formula(node):
         raise RuntimeError(f"the model calls {NO_FORMULA.format('an operator')}")
+    if _torch.cannot_be_differentiated(node):
+        raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
 
 
-def _is_known(node: Any) -> bool:
-    """Whether a node is of a Function of densreg's, or of one that :func:`check_score` has a better word for."""
+def _is_of_densreg(node: Any) -> bool:
     function, _ = _torch.forward_of(node)
-    return _torch.is_higher_order(node) or (function is not None and issubclass(function, functional._Function))
+    return function is not None and issubclass(function, functional._Function)
 
 
 def _check_backward(node: Any, gradients: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
@@ -196,32 +206,20 @@ def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Ite
                 nodes.append(child)
 
 
-def check_score(
-    score: tuple[Tensor, ...], outputs: Tensor, x: tuple[Tensor, ...], head: Sequence[Tensor] = ()
-) -> tuple[Tensor, ...]:
-    """The score of outputs in x; raises RuntimeError where it cannot be differentiated again, or only in part.
+def check_score(score: tuple[Tensor, ...], x: tuple[Tensor, ...], head: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """The score, made by :func:`vjp`; raises RuntimeError where it cannot be differentiated again, or only in part.
 
     Looks through its graph: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
-    ``backward(inputs=...)``) stops at a node that cannot be differentiated. And through that of the outputs, of which a
-    sharded model's is not part of the score's. What a Function's own backward detaches leaves no node: :func:`vjp`
-    finds it where a whole gradient is detached, and nothing finds a part. What ``head`` was computed from is not looked
-    at: the score's cotangent comes from it, but no gradient of a gradient goes through.
+    ``backward(inputs=...)``) stops at a node that cannot be differentiated. What a Function's own backward detaches
+    leaves no node: :func:`vjp` finds it where a whole gradient is detached, and nothing finds a part. What ``head`` was
+    computed from is not looked at: the score's cotangent comes from it, but no gradient of a gradient goes through.
     """
     if _compiling():
         if not all(g.requires_grad for g in score):
             raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
         return score
-    for node in graph_nodes([*score, outputs], [*x, *head]):
-        whose = _torch.sharded_by(node)
-        if whose is not None:
-            raise RuntimeError(_SHARDED.format(whose))
-        if _torch.is_of_compiled_model(node):
-            raise RuntimeError(_COMPILED_MODEL)
-        if _torch.is_higher_order(node):
-            raise RuntimeError(f"the model calls {HIGHER_ORDER}")
-        _check_formula(node)
-        if _torch.cannot_be_differentiated(node):
-            raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
+    for node in graph_nodes(score, [*x, *head]):
+        _check_node(node)
     if not all(g.requires_grad for g in score):
         raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
     return score
@@ -335,7 +333,7 @@ def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor 
     xs = check_inputs(logits, x)
     check_path(path)
     classes = _random_class(logits, k) if path in ("stable", "taylor") else None
-    score = check_score(PATHS[path](logits, xs, classes), logits, xs)
+    score = check_score(PATHS[path](logits, xs, classes), xs)
     return score[0] if isinstance(x, Tensor) else score
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 
+from densreg import RegularizedObjective
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ORDERS = (1, 1.5, 2, math.inf)  # each with code of its own; every other order takes that of 1.5
 
@@ -178,12 +180,39 @@ class Product(nn.Module):
         return self.head((self.a(u) * self.b(v)).tanh())
 
 
+class Net(nn.Module):
+    """Whatever a test needs of a body, and a linear head."""
+
+    def __init__(self, body, width=6) -> None:
+        super().__init__()
+        self.first, self.body, self.head = nn.Linear(4, 6), body, nn.Linear(width, 7)
+
+    def forward(self, x):
+        return self.head(self.body(self.first(x)))
+
+
+def smooth_network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Tanh(), nn.Linear(10, 7)).double()
+
+
 class Subclass(Tensor):
     """As loaders and frameworks hand out."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # training steps
+
+
+def objective_of(model: nn.Module, compiler: str | None = None, coeff: float = 0.5, **options) -> RegularizedObjective:
+    return RegularizedObjective(model, coeff, compile=compiler is not None, backend=compiler or "inductor", **options)
+
+
+def next_part() -> Tensor:
+    """The samples that the next step takes of five, with a fraction of 0.4."""
+    torch.manual_seed(3)
+    order = torch.randperm(5)
+    torch.manual_seed(3)
+    return order[3:]
 
 
 def nothing(logits: Tensor, target: Tensor) -> Tensor:
