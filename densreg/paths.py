@@ -154,7 +154,7 @@ def _look_at_backwards(outputs: Tensor, x: tuple[Tensor, ...]) -> list[Any]:
         return hooks
     for node in graph_nodes([outputs], x):
         _check_node(node)
-        if _torch.may_leave_autograd(node) and not _is_of_densreg(node):
+        if may_leave_autograd(node):
             hooks.append(node.register_hook(functools.partial(_check_backward, node)))
     return hooks
 
@@ -174,9 +174,10 @@ def _check_node(node: Any) -> None:
         raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
 
 
-def _is_of_densreg(node: Any) -> bool:
+def may_leave_autograd(node: Any) -> bool:
+    """Whether a node's backward may compute outside of autograd what it returns; densreg's own do not."""
     function, _ = _torch.forward_of(node)
-    return function is not None and issubclass(function, functional._Function)
+    return _torch.may_leave_autograd(node) and not (function and issubclass(function, functional._Function))
 
 
 def _check_backward(node: Any, gradients: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:

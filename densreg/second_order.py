@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from densreg import _torch
 from densreg._torch import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from densreg.functional import _Function, _transformed, _undifferentiated
-from densreg.paths import graph_nodes
+from densreg.paths import graph_nodes, may_leave_autograd
 
 # --------------------------------------------------------------------------------------------------------------------
 # convolution
@@ -416,8 +416,10 @@ def check_model(model: nn.Module, *example: Any, order: int = 2) -> list[Finding
     gradients of gradients. Of nested modules the innermost is named. Nothing in the model changes.
 
     It finds a missing second derivative, one that is NaN at the example's values, a backward that loses its dependence
-    on the incoming gradient, and a module that keeps a tensor of an earlier forward's graph. It does not find a second
-    derivative that is wrong in some other way, except with ``order=3``.
+    on the incoming gradient, and a module that keeps a tensor of an earlier forward's graph. Where an
+    ``autograd.Function`` or a custom operator is called, which may be wrong in other ways (as one that saves an
+    intermediate result in its forward), second derivatives are also compared with finite differences, in float64; of
+    torch's own functions only with ``order=3``.
 
     Args:
         model: in the mode in which it is trained.
@@ -517,17 +519,7 @@ def _problem(module: nn.Module, args: tuple, kwargs: dict, order: int) -> tuple[
     """(problem, advice) of a module on these inputs, or None."""
     if isinstance(module, nn.SyncBatchNorm):
         return "torch does not differentiate it twice across processes", "Use BatchNorm. " + _ADVICE
-    values, spec = tree_flatten((args, kwargs))
-    values = [v.detach() if isinstance(v, Tensor) else v for v in values]
-    inputs = [v.requires_grad_() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    inputs += [w for w in module.parameters() if w.requires_grad]
-    args, kwargs = tree_unflatten(values, spec)
-
-    def run() -> list[Tensor]:
-        # A clone, as the module may change it in place.
-        given, named = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
-        return [t for t in tree_leaves(module(*given, **named)) if isinstance(t, Tensor) and t.requires_grad]
-
+    _, inputs, run = _apart(module, args, kwargs)
     outputs = run()
     if not outputs or not inputs:
         return None
@@ -565,8 +557,24 @@ def _problem(module: nn.Module, args: tuple, kwargs: dict, order: int) -> tuple[
         )
         if not (along.double() - again).abs() <= 1e-2 * len(present) ** 0.5 * largest:
             return "its second derivative is wrong: it loses the incoming gradient", _ADVICE
-    given = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
-    return _wrong_third(module, run, given, inputs) if order == 3 and given else None
+    if order == 3 or any(map(may_leave_autograd, graph_nodes(outputs))):  # of a Function nothing is known
+        return _wrong_derivative(module, args, kwargs, order)
+    return None
+
+
+def _apart(module: nn.Module, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[Tensor], Callable]:
+    """What a module was given, as leaves; these and its weights; and its forward, to the outputs that have a graph."""
+    values, spec = tree_flatten((args, kwargs))
+    values = [v.detach() if isinstance(v, Tensor) else v for v in values]
+    given = [v.requires_grad_() for v in values if _is_floating(v)]
+    args, kwargs = tree_unflatten(values, spec)
+
+    def run() -> list[Tensor]:
+        # A clone, as the module may change it in place.
+        mine, named = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+        return [t for t in tree_leaves(module(*mine, **named)) if isinstance(t, Tensor) and t.requires_grad]
+
+    return given, [*given, *(w for w in module.parameters() if w.requires_grad)], run
 
 
 def _real(t: Tensor) -> Tensor:
@@ -579,13 +587,20 @@ def _along(g: Tensor) -> Tensor:
     return g.detach().sign() * torch.rand_like(g) * (1 - 2 * torch.randint(2, (), device=g.device))
 
 
-def _wrong_third(
-    module: nn.Module, run: Callable[[], list[Tensor]], given: list[Tensor], inputs: list[Tensor]
-) -> tuple[str, str] | None:
-    """(problem, advice) where a second or third derivative is not that of finite differences, or None.
+def _wrong_derivative(module: nn.Module, args: tuple, kwargs: dict, order: int) -> tuple[str, str] | None:
+    """(problem, advice) where a second or third derivative is not that of finite differences in float64, or None.
 
     All but the last derivative are taken in what is given to the module, the last in all inputs, the weights too.
     """
+    module = _copy(module).double()
+    args, kwargs = tree_map(lambda v: v.double() if _is_floating(v) else v, (args, kwargs))
+    given, inputs, run = _apart(module, args, kwargs)
+    try:
+        run()
+    except Exception:  # a Function that is not for float64
+        return None
+    if not given:
+        return None
     buffers = [(b, b.clone()) for b in module.buffers()]
     drawn: list[list[Tensor]] = []
 
@@ -610,11 +625,11 @@ def _wrong_third(
 
     if not _agrees(value, 1, inputs):
         return None  # a part of it is detached: its derivatives are not those of its values
-    for order, ordinal in ((2, "second"), (3, "third")):
+    for each, ordinal, times in ((2, "second", "twice"), (3, "third", "three times"))[: order - 1]:
         try:
-            right = _agrees(value, order, inputs)
+            right = _agrees(value, each, inputs)
         except RuntimeError as error:
-            return f"it cannot be differentiated three times: {str(error).splitlines()[0]}", _FORMULA
+            return f"it cannot be differentiated {times}: {str(error).splitlines()[0]}", _FORMULA
         if not right:
             return f"its {ordinal} derivative is wrong: finite differences give another", _FORMULA
     return None

@@ -256,8 +256,8 @@ def test_what_does_not_compile_is_named(layer, words, fresh_dynamo):
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (lambda: torch.jit.script(nn.Tanh()), "torch.jit.script/freeze modules unsupported"),
-        (lambda: Layer(BY_NAME), "derivative for aten::hardsigmoid_backward is not implemented"),
+        (lambda: torch.jit.script(nn.Tanh()), r"(ScriptModules|torch\.jit\.script/freeze modules) unsupported"),
+        (lambda: Layer(BY_NAME), "(hardsigmoid_backward is not implemented|RuntimeError when making fake tensor call)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")

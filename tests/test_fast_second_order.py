@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TRANSFORMS, Layer, Once, Subclass, direction, input_gradient, nothing
+from reference import TRANSFORMS, Layer, Once, Sine, Subclass, direction, input_gradient, nothing
 from torch import Tensor, nn
 
 import densreg
@@ -492,6 +492,39 @@ def test_check_model_sees_what_is_lost_on_one_branch_of_a_forward():
         assert "loses the incoming gradient" in finding.problem
 
 
+class _SavesSlope(torch.autograd.Function):
+    """Of what it saves nothing says that it depends on x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.cos())
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _Single(Sine):
+    """As of a kernel that takes float32 only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        if x.dtype != torch.float32:
+            raise TypeError(x.dtype)
+        return Sine.forward(ctx, x)
+
+
 def _norm_at_zero(x):
     return (x - x).norm(dim=1, keepdim=True) + x
 
@@ -502,6 +535,7 @@ def _norm_at_zero(x):
         (_ConstantBackward.apply, "outside of autograd"),
         (Once.apply, "loses the incoming gradient"),
         (_Loses.apply, "loses the incoming gradient"),
+        (_SavesSlope.apply, "second derivative is wrong: finite differences"),
         (_norm_at_zero, "not finite"),
         (lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=True), "checkpoint"),
         (torch.compile(torch.tanh, backend="aot_eager"), "compiled by itself"),
@@ -515,6 +549,12 @@ def test_check_model_names_the_layer(function, problem, fresh_dynamo):
     assert finding.type == "Layer"
     assert problem.lower() in finding.problem.lower()
     assert "1.1 (Layer): " in str(finding)
+
+
+def test_check_model_on_functions_that_are_right_or_not_for_float64():
+    for function in (Sine.apply, _StraightThrough.apply, _Single.apply):
+        model = nn.Sequential(nn.Linear(4, 4), Layer(function), nn.ReLU(), nn.Dropout(), nn.Linear(4, 3))
+        assert densreg.check_model(model, torch.randn(5, 4)) == []
 
 
 def test_check_model_on_sound_models():

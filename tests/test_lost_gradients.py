@@ -205,7 +205,9 @@ LEAVE_AUTOGRAD = {
 CHUNKED = getattr(nn, "LinearCrossEntropyOptions", lambda **_: None)(batch_chunk_size=2)
 
 
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*an autograd kernel was not registered:UserWarning", "ignore:Sparse invariant checks"
+)
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
 @pytest.mark.parametrize("name", LEAVE_AUTOGRAD)
