@@ -377,7 +377,10 @@ class RegularizedObjective(nn.Module):
             self._compiled_step = self._compile()
         if self._head is None:
             return spec
-        return spec._replace(head=cast(nn.Linear, spec.model.get_submodule(self._head)))
+        layer = spec.model.get_submodule(self._head)
+        if not isinstance(layer, nn.Linear):  # it was one when it was named
+            check_name(self.model, self._head)
+        return spec._replace(head=cast(nn.Linear, layer))
 
     def _spec(self) -> StepSpec:
         return StepSpec(

@@ -225,6 +225,10 @@ def test_errors():
     ]:
         with pytest.raises(kind, match=message):
             densreg.RegularizedObjective(model, 0.5, compile=False, **options)
+    objective = densreg.RegularizedObjective(model, 0.5, compile=False, head="6")
+    model[6] = nn.Sequential(model[6])
+    with pytest.raises(ValueError, match="got '6', a Sequential"):
+        objective(*batch())
 
 
 # --------------------------------------------------------------------------------------------------------------------
