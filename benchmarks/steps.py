@@ -165,7 +165,7 @@ def steps_of(column: str, model: nn.Module) -> Step:
 
         def without(x: Tensor, y: Tensor) -> list[Tensor]:
             left_out = mock.patch.object(graph_passes, column.split()[1])
-            with left_out, torch._inductor.config.patch(force_disable_caches=True):  # which hold the whole graph
+            with left_out, _torch.without_caches():  # which hold the whole graph
                 return step(x, y)
 
         return without

@@ -425,6 +425,11 @@ def scoped_reductions() -> Iterator[None]:
         yield
 
 
+def without_caches() -> AbstractContextManager:
+    """Context in which inductor takes nothing from its caches."""
+    return torch._inductor.config.patch(force_disable_caches=True)
+
+
 def replaced_weight_norm(value: Callable) -> AbstractContextManager:
     """Context in which what ``weight_norm`` calls is another, for all threads; :data:`weight_norm` stays."""
     return replaced(torch, "_weight_norm", value)

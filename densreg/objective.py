@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from densreg import _torch, directional, functional, paths, regularizers
+from densreg import _torch, directional, functional, paths, regularizers, wrapped
 from densreg._torch import tree_leaves, tree_map
 from densreg.batch import Batch, batch_of, detached, detached_batch, for_graph, leaves, rows, with_inputs
 from densreg.compiling import CompiledStep
@@ -291,9 +289,7 @@ class RegularizedObjective(nn.Module):
         self._checks = DifferenceChecks()
         self._value_checked = False
         self._parallel_checked: int | None = None
-        """After how many wrappers, of :func:`_see_wrapper`."""
-        self._averaged: set[int] | None = None
-        """The ids of the parameters that the latest DistributedDataParallel around it averages."""
+        """After how many wrappers that were made."""
         self._one: Tensor | None = None
         self._interacting: dict[tuple, bool] = {}
 
@@ -307,7 +303,7 @@ class RegularizedObjective(nn.Module):
         elif name == "compile":
             raise AttributeError("compile is a method of every nn.Module: assign to objective.compiled")
         elif name == "model":
-            self._change({name: _bare(value)})
+            self._change({name: wrapped.bare(value)})
         elif name == "regularizer":
             p, kind = (self.p, self.path) if isinstance(value, str) else (2, "fused")
             path = "directional" if self.path == "directional" else kind
@@ -433,7 +429,7 @@ class RegularizedObjective(nn.Module):
         torch.clear_autocast_cache()  # of weights as they were, where autocast goes over several steps
         # fully_shard may have come after the constructor.
         for module in (self, self.model, self.criterion, self.output):
-            _check_unsharded(module)
+            wrapped.check_unsharded(module)
         batch = batch_of(x, self.penalized)
         spec = self._with_head(self._spec(), batch)
         if not torch.is_grad_enabled():
@@ -457,11 +453,10 @@ class RegularizedObjective(nn.Module):
             target = target if plain else tree_map(lambda v: for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
-        if self._parallel_checked != _wrappers:
-            _check_parallel(self)
-            self._parallel_checked = _wrappers
-        if self._averaged is not None and _torch.active_ddp() is not None:
-            _check_averaged(self, self._averaged, spec.trained)
+        if self._parallel_checked != wrapped.wrappers_made():
+            wrapped.check_parallel(self)
+            self._parallel_checked = wrapped.wrappers_made()
+        wrapped.check_averaged(self, spec.trained)
         penalized, coeff = self.interval is not None, self.coeff
         if self.model.training:
             if self.interval is not None:
@@ -602,7 +597,7 @@ class RegularizedObjective(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
-        super().__setstate__({**new, **state, "_parallel_checked": None, "_averaged": None})  # of another process
+        super().__setstate__({**new, **state, "_parallel_checked": None})  # maybe in another process
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:
@@ -666,7 +661,7 @@ def _checked(name: str, value: Any) -> Any:
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
         if isinstance(value, nn.Module):
-            _check_bare(name, filter(_is_trained, value.modules()))  # a teacher in it may be wrapped or sharded
+            wrapped.check_bare(name, filter(wrapped.is_trained, value.modules()))  # a teacher in it may be wrapped
         return _identity if value is None and name == "labels" else value
     elif name == "penalized" and value is not None:
         names = (value,) if isinstance(value, (int, str)) else tuple(value) if isinstance(value, Sequence) else ()
@@ -712,97 +707,6 @@ def _check_constant(coeff: Any) -> None:
         raise ValueError(
             "coeff must be a constant, got a tensor that requires grad, which no gradient would reach: detach() it, or "
             "train it with densreg.density_loss"
-        )
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model itself; raises where it is wrapped in what cannot be differentiated twice."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    model = _torch.uncompiled(model)
-    _check_bare("model", model.modules())
-    return model
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(w.requires_grad for w in module.parameters())
-
-
-def _check_bare(name: str, modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            raise TypeError(
-                f"the {name} is wrapped in {type(module).__name__}, through which torch cannot take the input's "
-                "gradient: wrap the objective, DistributedDataParallel(RegularizedObjective(model, ...))"
-            )
-        _check_unsharded(module)
-
-
-_wrappers = 0
-"""How many DistributedDataParallel were made since densreg was imported."""
-
-
-def _see_wrapper(module: nn.Module, _name: str, child: nn.Module) -> None:
-    """Called wherever a module gets a child."""
-    global _wrappers
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        _wrappers += 1
-        for objective in child.modules():
-            if isinstance(objective, RegularizedObjective):
-                objective._averaged = set(map(id, _torch.trained_parameters(objective)))
-
-
-nn.modules.module.register_module_module_registration_hook(_see_wrapper)
-
-
-def _check_averaged(objective: RegularizedObjective, averaged: set[int], trained: Sequence[Tensor]) -> None:
-    """Raises RuntimeError where DistributedDataParallel would leave a gradient as it is in each process."""
-    late = next((w for w in trained if id(w) not in averaged), None)
-    if late is not None:
-        name = next(name for name, w in objective.named_parameters() if w is late)
-        raise RuntimeError(
-            f"{name} is trained only since DistributedDataParallel was made, which averages the gradients of those "
-            "parameters alone that required grad then: make it anew, DistributedDataParallel(objective)"
-        )
-
-
-def _check_parallel(objective: RegularizedObjective) -> None:
-    """Raises TypeError where the modules were parallelized out of the objective's sight.
-
-    No module knows what it is wrapped in, so all objects of the process are looked through, once, and again after each
-    new wrapper.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    if any(map(paths.is_dtensor, objective.model.parameters())):
-        raise TypeError(
-            "the model's weights are DTensors (as of tensor parallelism), which lose gradients of gradients: wrap "
-            "the objective in DistributedDataParallel instead"
-        )
-    active = _torch.active_ddp()
-    if active is not None:  # of the objective; another of the model may train it in other steps
-        if _torch.delays_all_reduce(active):
-            raise TypeError(
-                "expected DistributedDataParallel without delay_all_reduce_named_params: it averages these gradients "
-                "once that of another parameter is there, which in the objective's backward may be before they are"
-            )
-        return
-    parts = set(filter(_is_trained, objective.modules())) - {objective}
-    for wrapper in gc.get_objects():
-        ours = issubclass(type(wrapper), nn.parallel.DistributedDataParallel)
-        if ours and getattr(wrapper, "module", None) in parts:
-            raise TypeError(
-                f"the objective's {type(wrapper.module).__name__} is wrapped in DistributedDataParallel, which does "
-                "not average gradients that the objective computes: wrap the objective, "
-                "DistributedDataParallel(RegularizedObjective(model, ...))"
-            )
-
-
-def _check_unsharded(module: Any) -> None:
-    if type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
-        raise TypeError(
-            "the model is sharded (FSDP), and gradients of gradients do not go through its resharding: "
-            "wrap the objective in DistributedDataParallel instead"
         )
 
 

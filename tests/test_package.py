@@ -32,6 +32,7 @@ LIBRARY = (
     "attacks",
     "second_order",
     "regularizers",
+    "wrapped",
     "batch",
     "directional",
     "graph_passes",
