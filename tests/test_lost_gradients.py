@@ -22,7 +22,7 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
 from benchmarks.second_order import relative_error
-from densreg import RegularizedObjective
+from densreg import RegularizedObjective, input_score
 
 pytestmark = pytest.mark.compile
 
@@ -224,6 +224,18 @@ def test_a_backward_outside_of_autograd_is_refused(name, compiler, beside, opera
     words = r"cannot be differentiated again, .*directional|nothing is registered with autograd, .*register_autograd"
     with pytest.raises(RuntimeError, match=words):
         objective_of(model.double(), compiler)(torch.randn(5, 4, dtype=torch.float64), Y)
+
+
+@pytest.mark.parametrize("error", ["in the graph", "in the backward"])
+def test_an_error_leaves_no_hooks_in_the_graph(error):
+    x, w = (torch.randn(5, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    logits = _NoGrad.apply(x)
+    if error == "in the graph":
+        (once,) = torch.autograd.grad(Once.apply(w).square().sum(), w, create_graph=True)
+        logits = once + logits
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        input_score(logits, x)
+    torch.autograd.grad(logits.square().sum(), x, create_graph=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
