@@ -182,7 +182,8 @@ def may_leave_autograd(node: Any) -> bool:
 
 def _check_backward(node: Any, gradients: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError where a node has made constants of gradients that depend on the incoming ones."""
-    if not any(g is not None and g.requires_grad for g in incoming):
+    given = [g for g in incoming if g is not None]
+    if not (given and all(g.requires_grad for g in given)):  # one that is constant may be what a constant comes from
         return
     _, name = _torch.forward_of(node)
     if name == _torch.CHUNKED:

@@ -23,6 +23,7 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from benchmarks.second_order import relative_error
 from densreg import RegularizedObjective, input_score
+from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
 
@@ -266,6 +267,32 @@ def test_functions_and_operators_that_are_right_are_not_refused(compiler, operat
     plain.load_state_dict(model.state_dict())
     objective_of(model, compiler, 1.0, criterion=nothing)(x, Y).loss.backward()
     assert relative_error(gradients(model), by_autograd(plain, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
+
+
+class _TwoWays(torch.autograd.Function):
+    """Whose second gradient is constant where its second incoming one is."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return 2 * x, 3 * y
+
+    @staticmethod
+    def backward(ctx, a, b):
+        return 2 * a, 3 * b
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_gradient_that_is_constant_as_the_incoming_one_is(path):
+    """That of a logit, through a frozen head."""
+    nets, x = [], torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    for function in (_TwoWays.apply, lambda t, u: (2 * t, 3 * u)):
+        torch.manual_seed(0)
+        body, head = nn.Linear(4, 6).double(), nn.Linear(6, 7).double().requires_grad_(False)
+        t, u = function(*body(x).chunk(2, 1))
+        logits = head(torch.cat([t.sin(), u], 1))
+        input_score(logits, x, path, k=1).square().sum().backward(inputs=[body.weight])
+        nets.append(body)
+    assert relative_error([nets[0].weight.grad], [nets[1].weight.grad]) < 1e-10
 
 
 class _OwnWeights(nn.Module):
