@@ -149,14 +149,12 @@ def _look_at_backwards(outputs: Tensor, x: tuple[Tensor, ...]) -> list[Any]:
     NumPy, a kernel of one's own or no_grad in a Function's backward leave nothing in the graph for :func:`check_score`.
     Raises RuntimeError of what the outputs' graph says already, of which a sharded model's is not part of the score's.
     """
-    hooks: list[Any] = []
     if _compiling() or functional._transformed():
-        return hooks
-    for node in graph_nodes([outputs], x):
+        return []
+    nodes = list(graph_nodes([outputs], x))
+    for node in nodes:  # before there are hooks that an error would leave
         _check_node(node)
-        if may_leave_autograd(node):
-            hooks.append(node.register_hook(functools.partial(_check_backward, node)))
-    return hooks
+    return [node.register_hook(functools.partial(_check_backward, node)) for node in nodes if may_leave_autograd(node)]
 
 
 def _check_node(node: Any) -> None:
@@ -176,13 +174,16 @@ def _check_node(node: Any) -> None:
 
 def may_leave_autograd(node: Any) -> bool:
     """Whether a node's backward may compute outside of autograd what it returns; densreg's own do not."""
+    if not _torch.may_leave_autograd(node):
+        return False
     function, _ = _torch.forward_of(node)
-    return _torch.may_leave_autograd(node) and not (function and issubclass(function, functional._Function))
+    return function is None or not issubclass(function, functional._Function)
 
 
 def _check_backward(node: Any, gradients: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError where a node has made constants of gradients that depend on the incoming ones."""
-    if not any(g is not None and g.requires_grad for g in incoming):
+    given = [g for g in incoming if g is not None]
+    if not (given and all(g.requires_grad for g in given)):  # one that is constant may be what a constant comes from
         return
     _, name = _torch.forward_of(node)
     if name == _torch.CHUNKED:

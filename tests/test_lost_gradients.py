@@ -22,7 +22,8 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
 from benchmarks.second_order import relative_error
-from densreg import RegularizedObjective
+from densreg import RegularizedObjective, input_score
+from densreg.paths import PATHS
 
 pytestmark = pytest.mark.compile
 
@@ -226,6 +227,18 @@ def test_a_backward_outside_of_autograd_is_refused(name, compiler, beside, opera
         objective_of(model.double(), compiler)(torch.randn(5, 4, dtype=torch.float64), Y)
 
 
+@pytest.mark.parametrize("error", ["in the graph", "in the backward"])
+def test_an_error_leaves_no_hooks_in_the_graph(error):
+    x, w = (torch.randn(5, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    logits = _NoGrad.apply(x)
+    if error == "in the graph":
+        (once,) = torch.autograd.grad(Once.apply(w).square().sum(), w, create_graph=True)
+        logits = once + logits
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        input_score(logits, x)
+    torch.autograd.grad(logits.square().sum(), x, create_graph=True)
+
+
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
 @pytest.mark.parametrize("interval", [1, None], ids=["penalized", "plain"])
 def test_an_operator_that_is_differentiated_in_eager_mode_alone(interval, operators, fresh_dynamo):
@@ -254,6 +267,32 @@ def test_functions_and_operators_that_are_right_are_not_refused(compiler, operat
     plain.load_state_dict(model.state_dict())
     objective_of(model, compiler, 1.0, criterion=nothing)(x, Y).loss.backward()
     assert relative_error(gradients(model), by_autograd(plain, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
+
+
+class _TwoWays(torch.autograd.Function):
+    """Whose second gradient is constant where its second incoming one is."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return 2 * x, 3 * y
+
+    @staticmethod
+    def backward(ctx, a, b):
+        return 2 * a, 3 * b
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_gradient_that_is_constant_as_the_incoming_one_is(path):
+    """That of a logit, through a frozen head."""
+    nets, x = [], torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    for function in (_TwoWays.apply, lambda t, u: (2 * t, 3 * u)):
+        torch.manual_seed(0)
+        body, head = nn.Linear(4, 6).double(), nn.Linear(6, 7).double().requires_grad_(False)
+        t, u = function(*body(x).chunk(2, 1))
+        logits = head(torch.cat([t.sin(), u], 1))
+        input_score(logits, x, path, k=1).square().sum().backward(inputs=[body.weight])
+        nets.append(body)
+    assert relative_error([nets[0].weight.grad], [nets[1].weight.grad]) < 1e-10
 
 
 class _OwnWeights(nn.Module):
