@@ -131,9 +131,9 @@ def may_leave_autograd(node: Any) -> bool:
     Nothing is known of a Function's backward, in Python or C++, nor of that of an operator registered from Python; and
     torch's own gradient of sparse_coo_tensor in the values has no graph.
     """
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
-        return True
     name = node.name()
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return name != "CompiledFunctionBackward"  # of torch.compile's, whose own node says so in the next backward
     return name == "SparseCooTensorWithDimsAndTensorsBackward0" or "CppNode<" in name
 
 

@@ -149,12 +149,15 @@ def _look_at_backwards(outputs: Tensor, x: tuple[Tensor, ...]) -> list[Any]:
     NumPy, a kernel of one's own or no_grad in a Function's backward leave nothing in the graph for :func:`check_score`.
     Raises RuntimeError of what the outputs' graph says already, of which a sharded model's is not part of the score's.
     """
-    if _compiling() or functional._transformed():
+    if _compiling():
         return []
     nodes = list(graph_nodes([outputs], x))
     for node in nodes:  # before there are hooks that an error would leave
         _check_node(node)
-    return [node.register_hook(functools.partial(_check_backward, node)) for node in nodes if may_leave_autograd(node)]
+    unknown = [node for node in nodes if may_leave_autograd(node)]
+    if not unknown or functional._transformed():
+        return []
+    return [node.register_hook(functools.partial(_check_backward, node)) for node in unknown]
 
 
 def _check_node(node: Any) -> None:
