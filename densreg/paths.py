@@ -41,8 +41,9 @@ _COMPILED_MODEL = (
 )
 _NOT_TWICE = (
     "the score cannot be differentiated again, so the penalty would train nothing, or not all of the model: the "
-    "backward of {} runs outside autograd or is once_differentiable. Write it in torch's elementary operations, or "
-    'train with RegularizedObjective(..., path="directional")'
+    "backward of {} runs outside autograd, is once_differentiable or adds the gradient of another loss. Write it in "
+    "torch's elementary operations (such a loss: in the criterion), or train with RegularizedObjective(..., "
+    'path="directional")'
 )
 _SOME_LAYER = "some layer (a custom autograd.Function?)"
 HIGHER_ORDER = (

@@ -157,6 +157,18 @@ class _OfOperator(Sine):
         return torch.ops.densreg_tests.times_cosine(grad, ctx.saved_tensors[0])
 
 
+class _AddsLoss(torch.autograd.Function):
+    """With the gradient of an auxiliary loss, as mixtures of experts do, which would be a part of the score."""
+
+    @staticmethod
+    def forward(ctx, x, loss):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_ones(())
+
+
 class _MoreThanNeeded(torch.autograd.Function):
     """Whose backward is right in what is asked for, and has a gradient that nobody asks for outside of autograd."""
 
@@ -198,6 +210,7 @@ LEAVE_AUTOGRAD = {
     "once_differentiable": Once,
     "operator in a backward": _OfOperator,
     "operator": lambda t: torch.ops.densreg_tests.sine(t),
+    "auxiliary loss": lambda t: torch.compiler.allow_in_graph(_AddsLoss).apply(t, t.square().mean()),
     "sparse": _sparse,
     "chunked": lambda t: F.linear_cross_entropy(t, t.T @ t, Y, reduction="sum", options=CHUNKED) * t,
 }
