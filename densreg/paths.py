@@ -217,8 +217,9 @@ def check_score(score: tuple[Tensor, ...], x: tuple[Tensor, ...], head: Sequence
 
     Looks through its graph: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
     ``backward(inputs=...)``) stops at a node that cannot be differentiated. What a Function's own backward detaches
-    leaves no node: :func:`vjp` finds it where a whole gradient is detached, and nothing finds a part. What ``head`` was
-    computed from is not looked at: the score's cotangent comes from it, but no gradient of a gradient goes through.
+    leaves no node: :func:`vjp` finds it where a whole gradient is detached, :func:`densreg.check_model` where a part
+    is. What ``head`` was computed from is not looked at: the score's cotangent comes from it, but no gradient of a
+    gradient goes through.
     """
     if _compiling():
         if not all(g.requires_grad for g in score):

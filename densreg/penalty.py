@@ -75,7 +75,8 @@ def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused"
     Raises:
         TypeError, ValueError: what was given and what was expected.
         RuntimeError: gradients are disabled, or something between x and the logits cannot be differentiated twice. A
-            backward in Python that detaches a part of what it uses, as a saved tensor, is not found.
+            backward in Python that detaches a part of what it uses, as a saved tensor, is found by
+            :func:`densreg.check_model` only.
     """
     _check_reduction(reduction)
     p = functional.check_order(p)
