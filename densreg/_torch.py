@@ -105,24 +105,36 @@ def without_gradient_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 # The nodes of a graph have their class by name only: those of torch's own C++ have no class in Python, and those of
-# Functions one that is private. Where one is renamed, the
-# tests of the errors and remedies that need it fail.
+# Functions one that is private. Where one is renamed, the tests of the errors and remedies that need it fail.
+
+_OBSTACLES = {
+    "torch::autograd::Error": "once",  # where a backward ran outside of autograd
+    "torch::autograd::WarnNotImplemented": "no formula",  # its backward only warns
+    "CompiledFunctionBackwardBackward": "compiled",
+    "RegisterPostBackwardFunctionBackward": "FSDP2",
+}
 
 
-def cannot_be_differentiated(node: Any) -> bool:
-    """Whether torch put this node where a backward ran outside of autograd."""
-    return node.name() == "torch::autograd::Error"
-
-
-def is_higher_order(node: Any) -> bool:
-    """Whether this is a node of one of torch's higher-order operators (cond, map, scan, while_loop)."""
+def obstacle(node: Any) -> str | None:
+    """Why gradients of gradients cannot go through a node, or are lost at it; None where nothing is known."""
+    name = node.name()
+    if name == "torch::autograd::AccumulateGrad":
+        leaf = node.variable
+        if getattr(leaf, "_is_flat_param", False):
+            return "FSDP1"
+        sharded = any(not placement.is_replicate() for placement in getattr(leaf, "placements", ()))
+        return "DTensor" if sharded else None
+    if name == "_DDPSinkBackward":
+        return "static_graph" if node.ddp_weakref().static_graph else None
     function = getattr(node, "_forward_cls", None)  # of a node of a Function
-    return function is not None and function.__module__.startswith("torch._higher_order_ops")
+    if function is not None and function.__module__.startswith("torch._higher_order_ops"):
+        return "higher order"
+    return _OBSTACLES.get(name)
 
 
 def has_no_formula(node: Any) -> bool:
     """Whether torch put this node where an operator has nothing registered for autograd: its backward only warns."""
-    return node.name() == "torch::autograd::WarnNotImplemented"
+    return obstacle(node) == "no formula"
 
 
 def may_leave_autograd(node: Any) -> bool:
@@ -150,11 +162,6 @@ def forward_of(node: Any) -> tuple[type | None, str]:
     return None, "torch.sparse_coo_tensor" if name.startswith("Sparse") else name
 
 
-def is_of_compiled_model(node: Any) -> bool:
-    """Whether this is a node of the backward of what torch.compile compiled."""
-    return node.name() == "CompiledFunctionBackwardBackward"
-
-
 def is_reentrant_checkpoint(node: Any) -> bool:
     return node.name() == "CheckpointFunctionBackward"
 
@@ -162,21 +169,6 @@ def is_reentrant_checkpoint(node: Any) -> bool:
 def leaf_of(node: Any) -> Tensor | None:
     """The leaf whose gradient a node accumulates; None for any other node."""
     return node.variable if node.name() == "torch::autograd::AccumulateGrad" else None
-
-
-def sharded_by(node: Any) -> str | None:
-    """The wrapper that loses gradients of gradients, of which this is a node."""
-    name = node.name()
-    if name == "RegisterPostBackwardFunctionBackward":
-        return "a model that is sharded (FSDP2, fully_shard)"
-    if name == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
-        return "DistributedDataParallel(static_graph=True)"
-    if name == "torch::autograd::AccumulateGrad":
-        if getattr(node.variable, "_is_flat_param", False):
-            return "a model that is sharded (FSDP1)"
-        if any(not placement.is_replicate() for placement in getattr(node.variable, "placements", ())):
-            return "a model whose weights are sharded DTensors"
-    return None
 
 
 def active_ddp() -> nn.parallel.DistributedDataParallel | None:

@@ -494,5 +494,5 @@ def linear_density_loss(
     )
     ce = linear.cross_entropy_rows(rest, own, mean, target == ignore_index, numbers[1], label_smoothing, margin)
     cross_entropy = (ce.sum() / numbers[0]).to(linear.row_dtype(h, weight))
-    of_x = linear.penalty_of_score(h, xs, score, max(len(weight), 1), p, [t for t in (weight, bias) if t is not None])
+    of_x = linear.penalty_of_score(h, xs, score, max(len(weight), 1), p)
     return cross_entropy + coeff * of_x, cross_entropy, of_x

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -725,16 +725,11 @@ def check_free_of(xs: tuple[Tensor, ...], **head: Tensor | None) -> None:
                 )
 
 
-def penalty_of_score(
-    h: Tensor, xs: tuple[Tensor, ...], score: Tensor, classes: int, p: float, head: Sequence[Tensor] = ()
-) -> Tensor:
-    """The penalty, from G = dL/dh: the mean norm of what the trunk's backward makes of it.
-
-    ``head``: the tensors that may come from sharded ones, as in :func:`densreg.paths.check_score`.
-    """
+def penalty_of_score(h: Tensor, xs: tuple[Tensor, ...], score: Tensor, classes: int, p: float) -> Tensor:
+    """The penalty, from G = dL/dh: the mean norm of what the trunk's backward makes of it."""
     scale = paths.cotangent_scale(h.new_empty(0, classes))
     of_x = paths.vjp(h, xs, (score * scale).to(h.dtype), scale)
-    return penalty._norm(paths.check_score(of_x, xs, head), p, "mean")
+    return penalty._norm(paths.check_score(of_x), p, "mean")
 
 
 def linear_loss_and_correct(

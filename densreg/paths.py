@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -58,6 +58,16 @@ _SHARDED = (
     "the logits come from {}, which loses gradients of gradients without an error: give densreg the bare model, or "
     "train with DistributedDataParallel(RegularizedObjective(model, ...))"
 )
+_OBSTACLES = {
+    "once": _NOT_TWICE.format(_SOME_LAYER),
+    "no formula": f"the model calls {NO_FORMULA.format('an operator')}",
+    "higher order": f"the model calls {HIGHER_ORDER}",
+    "compiled": _COMPILED_MODEL,
+    "FSDP1": _SHARDED.format("a model that is sharded (FSDP1)"),
+    "FSDP2": _SHARDED.format("a model that is sharded (FSDP2, fully_shard)"),
+    "DTensor": _SHARDED.format("a model whose weights are sharded DTensors"),
+    "static_graph": _SHARDED.format("DistributedDataParallel(static_graph=True)"),
+}
 _COMPILED_STEP = (
     "densreg inside torch.compile needs Dynamo to trace torch.autograd.grad. Call the compiled step under "
     "`with torch._dynamo.config.patch(trace_autograd_ops=True):`"
@@ -123,11 +133,17 @@ def check_inputs(logits: Tensor, x: Inputs) -> tuple[Tensor, ...]:
 def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
     """``(d outputs / d x)^T cotangent / scale``, differentiable; in float32 where it was scaled.
 
+    Looks through the graphs: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
+    ``backward(inputs=...)``) stops at a node that cannot be differentiated. What the cotangent was computed from is not
+    looked at: no gradient of a gradient goes through. A Function's own backward that detaches leaves no node: hooks
+    find it where a whole gradient is detached, :func:`densreg.check_model` where a part is.
+
     Raises:
         ValueError: outputs do not depend on one of the inputs.
-        RuntimeError: the backward of a Function on the way makes constants of gradients.
+        RuntimeError: the result cannot be differentiated again, or only in part.
     """
-    hooks = _look_at_backwards(outputs, x)
+    forward = _checked_nodes([outputs], x)
+    hooks = _look_at_backwards(forward)
     try:
         grads = torch.autograd.grad(outputs, x, grad_outputs=cotangent, create_graph=True, allow_unused=True)
     finally:
@@ -140,40 +156,56 @@ def vjp(outputs: Tensor, x: tuple[Tensor, ...], cotangent: Tensor, scale: float 
                 f"the logits do not depend on {name}: pass the very tensor that went into the model, "
                 "not a copy, a slice or a later version of it"
             )
+    _checked_nodes(grads, [*x, cotangent], forward)
     # Unscaled in float32: scores of 1e-5 would be subnormal in fp16.
     return tuple(grad.to(ops.accumulation_dtype(grad.dtype)) / scale if scale != 1 else grad for grad in grads)
 
 
-def _look_at_backwards(outputs: Tensor, x: tuple[Tensor, ...]) -> list[Any]:
-    """Hooks, to be removed, that raise RuntimeError where a part of the backward to come runs outside of autograd.
+def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = (), known: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes in the autograd graph of tensors that require grad, each once, from the outputs back to the inputs.
 
-    NumPy, a kernel of one's own or no_grad in a Function's backward leave nothing in the graph for :func:`check_score`.
-    Raises RuntimeError of what the outputs' graph says already, of which a sharded model's is not part of the score's.
+    Args:
+        known: nodes to leave out, with all that is only behind them.
+    """
+    seen = {*known, *(t.grad_fn for t in inputs), None}
+    nodes: list[Any] = []
+    for t in outputs:
+        if t.grad_fn not in seen:
+            seen.add(t.grad_fn)
+            nodes.append(t.grad_fn)
+    while nodes:
+        node = nodes.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                nodes.append(child)
+
+
+def _checked_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor], known: Iterable[Any] = ()) -> list[Any]:
+    """:func:`graph_nodes`; raises RuntimeError of one that torch cannot differentiate twice, or loses gradients at.
+
+    None under torch.compile, whose graph is looked at in :mod:`densreg.compiling`.
     """
     if _compiling():
         return []
-    nodes = list(graph_nodes([outputs], x))
-    for node in nodes:  # before there are hooks that an error would leave
-        _check_node(node)
+    nodes = list(graph_nodes(outputs, inputs, known))
+    for node in nodes:
+        obstacle = _torch.obstacle(node)
+        if obstacle is not None:
+            raise RuntimeError(_OBSTACLES[obstacle])
+    return nodes
+
+
+def _look_at_backwards(nodes: Sequence[Any]) -> list[Any]:
+    """Hooks, to be removed, that raise RuntimeError where a part of the backward to come runs outside of autograd.
+
+    NumPy, a kernel of one's own or no_grad in a Function's backward leave nothing in the graph of the result.
+    """
     unknown = [node for node in nodes if may_leave_autograd(node)]
     if not unknown or functional._transformed():
         return []
     return [node.register_hook(functools.partial(_check_backward, node)) for node in unknown]
-
-
-def _check_node(node: Any) -> None:
-    """Raises RuntimeError of a node that torch cannot differentiate twice, or loses gradients at."""
-    whose = _torch.sharded_by(node)
-    if whose is not None:
-        raise RuntimeError(_SHARDED.format(whose))
-    if _torch.is_of_compiled_model(node):
-        raise RuntimeError(_COMPILED_MODEL)
-    if _torch.is_higher_order(node):
-        raise RuntimeError(f"the model calls {HIGHER_ORDER}")
-    if _torch.has_no_formula(node):
-        raise RuntimeError(f"the model calls {NO_FORMULA.format('an operator')}")
-    if _torch.cannot_be_differentiated(node):
-        raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
 
 
 def may_leave_autograd(node: Any) -> bool:
@@ -199,34 +231,8 @@ def _check_backward(node: Any, gradients: Sequence[Tensor | None], incoming: Seq
             raise RuntimeError(_NOT_TWICE.format(name))
 
 
-def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Iterator[Any]:
-    """The nodes in the autograd graph of tensors that require grad, each once, from the outputs back to the inputs."""
-    nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen = {*nodes, *(t.grad_fn for t in inputs)}
-    while nodes:
-        node = nodes.pop()
-        yield node
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                nodes.append(child)
-
-
-def check_score(score: tuple[Tensor, ...], x: tuple[Tensor, ...], head: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """The score, made by :func:`vjp`; raises RuntimeError where it cannot be differentiated again, or only in part.
-
-    Looks through its graph: torch itself says nothing when a gradient in chosen inputs (``torch.autograd.grad``,
-    ``backward(inputs=...)``) stops at a node that cannot be differentiated. What a Function's own backward detaches
-    leaves no node: :func:`vjp` finds it where a whole gradient is detached, :func:`densreg.check_model` where a part
-    is. What ``head`` was computed from is not looked at: the score's cotangent comes from it, but no gradient of a
-    gradient goes through.
-    """
-    if _compiling():
-        if not all(g.requires_grad for g in score):
-            raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
-        return score
-    for node in graph_nodes(score, [*x, *head]):
-        _check_node(node)
+def check_score(score: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The score, made by :func:`vjp`; raises RuntimeError where it is a constant."""
     if not all(g.requires_grad for g in score):
         raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
     return score
@@ -340,7 +346,7 @@ def input_score(logits: Tensor, x: Inputs, path: str = "fused", k: int | Tensor 
     xs = check_inputs(logits, x)
     check_path(path)
     classes = _random_class(logits, k) if path in ("stable", "taylor") else None
-    score = check_score(PATHS[path](logits, xs, classes), xs)
+    score = check_score(PATHS[path](logits, xs, classes))
     return score[0] if isinstance(x, Tensor) else score
 
 

@@ -117,7 +117,7 @@ def density_loss(
     scale = paths.cotangent_scale(logits)
     _, ce, softmax = functional.softmax(logits, target, label_smoothing, ignore_index, scale=scale)
     cross_entropy = mean_over_targets(ce, target, ignore_index)
-    penalty = _norm(paths.check_score(paths.vjp(logits, xs, softmax, scale), xs), p, "mean")
+    penalty = _norm(paths.check_score(paths.vjp(logits, xs, softmax, scale)), p, "mean")
     return cross_entropy + coeff * penalty, cross_entropy, penalty
 
 

@@ -101,7 +101,7 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 def _gradient(of: Tensor, xs: tuple[Tensor, ...], scale: float = 1.0) -> tuple[Tensor, ...]:
     """The gradient of the sum of [B] in the inputs, which can be differentiated again."""
-    return paths.check_score(paths.vjp(of, xs, torch.full_like(of, scale), scale), xs)
+    return paths.check_score(paths.vjp(of, xs, torch.full_like(of, scale), scale))
 
 
 def _square(g: Sequence[Tensor]) -> Tensor:
