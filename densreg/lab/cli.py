@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--runs", default="runs/reproduce", metavar="DIR", help="folder of the run directories, for all experiments")
     add("--methods", nargs="+", metavar="NAME", help="some of the methods; by default the experiment's")
     add("--models", nargs="+", metavar="NAME", help="models; by default the experiment's")
+    add("--data", nargs="+", metavar="NAME", help="data sets; by default the experiment's")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="trainings of each method")
     add("--coeff", nargs="+", default=[], metavar="METHOD=X[,X]", help="coefficients of a method; a row for each")
     add("--coeff-from", metavar="DIR", help="those that a call with --val-size and several --coeff found, in its --out")
@@ -267,7 +268,7 @@ def _reproduce(options: dict) -> int:
     folder = options.pop("coeff_from")
     options["chosen"] = {} if folder is None else coefficients.read_chosen(folder)
     options["norms"] = options.pop("p")
-    for key in ("methods", "models", "seeds", "norms"):
+    for key in ("methods", "models", "data", "seeds", "norms"):
         options[key] = None if options[key] is None else tuple(options[key])
     budget = reproduce.Budget(**options)
     for name in names[1:]:  # the first one checks itself

@@ -42,7 +42,7 @@ class Budget:
     """How much of an experiment is done, and where; see ``densreg reproduce --help``.
 
     Attributes:
-        methods, models: some of the experiment's; None: all.
+        methods, models, data: None: the experiment's.
         coeff: by method, the coefficients that are trained; where there is none, those of
         chosen: by "DATA MODEL" and method, see :func:`densreg.lab.coefficients.read_chosen`; where there is none
             either, Config's.
@@ -60,6 +60,7 @@ class Budget:
     runs: str = "runs/reproduce"
     methods: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
+    data: tuple[str, ...] | None = None
     seeds: tuple[int, ...] = (0,)
     epochs: int | None = None
     train_size: int | None = None
@@ -93,7 +94,7 @@ class Row:
         return self.config.coeff > 0
 
 
-_ELSEWHERE = {"seed": "--seeds", "p": "--p", "model": "--models", "data": "the experiment's", "out": "--runs"}
+_ELSEWHERE = {"seed": "--seeds", "p": "--p", "model": "--models", "data": "--data", "out": "--runs"}
 """Options of densreg train that reproduce sets by itself, and what sets them."""
 
 
@@ -115,7 +116,7 @@ def rows_of(name: str, budget: Budget) -> list[Row]:
         if method not in METHODS:
             raise ValueError(runs.unknown("method", method, METHODS, "some"))
     rows: dict[str, Row] = {}
-    for data, model in itertools.product(chosen.data, budget.models or chosen.models):
+    for data, model in itertools.product(budget.data or chosen.data, budget.models or chosen.models):
         for method in budget.methods or chosen.methods:
             coeffs = budget.coeff.get(method) or budget.chosen.get(f"{data} {model}", {}).get(method) or (None,)
             if budget.chosen and coeffs == (None,) and METHODS[method].options.get("coeff") != 0:
@@ -234,7 +235,7 @@ def check(name: str, budget: Budget) -> list[Row]:
     samples.require("matplotlib.figure", "train")
     for measure in chosen.measures:
         evaluation.require(measure.metric, picture=measure.metric == chosen.picture)
-    for data in chosen.data:
+    for data in budget.data or chosen.data:
         datasets.load(data, budget.data_dir, budget.download)
     for measure in chosen.measures:
         _outside_images(_options(measure, budget), budget.download)

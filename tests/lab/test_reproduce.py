@@ -502,6 +502,12 @@ def test_every_experiment_can_be_asked_for(name):
     assert {row.method for row in rows} == set(experiment.methods)
 
 
+def test_some_of_the_data_sets():
+    """Also one that the paper's table does not have."""
+    rows = rows_of("table6", Budget(data=("tiny-imagenet", "cifar100"), methods=("density",)))
+    assert [row.key for row in rows] == [(data, "resnet18", "density") for data in ("tiny-imagenet", "cifar100")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -526,6 +532,8 @@ def test_every_experiment_can_be_asked_for(name):
         ("table1 --set pgd.magic=1", "--set pgd.magic=1: expected an option of the metrics"),
         ("table1 --epochs 0", "epochs must lie in [1, 2^31), got 0"),
         ("table1 --models magic", "unknown model 'magic'"),
+        ("table1 --data magic", "unknown data set 'magic'"),
+        ("table6 --data svhn", "SVHN"),
         ("table1 --out /dev/null", "--out /dev/null is a file"),
         ("table1 --budget 40-epochs", "unknown budget '40-epochs'; expected one of paper, 30-epochs"),
         ("table1 --coeff-from nowhere", "--coeff-from nowhere: expected the folder of a reproduce with --val-size"),
