@@ -168,11 +168,8 @@ def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = (), known:
         known: nodes to leave out, with all that is only behind them.
     """
     seen = {*known, *(t.grad_fn for t in inputs), None}
-    nodes: list[Any] = []
-    for t in outputs:
-        if t.grad_fn not in seen:
-            seen.add(t.grad_fn)
-            nodes.append(t.grad_fn)
+    nodes: list[Any] = [node for node in dict.fromkeys(t.grad_fn for t in outputs) if node not in seen]
+    seen.update(nodes)
     while nodes:
         node = nodes.pop()
         yield node
