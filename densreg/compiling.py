@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from densreg import _torch, ops
 from densreg.batch import Batch
+from densreg.check import of_a_graph
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
 from densreg.head import check_head
 from densreg.paths import HIGHER_ORDER, NO_FORMULA
-from densreg.second_order import of_a_graph, replaced_under_compile
+from densreg.second_order import replaced_under_compile
 from densreg.step import StepResult, StepSpec, raise_kept_tensor, try_score, try_trained, without_trace
 
 OFTEN = 5

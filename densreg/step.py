@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import _torch, directional, functional, ops
 from densreg.batch import Batch, rows, with_inputs
+from densreg.check import KEPT_ADVICE, kept_from_earlier
 from densreg.paths import graph_nodes, input_score
 from densreg.penalty import density_loss, mean_cross_entropy
 from densreg.regularizers import Regularizer, trait
-from densreg.second_order import KEPT_ADVICE, fast_second_order, kept_from_earlier
+from densreg.second_order import fast_second_order
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 """Weight of the auxiliary classifiers' loss, by torchvision's output type: what its models are trained with."""

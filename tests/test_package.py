@@ -31,6 +31,7 @@ LIBRARY = (
     "distributed",
     "attacks",
     "second_order",
+    "check",
     "regularizers",
     "wrapped",
     "batch",
