@@ -25,7 +25,7 @@ from densreg.batch import Batch
 from densreg.check import of_a_graph
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
-from densreg.head import check_head
+from densreg.head import check_is_last
 from densreg.paths import HIGHER_ORDER, NO_FORMULA
 from densreg.second_order import replaced_under_compile
 from densreg.step import StepResult, StepSpec, raise_kept_tensor, try_score, try_trained, without_trace
@@ -153,7 +153,7 @@ class CheckedBackend:
         if self.given is not None:  # what raises here is compiled anew, and so checked again, in the next call
             spec, batch = self.given
             if spec.head is not None:
-                check_head(spec, batch)
+                check_is_last(spec, batch)
             known = {id(t) for t in (*spec.trained, *batch.xs)}
             if any(t.requires_grad and id(t) not in known for t in inputs if isinstance(t, Tensor)):
                 try_trained(spec, batch)  # perhaps the criterion's alone: the graph does not say

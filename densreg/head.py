@@ -152,10 +152,11 @@ def without_gradients(spec: StepSpec, batch: Batch, target: Any) -> tuple[Tensor
         return h, ce + loss_of(spec, auxiliary, target), correct
 
 
-def check_head(spec: StepSpec, batch: Batch) -> None:
-    """Raises ValueError where the head is not the last layer. The model is run once, in eager mode.
+def check_is_last(spec: StepSpec, batch: Batch) -> None:
+    """Raises ValueError where the head is not the last layer: the model is run once, in eager mode.
 
-    Dynamo does not show the mode everything that is done to a tensor (``logits.data``, ``torch._foreach_mul_``).
+    For a compiled step, as Dynamo shows the mode not all that is done to a tensor (``logits.data``,
+    ``torch._foreach_mul_``).
     """
     assert spec.head is not None
     with without_trace(spec, batch), torch.no_grad(), _Linears(spec.head.weight) as mode:

@@ -27,6 +27,7 @@ LIBRARY = (
     "functional",
     "paths",
     "penalty",
+    "tiles",
     "linear",
     "distributed",
     "attacks",
