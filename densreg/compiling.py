@@ -31,7 +31,7 @@ from densreg.second_order import replaced_under_compile
 from densreg.step import StepResult, StepSpec, raise_kept_tensor, try_score, try_trained, without_trace
 
 OFTEN = 5
-"""As many versions of a compiled step are taken for granted: a last batch of another size, skipped penalties."""
+"""So many versions of a compiled step are normal (a smaller last batch, steps without the penalty); more are not."""
 
 # What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its
 # splitting into buckets would cut; that new shapes, not an oversight, are what a step is compiled again for; and that

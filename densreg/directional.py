@@ -289,7 +289,7 @@ class Reuse(_Pieces):
 
 
 SMALLEST_INPUT = 1e-2
-"""Inputs whose root mean square is below this are taken to have it, for the step: h of an all-zero batch is not 0."""
+"""For the step size, a root mean square of the inputs below this counts as this: h of an all-zero batch is not 0."""
 
 
 def dual_direction(score: Sequence[Tensor], p: float) -> tuple[Tensor, tuple[Tensor, ...]]:

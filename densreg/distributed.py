@@ -480,7 +480,7 @@ def linear_density_loss(
     weight, bias, classes, name = _shard(weight, bias, classes, group)
 
     def check():
-        penalty._check_coeff(coeff)
+        penalty.check_coeff(coeff)
         order = functional.check_order(p)
         linear.check_head(h, weight, bias, tile, least_classes=0)
         xs = paths.check_inputs(h, x)

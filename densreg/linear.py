@@ -490,7 +490,7 @@ def penalty_of_score(
     """
     scale = paths.cotangent_scale(h.new_empty(0, classes))
     of_x = paths.vjp(h, xs, (score * scale).to(h.dtype), scale)
-    return penalty._norm(paths.check_score(of_x, xs, head), p, "mean")
+    return penalty.score_norm(paths.check_score(of_x, xs, head), p, "mean")
 
 
 def linear_loss_and_correct(
@@ -512,7 +512,7 @@ def linear_loss_and_correct(
 
     ``dtype`` of the products, for a caller that has turned autocast off.
     """
-    penalty._check_coeff(coeff)
+    penalty.check_coeff(coeff)
     p = functional.check_order(p)
     check_head(h, weight, bias, tile, dtype=dtype)
     xs = () if x is None else paths.check_inputs(h, x)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from densreg import _torch, attacks, functional, ops, paths
-from densreg.penalty import _norm, density_penalty
+from densreg.penalty import density_penalty, score_norm
 from densreg.second_order import third_order
 
 Classify = Callable[[tuple[Tensor, ...]], Tensor]
@@ -180,7 +180,7 @@ class InputGradient(Traits):
 
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         f = _label_logit(logits, target)
-        return _norm(_gradient(f, xs, paths.cotangent_scale(logits)), self.p, "none")
+        return score_norm(_gradient(f, xs, paths.cotangent_scale(logits)), self.p, "none")
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class LossGradient(Traits):
 
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         ce = _cross_entropy(logits, target)
-        return _norm(_gradient(ce, xs, paths.cotangent_scale(logits)), self.p, "none")
+        return score_norm(_gradient(ce, xs, paths.cotangent_scale(logits)), self.p, "none")
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def sum_of_logits(h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
 
 
 def whole_score(score: Tensor, ref: Tensor, density: Tensor, weight: Tensor, y: Tensor | None, own: Tensor) -> Tensor:
-    """P W over the classes here, from what :func:`tiles_forward` gives; in place.
+    """P W over the classes here, from what :func:`forward` gives; in place.
 
     Args:
         density: L [B] over all classes.
@@ -198,7 +198,7 @@ def backward(
         g: [B], added at the target.
         q: [B], added to every class, or None.
         u: U [B, D], or None, and dot = U . G [B].
-        kept: what :func:`tiles_forward` left logits in, or None; the gradient in the weight takes its place.
+        kept: what :func:`forward` left logits in, or None; the gradient in the weight takes its place.
     """
     acc, rows, classes = accumulation_dtype(dtype), len(h), len(weight)
     scale, unit = 1.0, None
