@@ -427,14 +427,3 @@ def test_batched_in_the_objective(compiled, fresh_dynamo):
     objective(x, y).loss.backward()
     for w, g in zip(model.parameters(), expected, strict=False):
         torch.testing.assert_close(w.grad, g, rtol=1e-10, atol=1e-12)
-
-
-def test_weight_norm_of_a_weight_that_depends_on_x():
-    v, g = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (3, 1)))
-
-    def weight(v, g):
-        with fast_second_order():
-            return _torch.weight_norm(v, g, 0)
-
-    torch.testing.assert_close(weight(v, g), _torch.weight_norm(v, g, 0))
-    assert torch.autograd.gradgradcheck(weight, (v, g))
