@@ -41,6 +41,7 @@ LIBRARY = (
     "step",
     "head",
     "compiling",
+    "results",
     "objective",
 )
 LAB = (
