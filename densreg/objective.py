@@ -27,7 +27,6 @@ from densreg.regularizers import REGULARIZERS, Density, Regularizer, trait
 from densreg.results import AttachGradients, HeadOutput, NoGradient, ObjectiveOutput
 from densreg.second_order import fast_second_order
 from densreg.step import (
-    DifferenceChecks,
     StepResult,
     StepSpec,
     check_sharing,
@@ -41,7 +40,6 @@ from densreg.step import (
     restore_buffers,
     samples_interact,
     save_buffers,
-    score_without_graph,
     whole_step,
 )
 
@@ -50,7 +48,7 @@ from densreg.step import (
 class _Known:
     """What an objective's steps have found out: until an option changes, and in this process alone."""
 
-    differences: DifferenceChecks = field(default_factory=DifferenceChecks)
+    differences: directional.Checks = field(default_factory=directional.Checks)
     value: bool = False
     """Whether the penalty's value has been checked: a look at it waits for the device."""
     wrappers: int | None = None
@@ -410,7 +408,7 @@ class RegularizedObjective(nn.Module):
             else:
                 log_density = functional.log_density(own_logits(spec, batch, buffers))
             with torch.autocast(log_density.device.type, enabled=False):
-                score = score_without_graph(log_density, batch.xs, [*spec.trained, *batch.xs])
+                score = directional.score_without_graph(log_density, batch.xs, [*spec.trained, *batch.xs])
                 return directional.dual_direction(score, self.p)[0].mean()
         finally:
             restore_buffers(saved)

@@ -7,9 +7,7 @@ which describes what is trained and penalized, and a :class:`~densreg.batch.Batc
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,14 +25,6 @@ from densreg.second_order import fast_second_order
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 """Weight of the auxiliary classifiers' loss, by torchvision's output type: what its models are trained with."""
-
-
-@dataclass
-class DifferenceChecks:
-    """How often a directional step has run, which decides when it is checked, and whether it has warned."""
-
-    steps: int = 0
-    warned: bool = False
 
 
 class StepSpec(NamedTuple):
@@ -56,7 +46,7 @@ class StepSpec(NamedTuple):
     one_read: bool
     central: bool
     trained: list[nn.Parameter]
-    checks: DifferenceChecks
+    checks: directional.Checks
     head: nn.Linear | None = None
 
 
@@ -450,7 +440,7 @@ def directional_step(
                     return functional.log_density(own_logits(spec, with_inputs(batch, inputs), buffers))
 
             at_x = log_density(xs, directional.Record(pieces)) if apart else functional.log_density(outputs[0][1])
-            score = score_without_graph(at_x, xs, all_leaves, retain_graph=True)
+            score = directional.score_without_graph(at_x, xs, all_leaves, retain_graph=True)
             norm, direction = directional.dual_direction(score, spec.p)
             penalty = norm.mean()
 
@@ -470,61 +460,21 @@ def directional_step(
                     return directional.step_size(xs, direction, central)
 
                 coarse = torch.finfo(at_x.dtype).eps  # a half model's log density is a float32
-                _check_difference(along, expected, 0.1 * expected + coarse * rounding / step(spec.central))
+                directional.check_difference(along, expected, 0.1 * expected + coarse * rounding / step(spec.central))
                 if not checks.warned:
                     pair = (
                         directional.first_order_gradients(t, trained, all_leaves, True) for t in (along, difference(2))
                     )
-                    _check_smooth(checks, *pair)
+                    directional.check_smooth(checks, *pair)
                 if not checks.warned:  # of kinks
                     with torch.no_grad():
                         once, twice = difference(1, central=True), difference(2, central=True)
                     error = 0.2 * eps ** (1 / 3) * expected + (twice - once).abs() / 2
                     within = error + eps * rounding / step(central=True)
-                    _check_difference((4 * once - twice) / 3, expected, within)
+                    directional.check_difference((4 * once - twice) / 3, expected, within)
             weight = coeff.to(penalty.dtype)
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
         gradients = directional.first_order_gradients(total * scale.to(total.dtype), trained, all_leaves)
     restore_buffers(saved)
     return StepResult(loss.detach(), outputs[0][1].detach(), ce.detach(), penalty, gradients)
-
-
-def _check_difference(found: Tensor, expected: Tensor, within: Tensor) -> None:
-    """The difference must be the sum of the norms, which is known. Reading them synchronises: it is done seldom."""
-    difference, norm, tolerance = torch.stack([found, expected, within]).tolist()
-    if not abs(difference - norm) <= tolerance:  # NaN too
-        raise RuntimeError(
-            f'path "directional": the difference of the log density is {difference:.6g}, and {norm:.6g} by the score, '
-            f"with a tolerance of {tolerance:.2g}. The perturbed forwards differ from the first by more than their "
-            "input: a detached part that depends on x (detach(), no_grad(), a running mean used in the same forward), "
-            "random numbers that are not of torch's, Python's or NumPy's own generators, or too curved a network (try "
-            'central=True). Where the model can be differentiated twice, path="fused" has none of these limits'
-        )
-
-
-def _check_smooth(checks: DifferenceChecks, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
-    """The gradient must not depend on the step size, as it does where an unknown kink lies within the step."""
-    pairs = [(a, b) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
-    difference = sum((a - b).abs().square().sum().item() for a, b in pairs) ** 0.5  # of complex weights too
-    length = sum(a.abs().square().sum().item() for a, _ in pairs) ** 0.5
-    if difference > 0.2 * length:
-        checks.warned = True
-        warnings.warn(
-            f'path "directional": with twice the step the gradient differs by {difference / max(length, 1e-30):.2g} of '
-            "itself, so it is not to be relied on: there are kinks that are not of torch's own activations "
-            "(sort, RReLU), too curved a network (try central), or too coarse a dtype",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def score_without_graph(
-    log_density: Tensor, xs: tuple[Tensor, ...], all_leaves: Sequence[Tensor], retain_graph: bool = False
-) -> list[Tensor]:
-    """The input score without a graph of its own, by first-order kernels."""
-    score = directional.first_order_gradients(log_density.sum(), xs, all_leaves, retain_graph)
-    present = [g for g in score if g is not None]
-    if len(present) < len(score):
-        raise ValueError("the logits do not depend on x")
-    return present
