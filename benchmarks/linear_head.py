@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import densreg
-from densreg import _torch, linear
+from densreg import _torch, tiles
 from densreg.lab.report import draw_lines, panels, png
 from densreg.lab.runs import write_atomically
+from densreg.ops import accumulation_dtype
 
 from .records import Row, tables, write_json
 from .timing import WrongResult, environment, interleave, peak_bytes, summarize
@@ -104,11 +105,11 @@ def products(rows: int, head: nn.Linear) -> Callable[[], Any]:
     weight = head.weight.detach()
     both = torch.randn(2 * rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
     h = both[:rows]
-    tile = linear.tile_size(h)
+    tile = tiles.tile_size(h)
 
     def run() -> Tensor:
         dw = torch.empty_like(weight)
-        kept = linear.kept_tiles(dw, rows, linear.accumulation_dtype(dw.dtype), tile)
+        kept = tiles.kept_tiles(dw, rows, accumulation_dtype(dw.dtype), tile)
         for k in range(0, len(weight), tile):
             w = weight[k : k + tile]
             _ = (h @ w.t()) @ w

@@ -1,13 +1,15 @@
 """densreg: smoothing a classifier's input marginal density, right to second order."""
 
 from densreg import distributed as distributed
+from densreg.check import check_model
 from densreg.functional import density_cross_entropy, log_density, log_softmax_difference, pnorm
 from densreg.linear import linear_density_cross_entropy, linear_density_loss, linear_log_density
-from densreg.objective import HeadOutput, ObjectiveOutput, RegularizedObjective
+from densreg.objective import RegularizedObjective
 from densreg.ops import backend
 from densreg.paths import input_score
 from densreg.penalty import DensityPenalty, density_loss, density_penalty
-from densreg.second_order import check_model, fast_second_order
+from densreg.results import HeadOutput, ObjectiveOutput
+from densreg.second_order import fast_second_order
 from densreg.version import __version__
 
 __all__ = [

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from densreg import _torch, ops
 from densreg.batch import Batch
+from densreg.check import of_a_graph
 from densreg.functional import _Function
 from densreg.graph_passes import GraphPasses
-from densreg.head import check_head
+from densreg.head import check_is_last
 from densreg.paths import HIGHER_ORDER, NO_FORMULA
-from densreg.second_order import of_a_graph, replaced_under_compile
+from densreg.second_order import replaced_under_compile
 from densreg.step import StepResult, StepSpec, raise_kept_tensor, try_score, try_trained, without_trace
 
 OFTEN = 5
-"""As many versions of a compiled step are taken for granted: a last batch of another size, skipped penalties."""
+"""So many versions of a compiled step are normal (a smaller last batch, steps without the penalty); more are not."""
 
 # What Dynamo has to know for the call: to trace autograd.grad; that DDP(objective) is one graph too, which its
 # splitting into buckets would cut; that new shapes, not an oversight, are what a step is compiled again for; and that
@@ -152,7 +153,7 @@ class CheckedBackend:
         if self.given is not None:  # what raises here is compiled anew, and so checked again, in the next call
             spec, batch = self.given
             if spec.head is not None:
-                check_head(spec, batch)
+                check_is_last(spec, batch)
             known = {id(t) for t in (*spec.trained, *batch.xs)}
             if any(t.requires_grad and id(t) not in known for t in inputs if isinstance(t, Tensor)):
                 try_trained(spec, batch)  # perhaps the criterion's alone: the graph does not say

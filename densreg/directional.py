@@ -14,8 +14,10 @@ units were at x (:class:`Record`, :class:`Reuse`); without that a ResNet-18's gr
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -252,10 +254,11 @@ class _Pieces(TorchFunctionMode):
 class Record(_Pieces):
     """Context in which a forward notes the piece on which each unit is, in a list.
 
-    Of ReLU, leaky ReLU, PReLU, ReLU6, ELU, SELU, hardswish, hardtanh, hardsigmoid, threshold, clamp, abs, softshrink,
-    hardshrink, max pooling, maximum, max, amax and the like where they are called as functions of torch or
-    torch.nn.functional, as torch's modules do, and of what follows a comparison (where, masked_fill); not of kinks in
-    anything else (sort, RReLU). What a checkpoint computes again in the backward is on the pieces of where it is.
+    Units are those of ReLU, leaky ReLU, PReLU, ReLU6, ELU, SELU, hardswish, hardtanh, hardsigmoid, threshold, clamp,
+    abs, softshrink, hardshrink, max pooling, maximum, max, amax and the like, called as functions of torch or
+    torch.nn.functional, as torch's modules do. What follows a comparison (where, masked_fill) stays on its piece too.
+    Kinks in anything else (sort, RReLU) are not known. A checkpoint that is computed again in the backward is on the
+    pieces of its own input.
     """
 
     def __init__(self, pieces: list[tuple]) -> None:
@@ -289,7 +292,7 @@ class Reuse(_Pieces):
 
 
 SMALLEST_INPUT = 1e-2
-"""Inputs whose root mean square is below this are taken to have it, for the step: h of an all-zero batch is not 0."""
+"""For the step size, a root mean square of the inputs below this counts as this: h of an all-zero batch is not 0."""
 
 
 def dual_direction(score: Sequence[Tensor], p: float) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -402,3 +405,62 @@ def first_order_gradients(
     for leaf, grad in zip(leaves, kept, strict=True):
         leaf.grad = grad
     return gradients
+
+
+def score_without_graph(
+    log_density: Tensor, xs: tuple[Tensor, ...], all_leaves: Sequence[Tensor], retain_graph: bool = False
+) -> list[Tensor]:
+    """The input score without a graph of its own, by first-order kernels; ValueError where there is none."""
+    score = first_order_gradients(log_density.sum(), xs, all_leaves, retain_graph)
+    present = [g for g in score if g is not None]
+    if len(present) < len(score):
+        raise ValueError("the logits do not depend on x")
+    return present
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# checks of the difference and of its gradient
+
+
+@dataclass
+class Checks:
+    """How many directional steps have run, which decides when one is checked, and whether one has warned."""
+
+    steps: int = 0
+    warned: bool = False
+
+
+def check_difference(found: Tensor, expected: Tensor, within: Tensor) -> None:
+    """Raises RuntimeError unless the difference is the sum of the norms, which is known, within a tolerance.
+
+    All three are scalars. Reading them synchronises with the device, so this is done seldom.
+    """
+    along, norm, tolerance = torch.stack([found, expected, within]).tolist()
+    if not abs(along - norm) <= tolerance:  # NaN too
+        raise RuntimeError(
+            f'path "directional": the difference of the log density is {along:.6g}, and {norm:.6g} by the score, '
+            f"with a tolerance of {tolerance:.2g}. The perturbed forwards differ from the first by more than their "
+            "input: a detached part that depends on x (detach(), no_grad(), a running mean used in the same forward), "
+            "random numbers that are not of torch's, Python's or NumPy's own generators, or too curved a network (try "
+            'central=True). Where the model can be differentiated twice, path="fused" has none of these limits'
+        )
+
+
+def check_smooth(checks: Checks, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
+    """Warns where the gradient depends on the step size, as it does where an unknown kink lies within the step.
+
+    Args:
+        once, twice: the gradients with one and with two times the step.
+    """
+    pairs = [(a, b) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
+    difference = sum((a - b).abs().square().sum().item() for a, b in pairs) ** 0.5  # of complex weights too
+    length = sum(a.abs().square().sum().item() for a, _ in pairs) ** 0.5
+    if difference > 0.2 * length:
+        checks.warned = True
+        warnings.warn(
+            f'path "directional": with twice the step the gradient differs by {difference / max(length, 1e-30):.2g} of '
+            "itself, so it is not to be relied on: there are kinks that are not of torch's own activations "
+            "(sort, RReLU), too curved a network (try central), or too coarse a dtype",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,7 +1,7 @@
 """The linear head of :mod:`densreg.linear` with its classes split over processes: torch.distributed, gloo or NCCL.
 
 Each of N processes holds some rows of weight and bias, the shard of its rank, and B rows of the batch. No process holds
-the weight, or logits, as a whole. With the notation of :mod:`densreg.linear`:
+the weight, or logits, as a whole. With the notation of :mod:`densreg.tiles`:
 
     forward    all_gather of h and of the targets      every process: the tiles of its classes, for all N B rows
                all_reduce: largest, then sum           rest and own of all rows
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densreg import _torch, functional, linear, paths, penalty
+from densreg import _torch, functional, linear, paths, penalty, tiles
 from densreg.functional import _Function, _undifferentiated
 from densreg.ops import accumulation_dtype
 from densreg.paths import Inputs
@@ -166,7 +166,7 @@ def _raise_of_others(mine: str, group: Any) -> NoReturn:
 # the operators
 
 
-@linear.as_given
+@linear.no_grad_no_autocast
 def _forward(
     h: Tensor,
     weight: Tensor,
@@ -206,20 +206,20 @@ def _forward(
     here = counts & (targets >= first) & (targets < first + shard)
     at = (targets - first).masked_fill(~here, -1)
     features = _gather(h, group)
-    tile = linear.tile_size(features) if tile is None else tile
+    tile = tiles.tile_size(features) if tile is None else tile
     kept = weight.new_empty(weight.shape if keep else 0)
     into = kept if keep else None
-    m, ref, z, own, score = linear.tiles_forward(features, weight, bias, at, dtype, tile, need_score, into)
+    m, ref, z, own, score = tiles.forward(features, weight, bias, at, dtype, tile, need_score, into)
     largest, top = _reduce(torch.stack([m.double(), ref.double()]), dist.ReduceOp.MAX, group)
-    z = z * (ref.double() - linear.finite(top)).exp().masked_fill(z == math.inf, 1)
+    z = z * (ref.double() - tiles.finite(top)).exp().masked_fill(z == math.inf, 1)
     sums = [z, own]
     if need_mean:
-        sums.append(linear.sum_of_logits(features, weight, bias, accumulation_dtype(dtype)))
+        sums.append(tiles.sum_of_logits(features, weight, bias, accumulation_dtype(dtype)))
     z, own, *of_logits = _reduce(torch.stack(sums), dist.ReduceOp.SUM, group)
-    rest = linear.finite(top) + z.log()
-    density = linear.density_rows(rest, own, ~counts)
+    rest = tiles.finite(top) + z.log()
+    density = tiles.density_rows(rest, own, ~counts)
     if need_score:
-        score = _scatter_sum(linear.whole_score(score, ref, density, weight, at if shard else None, own), group)
+        score = _scatter_sum(tiles.whole_score(score, ref, density, weight, at if shard else None, own), group)
     mine = slice(dist.get_rank(group) * len(h), (dist.get_rank(group) + 1) * len(h))
     mean = of_logits[0][mine] / total if need_mean else rest.new_empty(0)
     correct = ((own > largest) & counts)[mine].clone()
@@ -228,7 +228,7 @@ def _forward(
     return rest[mine].clone(), own[mine].clone(), mean, score, correct, features, at, density, numbers, kept
 
 
-@linear.as_given
+@linear.no_grad_no_autocast
 def _backward(
     features: Tensor,
     weight: Tensor,
@@ -259,15 +259,15 @@ def _backward(
     group = _torch.group_named(name)
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     mine = slice(rank * len(r), (rank + 1) * len(r))
-    factor = linear.off_target_factor(r, density[mine], rest, dtype)
+    factor = tiles.off_target_factor(r, density[mine], rest, dtype)
     given = [t for t in (factor, g, q, dot) if t is not None]
     # Divided by N here, once, and not in [C, D].
     rows = iter(_gather(torch.stack(given, 1) / world, group).unbind(1))
     of_all = [None if t is None else next(rows) for t in (factor, g, q, dot)]
     whole_u = None if u is None else _gather(u / world, group)
-    tile = linear.tile_size(features) if tile is None else tile
+    tile = tiles.tile_size(features) if tile is None else tile
     factor, g, q, dot = of_all  # type: ignore[assignment]
-    dh, dw, db = linear.tiles_backward(
+    dh, dw, db = tiles.backward(
         features, weight, bias, at, density, factor, g, q, whole_u, dot, dtype, tile, needs, kept
     )
     dw = dw if kept is None else dw.new_empty(0)
@@ -423,7 +423,7 @@ def linear_density_cross_entropy(
     )
     ignored, dtype = target == ignore_index, linear.row_dtype(h, weight)
     ce = linear.cross_entropy_rows(rest, own, mean, ignored, numbers[1], label_smoothing, margin)
-    return ce.to(dtype), linear.density_rows(rest, own, ignored).to(dtype), correct
+    return ce.to(dtype), tiles.density_rows(rest, own, ignored).to(dtype), correct
 
 
 def linear_density_loss(
@@ -480,7 +480,7 @@ def linear_density_loss(
     weight, bias, classes, name = _shard(weight, bias, classes, group)
 
     def check():
-        penalty._check_coeff(coeff)
+        penalty.check_coeff(coeff)
         order = functional.check_order(p)
         linear.check_head(h, weight, bias, tile, least_classes=0)
         xs = paths.check_inputs(h, x)

@@ -55,6 +55,92 @@ class GraphPasses(CustomGraphPass):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# products
+
+
+def merge_products(graph: Graph) -> None:
+    """Sums of two matrix products become one product, where that moves less memory.
+
+    Of two-dimensional ones of one shape, dtype and device with sizes known at compile time; others stay as they are.
+    """
+    for node in list(graph.nodes):
+        if node.target == aten.add.Tensor and not node.kwargs:  # without a weight
+            _merge(graph, node)
+
+
+def _merge(graph: Graph, node: Any) -> None:
+    first, second = (_product(term) for term in node.args)
+    if first is None or second is None or first == second:
+        return
+    (one, turned), (other, other_turned) = first, second
+    if turned != other_turned or not _worth_it((one, other), (*one.args, *other.args)):
+        return
+    (a, b), (c, d) = one.args, other.args
+    with graph.inserting_before(node):
+        # The left factors are transposed gradients: side by side as they are, without a copy of the transpose.
+        left = _turned(graph, _cat(graph, a.args[0], c.args[0], 0)) if _is_turned(a, c) else _cat(graph, a, c, 1)
+        total = _call(graph, aten.mm.default, left, _cat(graph, b, d, 0))
+        total = _turned(graph, total) if turned else total
+    node.replace_all_uses_with(total)
+    _erase_unused(graph, node)
+    _torch.count("products merged")
+
+
+def _product(node: Any) -> tuple[Any, bool] | None:
+    """The product that a node is, and whether it is transposed; None if it is none or is used elsewhere too."""
+    turned = isinstance(node, Node) and _is_turned(node)
+    product = node.args[0] if turned else node
+    alone = all(isinstance(n, Node) and len(n.users) == 1 for n in (node, product))
+    return (product, turned) if alone and product.target == aten.mm.default else None
+
+
+def _is_turned(*nodes: Any) -> bool:
+    return all(n.target == aten.permute.default and list(n.args[1]) == [1, 0] for n in nodes)
+
+
+def merge_convolutions(graph: Graph) -> None:
+    """Sums of two gradients of a convolution's weight become one, where that moves less memory, on a CPU."""
+    node: Any
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        one, other = (_of_weight(term) for term in node.args)
+        if one is None or other is None or one is other or node.kwargs:
+            continue
+        (gy, x, weight, *how), (other_gy, other_x, _, *other_how) = one.args, other.args
+        if how != other_how or not _is_image(weight.meta["val"]):
+            continue
+        if not _worth_it(node.args, (gy, x, other_gy, other_x)):
+            continue
+        if any(a.meta["val"].shape[1:] != b.meta["val"].shape[1:] for a, b in ((gy, other_gy), (x, other_x))):
+            continue  # one weight of images of two sizes
+        with graph.inserting_before(node):
+            gy, x = _cat(graph, gy, other_gy, 0), _cat(graph, x, other_x, 0)
+            both = _call(graph, aten.convolution_backward.default, gy, x, weight, *how)
+            total = _call(graph, operator.getitem, both, 1)
+        node.replace_all_uses_with(total)
+        _erase_unused(graph, node)
+        _torch.count("convolutions merged")
+
+
+def _of_weight(node: Any) -> Any:
+    """What a node is the gradient of a convolution's weight from, if nothing else is and it is used here alone."""
+    if not isinstance(node, Node) or node.target is not operator.getitem or node.args[1] != 1 or len(node.users) > 1:
+        return None
+    source: Any = node.args[0]
+    alone = source.target == aten.convolution_backward.default and list(source.args[-1]) == [False, True, False]
+    return source if alone else None
+
+
+def _worth_it(results: Sequence[Any], factors: Sequence[Any]) -> bool:
+    """Copying the factors together (a read and a write) moves less than two results and their sum instead of one."""
+    result, same, *values = (n.meta["val"] for n in (*results, *factors))
+    if not all(v.dtype == result.dtype and v.device == result.device for v in (same, *values)):
+        return False
+    if result.shape != same.shape or not all(isinstance(n, int) for v in (result, *values) for n in v.shape):
+        return False
+    return 2 * sum(v.numel() for v in values) <= 3 * result.numel()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # images
 
 _CONVOLUTIONS = {aten.convolution.default: 1, aten.convolution_backward.default: 2}
@@ -100,20 +186,8 @@ def _is_whole(value: torch.Tensor) -> bool:
     return whole and value.is_contiguous() and not value.is_contiguous(memory_format=torch.channels_last)
 
 
-_STRIDED = {"as_strided", "as_strided_copy", "as_strided_scatter", "resize", "resize_as", "set"}
-
-
-def _reads_strides(user: Node) -> bool:
-    """Whether an operation's result may depend on how its operands lie in memory."""
-    target: Any = user.target
-    if getattr(target, "namespace", "") not in ("aten", "prims", "densreg"):
-        return True
-    return str(target.overloadpacket).split(".")[-1] in _STRIDED or torch.Tag.needs_fixed_stride_order in target.tags
-
-
-def _is_image(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.device.type == "cpu"
-
+# --------------------------------------------------------------------------------------------------------------------
+# sums
 
 MOST_PIXELS = 1024
 """So many float32 values are summed up in a row: of more the sum would lose digits."""
@@ -173,8 +247,6 @@ def _keeps(node: Any) -> bool:
 
 # --------------------------------------------------------------------------------------------------------------------
 # max pooling
-
-_RESHAPES = (aten.reshape.default, aten.view.default)
 
 
 def mask_pools(graph: Graph) -> None:
@@ -282,105 +354,23 @@ def _at_maxima(graph: Graph, image: Node, places: Node, window: Sequence[int]) -
     return _reshaped(graph, result, (n, c, height * h, width * w))
 
 
-def _reshaped(graph: Graph, node: Any, shape: Sequence[int]) -> Node:
-    """The node in this shape: what it was before it was made flat, if it was."""
-    before = node.args[0] if node.target in _RESHAPES else node
-    return before if before.meta["val"].shape == shape else _call(graph, aten.reshape.default, node, list(shape))
-
-
-def _erase_unused(graph: Graph, *nodes: Node) -> None:
-    """Erases what nothing uses, and what nothing uses then; inductor would compute it."""
-    for node in nodes:
-        if node.op == "call_function" and not node.users and node in graph.nodes:
-            inputs = node.all_input_nodes
-            graph.erase_node(node)
-            _erase_unused(graph, *inputs)
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# products
+# nodes: what they are, and new ones
 
 
-def merge_products(graph: Graph) -> None:
-    """Sums of two matrix products become one product, where that moves less memory.
-
-    Of two-dimensional ones of one shape, dtype and device with sizes known at compile time; others stay as they are.
-    """
-    for node in list(graph.nodes):
-        if node.target == aten.add.Tensor and not node.kwargs:  # without a weight
-            _merge(graph, node)
+def _is_image(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.device.type == "cpu"
 
 
-def _merge(graph: Graph, node: Any) -> None:
-    first, second = (_product(term) for term in node.args)
-    if first is None or second is None or first == second:
-        return
-    (one, turned), (other, other_turned) = first, second
-    if turned != other_turned or not _worth_it((one, other), (*one.args, *other.args)):
-        return
-    (a, b), (c, d) = one.args, other.args
-    with graph.inserting_before(node):
-        # The left factors are transposed gradients: side by side as they are, without a copy of the transpose.
-        left = _turned(graph, _cat(graph, a.args[0], c.args[0], 0)) if _is_turned(a, c) else _cat(graph, a, c, 1)
-        total = _call(graph, aten.mm.default, left, _cat(graph, b, d, 0))
-        total = _turned(graph, total) if turned else total
-    node.replace_all_uses_with(total)
-    _erase_unused(graph, node)
-    _torch.count("products merged")
+_STRIDED = {"as_strided", "as_strided_copy", "as_strided_scatter", "resize", "resize_as", "set"}
 
 
-def _product(node: Any) -> tuple[Any, bool] | None:
-    """The product that a node is, and whether it is transposed; None if it is none or is used elsewhere too."""
-    turned = isinstance(node, Node) and _is_turned(node)
-    product = node.args[0] if turned else node
-    alone = all(isinstance(n, Node) and len(n.users) == 1 for n in (node, product))
-    return (product, turned) if alone and product.target == aten.mm.default else None
-
-
-def _is_turned(*nodes: Any) -> bool:
-    return all(n.target == aten.permute.default and list(n.args[1]) == [1, 0] for n in nodes)
-
-
-def merge_convolutions(graph: Graph) -> None:
-    """Sums of two gradients of a convolution's weight become one, where that moves less memory, on a CPU."""
-    node: Any
-    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        one, other = (_of_weight(term) for term in node.args)
-        if one is None or other is None or one is other or node.kwargs:
-            continue
-        (gy, x, weight, *how), (other_gy, other_x, _, *other_how) = one.args, other.args
-        if how != other_how or not _is_image(weight.meta["val"]):
-            continue
-        if not _worth_it(node.args, (gy, x, other_gy, other_x)):
-            continue
-        if any(a.meta["val"].shape[1:] != b.meta["val"].shape[1:] for a, b in ((gy, other_gy), (x, other_x))):
-            continue  # one weight of images of two sizes
-        with graph.inserting_before(node):
-            gy, x = _cat(graph, gy, other_gy, 0), _cat(graph, x, other_x, 0)
-            both = _call(graph, aten.convolution_backward.default, gy, x, weight, *how)
-            total = _call(graph, operator.getitem, both, 1)
-        node.replace_all_uses_with(total)
-        _erase_unused(graph, node)
-        _torch.count("convolutions merged")
-
-
-def _of_weight(node: Any) -> Any:
-    """What a node is the gradient of a convolution's weight from, if nothing else is and it is used here alone."""
-    if not isinstance(node, Node) or node.target is not operator.getitem or node.args[1] != 1 or len(node.users) > 1:
-        return None
-    source: Any = node.args[0]
-    alone = source.target == aten.convolution_backward.default and list(source.args[-1]) == [False, True, False]
-    return source if alone else None
-
-
-def _worth_it(results: Sequence[Any], factors: Sequence[Any]) -> bool:
-    """Copying the factors together (a read and a write) moves less than two results and their sum instead of one."""
-    result, same, *values = (n.meta["val"] for n in (*results, *factors))
-    if not all(v.dtype == result.dtype and v.device == result.device for v in (same, *values)):
-        return False
-    if result.shape != same.shape or not all(isinstance(n, int) for v in (result, *values) for n in v.shape):
-        return False
-    return 2 * sum(v.numel() for v in values) <= 3 * result.numel()
+def _reads_strides(user: Node) -> bool:
+    """Whether an operation's result may depend on how its operands lie in memory."""
+    target: Any = user.target
+    if getattr(target, "namespace", "") not in ("aten", "prims", "densreg"):
+        return True
+    return str(target.overloadpacket).split(".")[-1] in _STRIDED or torch.Tag.needs_fixed_stride_order in target.tags
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -395,3 +385,21 @@ def _cat(graph: Graph, one: Node, other: Node, dim: int) -> Node:
 
 def _turned(graph: Graph, node: Node) -> Node:
     return _call(graph, aten.permute.default, node, [1, 0])
+
+
+_RESHAPES = (aten.reshape.default, aten.view.default)
+
+
+def _reshaped(graph: Graph, node: Any, shape: Sequence[int]) -> Node:
+    """The node in this shape: what it was before it was made flat, if it was."""
+    before = node.args[0] if node.target in _RESHAPES else node
+    return before if before.meta["val"].shape == shape else _call(graph, aten.reshape.default, node, list(shape))
+
+
+def _erase_unused(graph: Graph, *nodes: Node) -> None:
+    """Erases what nothing uses, and what nothing uses then; inductor would compute it."""
+    for node in nodes:
+        if node.op == "call_function" and not node.users and node in graph.nodes:
+            inputs = node.all_input_nodes
+            graph.erase_node(node)
+            _erase_unused(graph, *inputs)

@@ -25,6 +25,7 @@ from densreg.step import (
     classify,
     gradients_of,
     loss_of,
+    own_logits,
     restore_buffers,
     save_buffers,
     without_trace,
@@ -56,12 +57,12 @@ class HeadResult(NamedTuple):
 
 
 class _Linears(TorchFunctionMode):
-    """Context in which calls of the linear function are seen; with ``weight`` the one that has it returns its input.
+    """Context that records calls of F.linear; given a weight, it makes the calls with that weight return their input.
 
     Attributes:
-        calls: (weight, bias, output) of each call that counts: with ``weight`` those that have it.
-        changed: what the latest output was given to, as ``logits.div_(2)``; what returns no tensor does not count.
-        watching: whether that is noted.
+        calls: (weight, bias, output) of each recorded call: of all, or of those with the given weight.
+        changed: the functions that took the latest output, as ``div_`` in ``logits.div_(2)``, and returned a tensor.
+        watching: whether they are still recorded.
     """
 
     def __init__(self, weight: Tensor | None = None) -> None:
@@ -148,14 +149,15 @@ def without_gradients(spec: StepSpec, batch: Batch, target: Any) -> tuple[Tensor
     with _Linears(head.weight) as mode:
         h, auxiliary, dtype = _features(spec, batch, mode)
     with torch.autocast(h.device.type, enabled=False):
-        ce, correct = linear_loss_and_correct(h, head.weight, head.bias, target, None, 0.0, spec.p, dtype=dtype)[1::2]
+        _, ce, _, correct = linear_loss_and_correct(h, head.weight, head.bias, target, None, 0.0, spec.p, dtype=dtype)
         return h, ce + loss_of(spec, auxiliary, target), correct
 
 
-def check_head(spec: StepSpec, batch: Batch) -> None:
-    """Raises ValueError where the head is not the last layer. The model is run once, in eager mode.
+def check_is_last(spec: StepSpec, batch: Batch) -> None:
+    """Raises ValueError where the head is not the last layer: the model is run once, in eager mode.
 
-    Dynamo does not show the mode everything that is done to a tensor (``logits.data``, ``torch._foreach_mul_``).
+    For a compiled step, as Dynamo shows the mode not all that is done to a tensor (``logits.data``,
+    ``torch._foreach_mul_``).
     """
     assert spec.head is not None
     with without_trace(spec, batch), torch.no_grad(), _Linears(spec.head.weight) as mode:
@@ -202,7 +204,7 @@ def check_name(model: nn.Module, head: Any) -> str | None:
 def find_head(spec: StepSpec, batch: Batch) -> str | None:
     """The name of the linear layer whose output is what the model returns, if there is one; the model is run once."""
     with without_trace(spec, batch), torch.no_grad(), _Linears() as mode:
-        output = classify(spec, batch)[0][1]
+        output = own_logits(spec, batch)
     if not mode.calls or mode.calls[-1][2] is not output or mode.changed or output.ndim != 2:
         return None
     weight, bias, _ = mode.calls[-1]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from densreg import _torch, directional, functional, paths, regularizers, wrapped
 from densreg._torch import tree_leaves, tree_map
@@ -24,144 +24,37 @@ from densreg.head import (
 )
 from densreg.paths import Inputs
 from densreg.regularizers import REGULARIZERS, Density, Regularizer, trait
+from densreg.results import AttachGradients, HeadOutput, NoGradient, ObjectiveOutput
 from densreg.second_order import fast_second_order
 from densreg.step import (
-    DifferenceChecks,
     StepResult,
     StepSpec,
-    buffers_of,
     check_sharing,
     classify,
     directional_step,
     labels_of,
     loss_of,
+    named_buffers,
+    own_logits,
     raise_kept_tensor,
     restore_buffers,
     samples_interact,
     save_buffers,
-    score_without_graph,
     whole_step,
 )
 
 
-class ObjectiveOutput(NamedTuple):
-    """What a step of :class:`RegularizedObjective` returns. Only ``loss`` can be differentiated.
+@dataclass
+class _Known:
+    """What an objective's steps have found out: until an option changes, and in this process alone."""
 
-    The other fields are for inspection. A loss term made of them would train nothing, so its backward raises an error:
-    put such a term into ``criterion``. ``.detach()`` turns them into constants; the logits need it before ``.numpy()``.
-    Scalars are float32 (float64 for float64 logits), but ``ce`` of a criterion as the criterion gives it.
-
-    Attributes:
-        loss: scalar, ``ce + coeff * penalty``.
-        logits: [B, C], of the model's dtype.
-        ce: scalar, the criterion; with auxiliary classifiers, theirs included.
-        penalty: scalar, NaN where it was not computed: without gradients, and on the steps that ``interval`` skips.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    ce: Tensor
-    penalty: Tensor
-
-
-class HeadOutput(NamedTuple):
-    """:class:`ObjectiveOutput` of an objective with ``head``, whose last layer is computed without logits.
-
-    Attributes:
-        loss: as there.
-        logits: [B, C] where they were asked for, ``objective(x, y, logits=True)``, else None.
-        ce: as there.
-        penalty: as there.
-        correct: [B] bool, whether the target's logit is larger than every other: the accuracy is its mean. An ignored
-            target is not correct.
-    """
-
-    loss: Tensor
-    logits: Tensor | None
-    ce: Tensor
-    penalty: Tensor
-    correct: Tensor
-
-
-class _AttachGradients(Function):
-    """Attaches precomputed gradients to a loss; its backward returns them, times the incoming gradient."""
-
-    @staticmethod
-    def forward(ctx, loss, factor, gradients, *parameters):
-        ctx.factor = factor
-        ctx.save_for_backward(*gradients)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, incoming):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the loss of RegularizedObjective cannot be differentiated twice (create_graph=True): its gradients "
-                "were computed along with it. Use densreg.density_loss, whose graph goes on"
-            )
-        gradients = ctx.saved_tensors
-        factor = incoming if ctx.factor is None else incoming * ctx.factor
-        # Reading the factor costs nothing on a CPU. Gradients that are not scaled are returned without a copy, once.
-        if factor.device.type != "cpu" or factor.item() != 1:
-            gradients = _torch.scaled(list(gradients), factor)
-        elif _torch.keeps_graph():  # another backward will hand them out again
-            gradients = [g.clone() for g in gradients]
-        else:
-            gradients = _unalias(gradients)
-        return None, None, None, *gradients
-
-
-class _NoGradient(Function):
-    """Values for logging, whose backward raises: a loss term made of them would give the parameters no gradient."""
-
-    @staticmethod
-    def forward(ctx, values, *parameters):
-        ctx.set_materialize_grads(False)
-        logits, ce, penalty, *others = values
-        return logits.detach(), ce.as_subclass(_Scalar), penalty.as_subclass(_Scalar), *others
-
-    @staticmethod
-    def backward(ctx, *incoming):
-        if any(g is not None for g in incoming):
-            raise RuntimeError(
-                "a loss term made of out.logits, out.ce or out.penalty of RegularizedObjective would train nothing, as "
-                "only out.loss has gradients: put it into criterion=f, (logits, target) -> loss, or detach() what is "
-                "meant as a constant"
-            )
-        return (None,) * len(ctx.needs_input_grad)
-
-
-class _Scalar(Tensor):
-    """A scalar that requires grad but can be read as a number: no warning from float(), no error from numpy()."""
-
-    __torch_function__ = _torch.ordinary_results  # type: ignore[assignment]
-
-    def __float__(self) -> float:
-        return float(self.item())
-
-    def numpy(self, *, force: bool = False) -> Any:
-        return self.detach().numpy(force=force)
-
-    def __format__(self, spec: str) -> str:
-        return format(self.detach(), spec)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.detach().clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().__reduce_ex__(protocol)
-
-
-def _unalias(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, no two of which share memory: w.grad is added to and clipped in place."""
-    seen, result = set(), []
-    for g in gradients:
-        if g.layout == torch.strided:
-            memory = g.untyped_storage().data_ptr()
-            g = g.clone() if memory in seen else g
-            seen.add(memory)
-        result.append(g)
-    return result
+    differences: directional.Checks = field(default_factory=directional.Checks)
+    value: bool = False
+    """Whether the penalty's value has been checked: a look at it waits for the device."""
+    wrappers: int | None = None
+    """How many wrappers had been made when the modules were last looked for in them."""
+    interacting: dict[tuple, bool] = field(default_factory=dict)
+    """Whether samples interact, by the mode of each module."""
 
 
 class RegularizedObjective(nn.Module):
@@ -286,12 +179,8 @@ class RegularizedObjective(nn.Module):
         self.calls = 0
         """Training steps so far: the penalty is part of those that ``interval`` divides. In the state_dict."""
         self._compiled_step = self._compile()
-        self._checks = DifferenceChecks()
-        self._value_checked = False
-        self._parallel_checked: int | None = None
-        """After how many wrappers that were made."""
+        self._known = _Known()
         self._one: Tensor | None = None
-        self._interacting: dict[tuple, bool] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An option that is assigned is checked as in the constructor, and counts from the next step on."""
@@ -309,11 +198,11 @@ class RegularizedObjective(nn.Module):
             path = "directional" if self.path == "directional" else kind
             self._change(_penalty_options(p, path, value))
         elif name in ("p", "path"):
-            known = REGULARIZERS.get(self.regularizer.name) is type(self.regularizer)
-            anew = known and {"p"} <= regularizers.option_names(self.regularizer) <= {"p", "path"}  # no other is lost
-            options = {"p": self.p, "path": self.path, name: value}
-            options["regularizer"] = self.regularizer.name if anew else self.regularizer
-            self._change(_penalty_options(**options))
+            regularizer: Any = self.regularizer
+            own = regularizers.option_names(regularizer)
+            if REGULARIZERS.get(regularizer.name) is type(regularizer) and {"p"} <= own <= {"p", "path"}:
+                regularizer = regularizer.name  # it is made anew: no other option is lost
+            self._change(_penalty_options(**{"p": self.p, "path": self.path, name: value}, regularizer=regularizer))
         elif name == "head":
             self._change({name: check_name(self.model, value)})
         elif name in _OPTIONS:
@@ -332,9 +221,7 @@ class RegularizedObjective(nn.Module):
                 self._set(before)
                 self._head = self._head_to_take()
                 raise
-            self._checks = DifferenceChecks()
-            self._value_checked, self._parallel_checked = False, None
-            self._interacting = {}
+            self._known = _Known()
 
     def _set(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -389,10 +276,10 @@ class RegularizedObjective(nn.Module):
             one_read=self.regularizer == Density(self.p) and self.criterion is None,
             central=self.central,
             trained=_torch.trained_parameters(self),
-            checks=self._checks,
+            checks=self._known.differences,
         )
 
-    # Inside of a torch.compile'd function it is left to itself; with fullgraph=True that is an error with this reason.
+    # In a torch.compile'd function Dynamo leaves this call out; with fullgraph=True that is an error with this reason.
     @torch.compiler.disable(reason="RegularizedObjective compiles its own step: call it outside of torch.compile")
     def forward(
         self,
@@ -453,9 +340,9 @@ class RegularizedObjective(nn.Module):
             target = target if plain else tree_map(lambda v: for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
-        if self._parallel_checked != wrapped.wrappers_made():
+        if self._known.wrappers != wrapped.wrappers_made():
             wrapped.check_parallel(self)
-            self._parallel_checked = wrapped.wrappers_made()
+            self._known.wrappers = wrapped.wrappers_made()
         wrapped.check_averaged(self, spec.trained)
         penalized, coeff = self.interval is not None, self.coeff
         if self.model.training:
@@ -466,7 +353,7 @@ class RegularizedObjective(nn.Module):
         if penalized:
             trait(self.regularizer, "check_model")(self.model)
             once = self.fraction == 1 and self.path != "directional" and trait(self.regularizer, "first_order")
-            if not (once or self._value_checked):
+            if not (once or self._known.value):
                 check_sharing(spec, batch)
         factor, scale = self._scales(xs, spec.trained, loss_scale, coeff)
         try:
@@ -475,20 +362,20 @@ class RegularizedObjective(nn.Module):
             if "backward through the graph a second time" in str(error):
                 raise_kept_tensor(spec, batch, error)
             raise
-        if penalized and not self._value_checked:
+        if penalized and not self._known.value:
             trait(self.regularizer, "check_value")(values[3])
-            self._value_checked = True  # a look at the value waits for the device: once
+            self._known.value = True
         if self._compiled_step is not None and self.mode in ("reduce-overhead", "max-autotune"):
             # CUDA graphs: the next replay would overwrite them.
             values = [t.clone() for t in values]
             gradients = [g if g is None else g.clone() for g in gradients]
         # As in torch what the loss does not depend on is no part of its graph: DDP has to know.
         used = [w for w, g in zip(spec.trained, gradients, strict=True) if g is not None]
-        loss = _AttachGradients.apply(values[0], factor, [g for g in gradients if g is not None], *used)
+        loss = AttachGradients.apply(values[0], factor, [g for g in gradients if g is not None], *used)
         if spec.head is not None and logits:
             with torch.no_grad():
                 values[1] = F.linear(values[1], spec.head.weight, spec.head.bias)
-        of_batch, ce, penalty, *correct = _NoGradient.apply(values[1:], *used)
+        of_batch, ce, penalty, *correct = NoGradient.apply(values[1:], *used)
         if spec.head is None:
             return ObjectiveOutput(loss, of_batch, ce, penalty)
         return HeadOutput(loss, of_batch if logits else None, ce, penalty, correct[0])
@@ -515,13 +402,13 @@ class RegularizedObjective(nn.Module):
         try:
             if not trait(self.regularizer, "first_order"):
                 return _penalty_of_rival(spec, batch, target)
-            buffers = buffers_of(spec)
+            buffers = named_buffers(spec)
             if spec.head is not None:
                 log_density = log_density_without_logits(spec, batch, buffers)
             else:
-                log_density = functional.log_density(classify(spec, batch, buffers)[0][1])
+                log_density = functional.log_density(own_logits(spec, batch, buffers))
             with torch.autocast(log_density.device.type, enabled=False):
-                score = score_without_graph(log_density, batch.xs, [*spec.trained, *batch.xs])
+                score = directional.score_without_graph(log_density, batch.xs, [*spec.trained, *batch.xs])
                 return directional.dual_direction(score, self.p)[0].mean()
         finally:
             restore_buffers(saved)
@@ -529,7 +416,7 @@ class RegularizedObjective(nn.Module):
     def _scales(
         self, xs: tuple[Tensor, ...], trained: Sequence[Tensor], loss_scale: float | Tensor | None, coeff: Tensor
     ) -> tuple[Any, Tensor]:
-        """What the gradients are multiplied by after the graph, and the loss before it is differentiated."""
+        """(factor, scale): of the gradients in backward(), None for 1; and of the loss before it is differentiated."""
         device = xs[0].device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
         if loss_scale is None:
@@ -544,7 +431,7 @@ class RegularizedObjective(nn.Module):
         scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device).detach()
         if scale.ndim:
             raise ValueError(f"loss_scale must be a number or a tensor of shape [], got shape {list(scale.shape)}")
-        # A large coefficient would overflow what the scale was made for, the cross-entropy's gradient.
+        # The scale was made for the cross-entropy's gradient; the penalty's, times a large coefficient, would overflow.
         scale = scale / coeff.clamp_min(1)
         return 1 / scale, scale
 
@@ -576,12 +463,13 @@ class RegularizedObjective(nn.Module):
     def _samples_interact(self, spec: StepSpec, batch: Batch) -> bool:
         """:func:`densreg.step.samples_interact`, tried once for each mode of the modules."""
         mode = tuple(module.training for module in self.model.modules())
-        if mode not in self._interacting:
+        interacting = self._known.interacting
+        if mode not in interacting:
             found = samples_interact(spec, batch)
             if found is None:  # undecided: what is right either way, and another trial in the next step
                 return True
-            self._interacting[mode] = found
-        return self._interacting[mode]
+            interacting[mode] = found
+        return interacting[mode]
 
     def _call(self, spec: StepSpec, *args: Any, **kwargs: Any) -> Any:
         if self._compiled_step is not None:
@@ -597,7 +485,7 @@ class RegularizedObjective(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
-        super().__setstate__({**new, **state, "_parallel_checked": None})  # maybe in another process
+        super().__setstate__({**new, **state, "_known": _Known()})  # maybe in another process
         self._compiled_step = self._compile()
 
     def get_extra_state(self) -> Tensor:
@@ -716,9 +604,9 @@ def _identity(target: Any) -> Any:
 
 def _penalty_of_rival(spec: StepSpec, batch: Batch, target: Any) -> Tensor:
     def logits_of(inputs: tuple[Tensor, ...]) -> Tensor:
-        return classify(spec, with_inputs(batch, inputs), buffers)[0][1]
+        return own_logits(spec, with_inputs(batch, inputs), buffers)
 
-    buffers, xs = buffers_of(spec), batch.xs
+    buffers, xs = named_buffers(spec), batch.xs
     device = xs[0].device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),

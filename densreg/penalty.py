@@ -11,8 +11,9 @@ from densreg.paths import Inputs, Score
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _norm(score: Score, p: float, reduction: str) -> Tensor:
-    if not isinstance(score, Tensor):  # several inputs: one row of the joint score each
+def score_norm(score: Score, p: float, reduction: str) -> Tensor:
+    """The p-norm of each sample's score, of several inputs' that of the joint score: [B], or reduced to a scalar."""
+    if not isinstance(score, Tensor):
         dtypes = [ops.accumulation_dtype(g.dtype) for g in score]
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         score = score[0] if len(score) == 1 else torch.cat([g.flatten(1).to(wide) for g in score], 1)
@@ -25,7 +26,8 @@ def _check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
 
-def _check_coeff(coeff: float | Tensor) -> None:
+def check_coeff(coeff: float | Tensor) -> None:
+    """Raises TypeError or ValueError unless the weight of the penalty is a number of at least 0, or a scalar tensor."""
     if isinstance(coeff, Tensor):
         if coeff.ndim:
             raise ValueError(f"coeff must be a number or a tensor of shape [], got shape {list(coeff.shape)}")
@@ -80,7 +82,7 @@ def density_penalty(logits: Tensor, x: Inputs, p: float = 2, path: str = "fused"
     """
     _check_reduction(reduction)
     p = functional.check_order(p)
-    return _norm(paths.input_score(logits, x, path), p, reduction)
+    return score_norm(paths.input_score(logits, x, path), p, reduction)
 
 
 def density_loss(
@@ -110,14 +112,14 @@ def density_loss(
         ValueError: a negative or NaN ``coeff`` (a tensor's value is not read: that would synchronise with the device).
         TypeError, ValueError, RuntimeError: as :func:`density_penalty`.
     """
-    _check_coeff(coeff)
+    check_coeff(coeff)
     p = functional.check_order(p)
     xs = paths.check_inputs(logits, x)
     functional.check_target(logits, target, label_smoothing, ignore_index)
     scale = paths.cotangent_scale(logits)
     _, ce, softmax = functional.softmax(logits, target, label_smoothing, ignore_index, scale=scale)
     cross_entropy = mean_over_targets(ce, target, ignore_index)
-    penalty = _norm(paths.check_score(paths.vjp(logits, xs, softmax, scale)), p, "mean")
+    penalty = score_norm(paths.check_score(paths.vjp(logits, xs, softmax, scale)), p, "mean")
     return cross_entropy + coeff * penalty, cross_entropy, penalty
 
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from densreg import _torch, attacks, functional, ops, paths
-from densreg.penalty import _norm, density_penalty
+from densreg.penalty import density_penalty, score_norm
 from densreg.second_order import third_order
 
 Classify = Callable[[tuple[Tensor, ...]], Tensor]
@@ -180,7 +180,7 @@ class InputGradient(Traits):
 
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         f = _label_logit(logits, target)
-        return _norm(_gradient(f, xs, paths.cotangent_scale(logits)), self.p, "none")
+        return score_norm(_gradient(f, xs, paths.cotangent_scale(logits)), self.p, "none")
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class LossGradient(Traits):
 
     def __call__(self, classify: Classify, logits: Tensor, xs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         ce = _cross_entropy(logits, target)
-        return _norm(_gradient(ce, xs, paths.cotangent_scale(logits)), self.p, "none")
+        return score_norm(_gradient(ce, xs, paths.cotangent_scale(logits)), self.p, "none")
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,9 @@ class IGSum(Traits):
     ||IG||_1. x' is found by projected gradient ascent on this sum, in the infinity norm, from a random start, and then
     held fixed. beta and eps are those of the authors' configuration for MNIST.
 
-    Departs, for its cost: 5 segments of the path, by the midpoint rule, and one in the attack (the authors'
-    configuration has 50, and 5 times fewer in the attack); 5 steps of the attack of size 2.5 eps / steps (40 of 0.01
-    there). The points of the path go through the model as one batch, which matters where samples depend on each other.
+    Departs, for its cost: the path has 5 segments, by the midpoint rule, and one in the attack (50, and 10 in the
+    attack, in the authors' configuration). The attack has 5 steps of size 2.5 eps / steps (40 of 0.01 there). The
+    points of the path go through the model as one batch, which matters where samples depend on each other.
 
     Costs 6F + 6F segments + (2F + 4F attack_segments) steps: 66F. A compiled graph holds all steps: it is long.
 

@@ -7,9 +7,7 @@ which describes what is trained and penalized, and a :class:`~densreg.batch.Batc
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import _torch, directional, functional, ops
 from densreg.batch import Batch, rows, with_inputs
+from densreg.check import KEPT_ADVICE, kept_from_earlier
 from densreg.paths import graph_nodes, input_score
 from densreg.penalty import density_loss, mean_cross_entropy
 from densreg.regularizers import Regularizer, trait
-from densreg.second_order import KEPT_ADVICE, fast_second_order, kept_from_earlier
+from densreg.second_order import fast_second_order
 
 AUXILIARY = {"GoogLeNetOutputs": 0.3, "InceptionOutputs": 0.4}
 """Weight of the auxiliary classifiers' loss, by torchvision's output type: what its models are trained with."""
-
-
-@dataclass
-class DifferenceChecks:
-    """How often a directional step has run, which decides when it is checked, and whether it has warned."""
-
-    steps: int = 0
-    warned: bool = False
 
 
 class StepSpec(NamedTuple):
@@ -55,7 +46,7 @@ class StepSpec(NamedTuple):
     one_read: bool
     central: bool
     trained: list[nn.Parameter]
-    checks: DifferenceChecks
+    checks: directional.Checks
     head: nn.Linear | None = None
 
 
@@ -80,15 +71,15 @@ class StepResult(NamedTuple):
 
 
 Buffers = list[dict[str, Any]]
-"""By name, of the model and, where it is a module, of the output: a tensor, or None where a forward is to make one."""
+"""By name, of the model and, if that is a module, of ``output``; None for one that the first forward is to make."""
 
 
 def _owners(spec: StepSpec) -> list[nn.Module]:
     return [owner for owner in (spec.model, spec.output) if isinstance(owner, nn.Module)]
 
 
-def buffers_of(spec: StepSpec) -> Buffers:
-    """Each module's buffers once, by a name for it: functional_call would lose one that it is given by two names."""
+def named_buffers(spec: StepSpec) -> Buffers:
+    """Each module's buffers under one of its names: functional_call would lose a buffer that it is given under two."""
     return [
         {
             f"{prefix}.{name}" if prefix else name: buffer
@@ -108,7 +99,7 @@ _SavedBuffers = list[tuple[nn.Module, str, Any, Tensor | None]]
 
 
 def _value(buffer: Tensor | None) -> Tensor | None:
-    """None of a buffer that a forward is yet to make, or of an expanded one, which copy_ does not write to."""
+    """A copy; None for a buffer that a forward is yet to make, and for an expanded one, which copy_ cannot write to."""
     if buffer is None:
         return None
     strided = buffer.layout == torch.strided
@@ -139,7 +130,7 @@ def restore_buffers(saved: _SavedBuffers) -> None:
 def _sharing(spec: StepSpec) -> dict[str, str]:
     """Buffers that share memory with another buffer or with a parameter, by name, and the name of the other."""
     named: list[tuple[str, Any]] = [item for owner in _owners(spec) for item in owner.named_parameters()]
-    named += [item for each in buffers_of(spec) for item in each.items()]
+    named += [item for each in named_buffers(spec) for item in each.items()]
     spans = []
     for name, t in named:
         if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and t.numel() and t.device.type != "meta":
@@ -155,20 +146,20 @@ def _sharing(spec: StepSpec) -> dict[str, str]:
 
 
 def check_sharing(spec: StepSpec, batch: Batch) -> None:
-    """Raises ValueError where copies of the buffers give other logits, as they do not share memory with each other."""
+    """Raises ValueError where the model gives other logits with copies of its buffers, as those share no memory."""
     sharing = _sharing(spec)
     if not sharing:
         return
-    buffers = {name: b for each in buffers_of(spec) for name, b in each.items() if name in sharing}
+    buffers = {name: b for each in named_buffers(spec) for name, b in each.items() if name in sharing}
     with torch.no_grad():
         with without_trace(spec, batch):
             before = copies_of([buffers])[0]
-            logits = classify(spec, batch)[0][1]
+            logits = own_logits(spec, batch)
             changed = [name for name, b in buffers.items() if not torch.equal(b, before[name])]
         if not changed:
             return
         with without_trace(spec, batch):
-            of_copies = classify(spec, batch, buffers_of(spec))[0][1]
+            of_copies = own_logits(spec, batch, named_buffers(spec))
     if not torch.equal(logits, of_copies):
         raise ValueError(
             f"expected buffers that share no memory, got {changed[0]}, which shares it with {sharing[changed[0]]} and "
@@ -212,6 +203,11 @@ def classify(spec: StepSpec, batch: Batch, buffers: Buffers | None = None) -> Ou
     return [(1.0, output)]
 
 
+def own_logits(spec: StepSpec, batch: Batch, buffers: Buffers | None = None) -> Tensor:
+    """The logits [B, C] of :func:`classify` without those of auxiliary classifiers."""
+    return classify(spec, batch, buffers)[0][1]
+
+
 def check_trained(spec: StepSpec, batch: Batch, outputs: Outputs) -> None:
     """Raises ValueError where the logits come from a leaf that would silently get no gradient."""
     own = [*spec.trained, *batch.xs]  # not leaves themselves, under torch.func.functional_call
@@ -246,7 +242,7 @@ def try_trained(spec: StepSpec, batch: Batch) -> None:
 def try_score(spec: StepSpec, batch: Batch) -> None:
     """Raises RuntimeError where the score cannot be differentiated again, as a forward in eager mode tells."""
     with without_trace(spec, batch), fast_second_order():
-        input_score(classify(spec, batch)[0][1], batch.xs)
+        input_score(own_logits(spec, batch), batch.xs)
 
 
 def loss_of(spec: StepSpec, outputs: Outputs, target: Any) -> Tensor:
@@ -271,9 +267,9 @@ def labels_of(spec: StepSpec, target: Any) -> Any:
 
 @contextlib.contextmanager
 def _open_gates(spec: StepSpec) -> Iterator[None]:
-    """Context in which parameters that are all near 0 are not: a gate (ReZero, LayerScale) hides what is behind it.
+    """Context in which no parameter is near 0 in all its entries: a closed gate (ReZero, LayerScale) hides a branch.
 
-    They are changed through ``.data``, unseen by a graph that holds them.
+    Parameters are changed through ``.data``, unseen by a graph that holds them.
     """
     parameters = [w.data for owner in _owners(spec) for w in owner.parameters() if w.numel()]
     closed = [(w, w.clone()) for w in parameters if w.abs().amax() < 1e-2]
@@ -305,7 +301,7 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool | None:
     with torch.no_grad(), uncached, _open_gates(spec):
         for each in (batch, copies._replace(xs=among)):
             with directional.replayed(states, device):
-                found = classify(spec, each)[0][1].float()
+                found = own_logits(spec, each).float()
                 logits.append(found[size // 2])
     changed = not all(
         (value is None or torch.equal(b, value)) and _torch.buffers_of(module)[name] is b
@@ -319,8 +315,8 @@ def samples_interact(spec: StepSpec, batch: Batch) -> bool | None:
 
 
 def raise_kept_tensor(spec: StepSpec, batch: Batch, error: Exception) -> None:
-    """Of a step whose graph is in part that of an earlier one: raises an error that names the tensor that was kept."""
-    for name, attribute in kept_from_earlier(spec.model, lambda: classify(spec, batch, buffers_of(spec))):
+    """Raises RuntimeError, which names it, where a module keeps a tensor of an earlier step's graph; else returns."""
+    for name, attribute in kept_from_earlier(spec.model, lambda: classify(spec, batch, named_buffers(spec))):
         kind = type(spec.model.get_submodule(name)).__name__
         raise RuntimeError(
             f"{name or 'the model'} ({kind}) keeps a tensor of an earlier step's graph, {attribute}, which cannot "
@@ -334,7 +330,7 @@ def raise_kept_tensor(spec: StepSpec, batch: Batch, error: Exception) -> None:
 
 def gradients_of(spec: StepSpec, loss: Tensor) -> Sequence[Tensor | None]:
     """Those of the trained parameters, without their hooks, which the backward of the objective's loss calls."""
-    # The backward for which checkpointed activations are computed again, of the two that are in the graph.
+    # Of the two backwards in the graph, this is the one for which checkpointed activations are computed again.
     with torch.fx.traceback.annotate({"phase": "backward"}):
         if torch.compiler.is_compiling():
             return torch.autograd.grad(loss, spec.trained, allow_unused=True)
@@ -357,22 +353,22 @@ def whole_step(
     """The step that becomes one graph.
 
     Args:
-        batch: whose xs are penalized; leaves that require grad.
-        scale: of the loss, before anything is differentiated.
-        rest: with ``fraction``, what is not penalized, which comes before the batch; or
-        whole: the whole batch, where a part of it goes through the model once more.
-        part: the target of the penalized batch, where it is not the whole target.
+        batch: what is penalized; its xs are leaves that require grad.
+        scale: of the loss, before it is differentiated.
+        rest: with ``fraction``, the samples that are not penalized, which in the target come first; or
+        whole: with ``fraction``, all samples, where the penalized ones go through the model once more.
+        part: the target of the penalized samples, where that is not the whole target.
     """
     xs = batch.xs
     device = xs[0].device.type
     amp, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     regularizer = spec.regularizer
     again = penalized and (whole is not None or not spec.one_read)  # the model may run again, from these buffers
-    buffers = copies_of(buffers_of(spec)) if again else []
+    buffers = copies_of(named_buffers(spec)) if again else []
 
     def logits_of(inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(device, half, enabled=amp and not regularizer.precise):
-            return classify(spec, with_inputs(batch, inputs), buffers)[0][1]
+            return own_logits(spec, with_inputs(batch, inputs), buffers)
 
     with fast_second_order():
         outputs = classify(spec, batch if whole is None else whole)
@@ -425,7 +421,7 @@ def directional_step(
     trained, checks = spec.trained, spec.checks
     all_leaves = [*trained, *xs, *(whole.xs if whole else ())]
     states = directional.random_states(device)
-    buffers = copies_of(buffers_of(spec))  # as all forwards start from
+    buffers = copies_of(named_buffers(spec))  # as all forwards start from
     pieces: list[tuple] = []
     autocast = torch.is_autocast_enabled(device.type)
     apart = penalized and (autocast or whole is not None)  # the density is not that of the classifying forward
@@ -441,10 +437,10 @@ def directional_step(
 
             def log_density(inputs: tuple[Tensor, ...], mode: TorchFunctionMode) -> Tensor:
                 with directional.replayed(states, device), mode:
-                    return functional.log_density(classify(spec, with_inputs(batch, inputs), buffers)[0][1])
+                    return functional.log_density(own_logits(spec, with_inputs(batch, inputs), buffers))
 
             at_x = log_density(xs, directional.Record(pieces)) if apart else functional.log_density(outputs[0][1])
-            score = score_without_graph(at_x, xs, all_leaves, retain_graph=True)
+            score = directional.score_without_graph(at_x, xs, all_leaves, retain_graph=True)
             norm, direction = directional.dual_direction(score, spec.p)
             penalty = norm.mean()
 
@@ -464,61 +460,21 @@ def directional_step(
                     return directional.step_size(xs, direction, central)
 
                 coarse = torch.finfo(at_x.dtype).eps  # a half model's log density is a float32
-                _check_difference(along, expected, 0.1 * expected + coarse * rounding / step(spec.central))
+                directional.check_difference(along, expected, 0.1 * expected + coarse * rounding / step(spec.central))
                 if not checks.warned:
                     pair = (
                         directional.first_order_gradients(t, trained, all_leaves, True) for t in (along, difference(2))
                     )
-                    _check_smooth(checks, *pair)
+                    directional.check_smooth(checks, *pair)
                 if not checks.warned:  # of kinks
                     with torch.no_grad():
                         once, twice = difference(1, central=True), difference(2, central=True)
                     error = 0.2 * eps ** (1 / 3) * expected + (twice - once).abs() / 2
                     within = error + eps * rounding / step(central=True)
-                    _check_difference((4 * once - twice) / 3, expected, within)
+                    directional.check_difference((4 * once - twice) / 3, expected, within)
             weight = coeff.to(penalty.dtype)
             total = ce + weight * along / len(norm)
             loss = ce.detach() + weight * penalty
         gradients = directional.first_order_gradients(total * scale.to(total.dtype), trained, all_leaves)
     restore_buffers(saved)
     return StepResult(loss.detach(), outputs[0][1].detach(), ce.detach(), penalty, gradients)
-
-
-def _check_difference(found: Tensor, expected: Tensor, within: Tensor) -> None:
-    """A difference must be the norm's sum, which is known. Reading them synchronises, so it is done seldom."""
-    difference, norm, tolerance = torch.stack([found, expected, within]).tolist()
-    if not abs(difference - norm) <= tolerance:  # NaN too
-        raise RuntimeError(
-            f'path "directional": the difference of the log density is {difference:.6g}, and {norm:.6g} by the score, '
-            f"with a tolerance of {tolerance:.2g}. The perturbed forwards differ from the first by more than their "
-            "input: a detached part that depends on x (detach(), no_grad(), a running mean used in the same forward), "
-            "random numbers that are not of torch's, Python's or NumPy's own generators, or too curved a network (try "
-            'central=True). Where the model can be differentiated twice, path="fused" has none of these limits'
-        )
-
-
-def _check_smooth(checks: DifferenceChecks, once: list[Tensor | None], twice: list[Tensor | None]) -> None:
-    """The gradient must not depend on the step, as it does where an unknown kink lies inside of it."""
-    pairs = [(a, b) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
-    difference = sum((a - b).abs().square().sum().item() for a, b in pairs) ** 0.5  # of complex weights too
-    length = sum(a.abs().square().sum().item() for a, _ in pairs) ** 0.5
-    if difference > 0.2 * length:
-        checks.warned = True
-        warnings.warn(
-            f'path "directional": with twice the step the gradient differs by {difference / max(length, 1e-30):.2g} of '
-            "itself, so it is not to be relied on: there are kinks that are not of torch's own activations "
-            "(sort, RReLU), too curved a network (try central), or too coarse a dtype",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def score_without_graph(
-    log_density: Tensor, xs: tuple[Tensor, ...], all_leaves: Sequence[Tensor], retain_graph: bool = False
-) -> list[Tensor]:
-    """The input score without a graph of its own, by first-order kernels."""
-    score = directional.first_order_gradients(log_density.sum(), xs, all_leaves, retain_graph)
-    present = [g for g in score if g is not None]
-    if len(present) < len(score):
-        raise ValueError("the logits do not depend on x")
-    return present

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 
 from densreg import RegularizedObjective
+from densreg.paths import PATHS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ORDERS = (1, 1.5, 2, math.inf)  # each with code of its own; every other order takes that of 1.5
 
 HALF_ULP = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-53}
 """Half the distance from 1 to the next number: what rounding a result may cost."""
+
+
+def paths_and_orders(orders: tuple[float, ...] = ORDERS) -> list[tuple[str, float]]:
+    """Every path with p = 2, and the fused path with every other order: of any score the norm is the same function."""
+    return [(path, 2) for path in PATHS] + [("fused", p) for p in orders if p != 2]
 
 
 def full_rows() -> list[tuple[int, torch.dtype, int]]:

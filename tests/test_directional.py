@@ -17,7 +17,7 @@ from torch import nn
 
 import densreg
 from benchmarks.second_order import problem, reference, relative_error
-from densreg import RegularizedObjective, directional, step
+from densreg import RegularizedObjective, directional
 
 Y = torch.tensor([0, 1, 2, 3, 4])
 F32, F64 = torch.float32, torch.float64
@@ -141,7 +141,7 @@ def test_a_penalty_in_half_precision(central, bound, p):
 def test_a_difference_that_is_not_a_number_is_an_error():
     nan, one = torch.tensor(math.nan), torch.tensor(1.0)
     with pytest.raises(RuntimeError, match="the difference of the log density is nan"):
-        step._check_difference(nan, one, one)
+        directional.check_difference(nan, one, one)
 
 
 def test_dropout_is_replayed():
@@ -401,7 +401,7 @@ def test_kinks_of_other_functions_are_noticed():
 def test_kinks_of_other_functions_are_noticed_later(monkeypatch):
     """A small batch may have none within the first step."""
     seen = []
-    monkeypatch.setattr(step, "_check_smooth", lambda checks, *_: seen.append(checks.steps))
+    monkeypatch.setattr(directional, "check_smooth", lambda checks, *_: seen.append(checks.steps))
     objective = RegularizedObjective(
         nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)), 1.0, path="directional"
     )

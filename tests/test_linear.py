@@ -15,7 +15,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import densreg
 from benchmarks.second_order import parameter_gradient, problem, reference, relative_error, torch_penalty
 from benchmarks.timing import peak_bytes
-from densreg import _torch, linear
+from densreg import _torch, linear, tiles
+from densreg.ops import accumulation_dtype
 
 inf, nan = math.inf, math.nan
 f64 = torch.float64
@@ -501,7 +502,7 @@ def test_transforms(route):
 @pytest.mark.parametrize("everything", [True, False])
 def test_opcheck(dtype, everything):
     h, weight, bias, y = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype), torch.randn(5).to(dtype), None
-    acc = linear.accumulation_dtype(dtype)
+    acc = accumulation_dtype(dtype)
     if everything:
         y = torch.tensor([0, -100, 4])
     else:
@@ -551,9 +552,9 @@ def test_two_runs_are_equal_bit_by_bit():
 
 
 def test_tiles_follow_from_shape_and_device():
-    assert linear.tile_size(torch.empty(128, 8)) == 6144
-    assert linear.tile_size(torch.empty(0, 8)) == linear.tile_size(torch.empty(1, 8))
-    assert linear.tile_size(torch.empty(1 << 20, 1, dtype=f64)) == 256
+    assert tiles.tile_size(torch.empty(128, 8)) == 6144
+    assert tiles.tile_size(torch.empty(0, 8)) == tiles.tile_size(torch.empty(1, 8))
+    assert tiles.tile_size(torch.empty(1 << 20, 1, dtype=f64)) == 256
 
 
 def test_errors():

@@ -27,10 +27,12 @@ LIBRARY = (
     "functional",
     "paths",
     "penalty",
+    "tiles",
     "linear",
     "distributed",
     "attacks",
     "second_order",
+    "check",
     "regularizers",
     "wrapped",
     "batch",
@@ -39,6 +41,7 @@ LIBRARY = (
     "step",
     "head",
     "compiling",
+    "results",
     "objective",
 )
 LAB = (

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ORDERS, Product
+from reference import ORDERS, Product, paths_and_orders
 from torch import nn
 
 import densreg
@@ -70,8 +70,7 @@ def test_channels_last(path):
     assert relative_error(parameter_gradient(model, x, densreg_penalty(2, path)), reference(2)) < 1e-12
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize(("path", "p"), paths_and_orders((1, 2, math.inf)))
 def test_x_used_twice(path, p):
     class Twice(Product):
         def forward(self, x):
@@ -83,8 +82,7 @@ def test_x_used_twice(path, p):
     assert relative_error(parameter_gradient(model, x, densreg_penalty(p, path)), expected) < 1e-12
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize(("path", "p"), paths_and_orders())
 def test_tuple_of_inputs_has_the_joint_norm(path, p):
     model, x = problem(torch.float64)
     left, right = (half.contiguous().detach().requires_grad_() for half in x.split([3, 5], 3))
@@ -125,8 +123,7 @@ def _smooth(dtype=torch.float32, seed=0):
     return model.to(dtype), torch.randn(5, 3, 8, 8).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize(("path", "p"), paths_and_orders((1, 2, 4)))
 def test_float32_is_no_worse_than_torchs_own_expression(path, p):
     wide = reference(p)
     ours = relative_error(parameter_gradient(*problem(torch.float32), densreg_penalty(p, path)), wide)
@@ -135,8 +132,7 @@ def test_float32_is_no_worse_than_torchs_own_expression(path, p):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize(("path", "p"), paths_and_orders((1, 2, 4)))
 def test_autocast(dtype, path, p):
     """Errors over seeds, ours and those of torch's own expression: rounding in the network is most of both."""
     # At p = 1 a sign that rounding turns over costs more than all other rounding, in some seeds: over 8 of them the
@@ -157,9 +153,8 @@ def test_autocast(dtype, path, p):
             errors[-1].append(relative_error(grads, wide[seed]))
     ours, torchs = errors
     assert statistics.mean(ours[:8]) < (0.05 if dtype == torch.bfloat16 else 0.03)
-    if (path, p, dtype) != ("stable", 1, torch.float16):  # there 0.004 to 0.013, 6 to 19 times torch's
-        # stable: the difference of two rounded scores
-        assert average(ours) <= (2 if path == "stable" else 1.25) * average(torchs)
+    # stable: the difference of two rounded scores
+    assert average(ours) <= (2 if path == "stable" else 1.25) * average(torchs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from reference import gradients
+from reference import gradients, paths_and_orders
 from torch import nn
 
 import densreg
@@ -62,20 +62,10 @@ def test_a_missing_penalty_would_be_seen():
     assert relative_error(parameter_gradient(*problem(torch.float64), without_hessian), reference(2)) > 0.1
 
 
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("path", PATHS)
-def test_eager(path, p):
-    assert measure(path, p, torch.float64, None) < 1e-10
-
-
-# The norm is the same function whatever the path: every path, and every order.
-PAIRS = [(path, 2) for path in PATHS] + [("fused", p) for p in ORDERS if p != 2]
-REST = [(path, p) for path in PATHS for p in ORDERS if (path, p) not in PAIRS]
-
-
-@pytest.mark.parametrize(("path", "p"), [*PAIRS, *(pytest.param(*each, marks=pytest.mark.long) for each in REST)])
-def test_compiled_as_one_graph(path, p, fresh_dynamo):
-    assert measure(path, p, torch.float64, "aot_eager") < 1e-10
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize(("path", "p"), paths_and_orders(ORDERS))
+def test_eager_and_as_one_graph(path, p, compiler, fresh_dynamo):
+    assert measure(path, p, torch.float64, compiler) < 1e-10
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def test_each_kind_is_found(source, name):
 
 def test_what_is_public_is_not_found():
     source = (
-        "from __future__ import annotations\nfrom densreg.penalty import _norm\nself._steps = self.__dict__\n"
+        "from __future__ import annotations\nfrom densreg.functional import _Function\nself._steps = self.__dict__\n"
         "batch._replace(xs=())\n'see torch._dynamo.config'\ntorch.compiler.allow_in_graph(f)\n'_'"
     )
     assert private_names(source, OWN | {"_steps"}) == []

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from densreg.lab import config
+from densreg.lab.experiments import STABILITY
 from densreg.lab.options import assignments, parse
 from densreg.lab.runs import TrainingError
-from densreg.paths import PATHS
 from densreg.version import __version__
 
 
@@ -33,7 +33,7 @@ class _Help(argparse.HelpFormatter):
         default, text = action.default, action.help
         if text is None or default in (None, [], argparse.SUPPRESS) or isinstance(default, bool):
             return text
-        shown = " ".join(map(str, default)) if isinstance(default, list) else f"{default}"
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else f"{default}"
         return f"{text} (default: {shown})"
 
 
@@ -68,18 +68,13 @@ def _parser() -> argparse.ArgumentParser:
         *("device", "channels_last", "threads", "workers"),
     )
     add = stability.add_argument
-    add("--data", nargs="+", default=["blockmnist", "cifar100"], metavar="NAME", help="data sets, one picture for each")
+    add("--data", nargs="+", metavar="NAME", help="data sets, one picture for each")
     add("--model", metavar="NAME", help="by default one that suits the data set")
-    add(
-        "--paths",
-        nargs="+",
-        default=[path for path in PATHS if path != "per_class"],
-        metavar="NAME",
-        help="paths, each training its own model",
-    )
-    add("--scales", type=float, nargs="+", default=[1.0, 100.0], metavar="X", help="factors of the measured logits")
-    add("--steps", type=int, default=400, metavar="N", help="training steps of each path")
-    add("--every", type=int, default=10, metavar="N", help="steps between two measurements")
+    add("--paths", nargs="+", metavar="NAME", help="paths, each training its own model")
+    add("--scales", type=float, nargs="+", metavar="X", help="factors of the measured logits")
+    add("--steps", type=int, metavar="N", help="training steps of each path")
+    add("--every", type=int, metavar="N", help="steps between two measurements")
+    stability.set_defaults(**STABILITY)
     add("--out", default="runs/stability", metavar="DIR", help="folder for stability.csv and stability-DATA.png")
     add("--overwrite", action="store_true", help="replace what is already in the folder")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from densreg.lab import runs
+from densreg.paths import PATHS
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,15 @@ EXPERIMENTS = {
 }
 
 FIG2A = "Figure 2a: the norm of the penalty's gradient over training by every path, as densreg stability"
+
+STABILITY: dict[str, Any] = {
+    "data": ("blockmnist", "cifar100"),
+    "paths": tuple(path for path in PATHS if path != "per_class"),
+    "scales": (1.0, 100.0),
+    "steps": 400,
+    "every": 10,
+}
+"""What Figure 2a measures, and what ``densreg stability`` does by default; see :func:`densreg.lab.stability.run`."""
 
 NAMES = (*EXPERIMENTS, "fig2a")
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from densreg.check import check_model
 from densreg.lab import runs
 from densreg.objective import RegularizedObjective
 from densreg.regularizers import Regularizer
-from densreg.second_order import check_model
 from densreg.version import __version__
 
 SMALL_IMAGE = 64

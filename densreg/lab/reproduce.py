@@ -24,7 +24,17 @@ import torch
 from densreg.lab import coefficients, evaluation, models, pictures, report, runs, training
 from densreg.lab import data as datasets
 from densreg.lab.evaluation import ood, samples
-from densreg.lab.experiments import BUDGETS, EXPERIMENTS, FIG2A, METHODS, NAMES, Experiment, Measure, experiment
+from densreg.lab.experiments import (
+    BUDGETS,
+    EXPERIMENTS,
+    FIG2A,
+    METHODS,
+    NAMES,
+    STABILITY,
+    Experiment,
+    Measure,
+    experiment,
+)
 from densreg.lab.options import assignments
 from densreg.version import __version__
 
@@ -394,7 +404,6 @@ def _draw(chosen: Experiment, rows: Sequence[Row], table: Sequence[Mapping[str, 
     return draw(samples.Comparison(loaded, results, problem.test, device, budget.batch_size, 0, options))
 
 
-_FIG2A_DATA = ("blockmnist", "cifar100")
 _FIG2A = ("data_dir", "download", "seeds", "train_size", "device", "threads", "config")
 
 
@@ -411,19 +420,17 @@ def _fig2a_options(budget: Budget) -> dict[str, Any]:
     options: dict[str, Any] = {"seed": budget.seeds[0], "train_size": budget.train_size, "device": budget.device}
     options |= {"data_dir": budget.data_dir, "download": budget.download, "threads": budget.threads}
     options |= budget.config.get("", {})
-    for data in _FIG2A_DATA:
+    for data in STABILITY["data"]:
         datasets.load(data, budget.data_dir, budget.download)
     return options
 
 
 def _fig2a(budget: Budget, out: str) -> Iterator[str]:
     from densreg.lab import stability
-    from densreg.paths import PATHS
 
-    options = _fig2a_options(budget)
-    steps = {"steps": options.pop("steps", 400), "every": options.pop("every", 10)}
-    names = [path for path in PATHS if path != "per_class"]
-    yield from stability.run(_FIG2A_DATA, names, (1.0, 100.0), **steps, out=out, overwrite=True, **options)
+    data, paths, scales = STABILITY["data"], STABILITY["paths"], STABILITY["scales"]
+    options = {name: STABILITY[name] for name in ("steps", "every")} | _fig2a_options(budget)
+    yield from stability.run(data, paths, scales, **options, out=out, overwrite=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

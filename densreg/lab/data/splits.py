@@ -59,6 +59,12 @@ class Split:
             images = self.transform(images, generator)
         return images, self.labels[index]
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(channels, H, W) of what the model sees."""
+        images, _ = self.batch(torch.arange(1), torch.Generator())
+        return tuple(images.shape[1:])
+
     def digest(self, contents: int | None = None) -> str:
         """Hash of images, labels and groups, as 16 hexadecimal digits; ``contents``: see :meth:`Files.digest`."""
         images = runs.digest(self.images) if isinstance(self.images, Tensor) else self.images.digest(contents)
@@ -108,9 +114,7 @@ class DataSet:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(channels, H, W) of what the model sees."""
-        images, _ = self.test.batch(torch.arange(1), torch.Generator())
-        return tuple(images.shape[1:])
+        return self.test.image_shape
 
     def describe(self) -> dict[str, Any]:
         """What identifies this data set among others of its name, for config.json."""

@@ -50,7 +50,7 @@ def out_of_distribution(
         ValueError: there is no other data set, its images are of another shape, or a score is not finite.
     """
     others = outside(data, data_dir, images)
-    shape, given = _shape(split), _shape(others)
+    shape, given = split.image_shape, others.image_shape
     if given != shape and not fit:
         there, here = ("x".join(map(str, size)) for size in (given, shape))
         raise ValueError(f"the images of {data} are {there}, those of the run {here}; fit=true makes them fit")
@@ -65,10 +65,6 @@ def outside(data: str | None, data_dir: str | None, images: int | None, download
     if images is not None:
         check_range("images", images, 1, 2**31)
     return datasets.load(data, data_dir, download, augment=False).test.first(images)
-
-
-def _shape(split: datasets.Split) -> tuple[int, ...]:
-    return tuple(split.batch(torch.arange(1), torch.Generator())[0].shape[1:])
 
 
 def _fit(x: Tensor, shape: Sequence[int]) -> Tensor:

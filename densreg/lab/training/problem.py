@@ -17,8 +17,9 @@ from densreg.head import find_head
 from densreg.lab import data, groups, models
 from densreg.lab.config import AMP, COMPILE_STEPS, Config
 from densreg.lab.training.distributed import processes
-from densreg.objective import HeadOutput, RegularizedObjective
+from densreg.objective import RegularizedObjective
 from densreg.regularizers import Regularizer
+from densreg.results import HeadOutput
 
 PENALTY_SAMPLES = 1000
 """The test penalty is the mean over so many test images: it costs three forward passes, accuracy one."""
