@@ -158,6 +158,11 @@ class CheckedBackend:
                 try_trained(spec, batch)  # perhaps the criterion's alone: the graph does not say
         if any(_overrides_functions(t) for t in inputs):
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
+        if any(t.is_neg() for t in inputs if isinstance(t, Tensor)):  # of which inductor reads the memory as it is
+            raise RuntimeError(
+                "expected tensors in their own memory, got one that is negated lazily, as z.conj().imag is: use "
+                "z.conj().imag.resolve_neg()"
+            )
         graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
         # A plain step has no second order to lose.
         refused = {**_LOSES_GRADIENTS, **(_LOSES_SECOND_ORDER if self.penalized else {})}

@@ -450,7 +450,7 @@ class RegularizedObjective(nn.Module):
         batch = detached_batch(batch)
         xs = batch.xs
         if self._compiled_step is not None:
-            target = target if plain else tree_map(lambda v: for_graph(v, xs[0].device), target)
+            target = target.resolve_neg() if plain else tree_map(lambda v: for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
         if self._parallel_checked != wrapped.wrappers_made():
