@@ -173,7 +173,8 @@ class CheckedBackend:
         for node in foreign:
             if _torch.without_formula(node):
                 raise RuntimeError(f"the model calls {NO_FORMULA.format(node.target)}")
-        if foreign and self.penalized and self.given is not None:
+        hooked = any(str(node.target) == "register_hook" for each in graphs for node in each.graph.nodes)
+        if (foreign or hooked) and self.penalized and self.given is not None:
             try_score(*self.given)  # Dynamo's graph does not show what their backward does
         with self.stores(), _torch.inductor_pass(GraphPasses()), _cacheable(graphs, inputs):
             return self.inner(graph, inputs)
