@@ -254,6 +254,15 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return {name: v for name, v in {**module._buffers, **vars(module)}.items() if name not in containers}
 
 
+def traits_of(module: nn.Module) -> tuple[Any, ...]:
+    """What changes with what a module's forward does, as far as that is known: class, hooks, attributes that are bools.
+
+    The class, and not the module, which this would keep alive.
+    """
+    flags = (v for v in vars(module).values() if v is True or v is False)
+    return type(module), len(module._forward_hooks), len(module._forward_pre_hooks), *flags
+
+
 def forward_pre_hooks(module: nn.Module) -> list[Callable]:
     return list(module._forward_pre_hooks.values())
 

@@ -574,8 +574,8 @@ class RegularizedObjective(nn.Module):
         return result._replace(logits=torch.empty_like(result.logits).index_copy_(0, order, result.logits))
 
     def _samples_interact(self, spec: StepSpec, batch: Batch) -> bool:
-        """:func:`densreg.step.samples_interact`, tried once for each mode of the modules."""
-        mode = tuple(module.training for module in self.model.modules())
+        """:func:`densreg.step.samples_interact`, tried once for each mode and make of the modules."""
+        mode = tuple(_torch.traits_of(module) for module in self.model.modules())
         if mode not in self._interacting:
             found = samples_interact(spec, batch)
             if found is None:  # undecided: what is right either way, and another trial in the next step
@@ -593,7 +593,7 @@ class RegularizedObjective(nn.Module):
         return step(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled_step": None}
+        return {**self.__dict__, "_compiled_step": None, "_interacting": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
