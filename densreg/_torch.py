@@ -246,6 +246,12 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return {name: v for name, v in {**module._buffers, **vars(module)}.items() if name not in containers}
 
 
+def traits_of(module: nn.Module) -> tuple[Any, ...]:
+    """By what to see that a module's forward may do something else: its class, number of hooks, and bool attributes."""
+    flags = (v for v in vars(module).values() if v is True or v is False)
+    return type(module), len(module._forward_hooks), len(module._forward_pre_hooks), *flags
+
+
 def forward_pre_hooks(module: nn.Module) -> list[Callable]:
     return list(module._forward_pre_hooks.values())
 

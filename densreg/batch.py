@@ -77,7 +77,7 @@ def _plain(t: Tensor) -> Tensor:
 def for_graph(value: Any, device: torch.device) -> Any:
     """A part of the target as the compiled step takes it: no subclass of Tensor, and no number that is compiled in."""
     if isinstance(value, Tensor):
-        return _plain(value)
+        return _plain(value).resolve_neg()
     real = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
     return torch.full((), float(value), dtype=torch.float64, device=device) if real else value
 
@@ -104,10 +104,10 @@ def rows(batch: Batch, index: Tensor) -> Batch:
 
 
 def detached(value: Any) -> Any:
-    """A tensor without graph, which is no inference tensor; anything else as it is."""
+    """A tensor without graph, which is no inference tensor and not lazily negated; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    return value.clone() if value.is_inference() else value.detach()
+    return value.clone() if value.is_inference() else value.detach().resolve_neg()
 
 
 def detached_batch(batch: Batch) -> Batch:

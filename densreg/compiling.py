@@ -159,6 +159,11 @@ class CheckedBackend:
                 try_trained(spec, batch)  # perhaps the criterion's alone: the graph does not say
         if any(_overrides_functions(t) for t in inputs):
             raise RuntimeError("a tensor of the model is of a subclass of Tensor")  # which one explanation() finds out
+        if any(t.is_neg() for t in inputs if isinstance(t, Tensor)):  # of which inductor reads the memory as it is
+            raise RuntimeError(
+                "expected tensors in their own memory, got one that is negated lazily, as z.conj().imag is: use "
+                "z.conj().imag.resolve_neg()"
+            )
         graphs = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
         # A plain step has no second order to lose.
         refused = {**_LOSES_GRADIENTS, **(_LOSES_SECOND_ORDER if self.penalized else {})}
@@ -169,7 +174,8 @@ class CheckedBackend:
         for node in foreign:
             if _torch.without_formula(node):
                 raise RuntimeError(f"the model calls {NO_FORMULA.format(node.target)}")
-        if foreign and self.penalized and self.given is not None:
+        hooked = any(str(node.target) == "register_hook" for each in graphs for node in each.graph.nodes)
+        if (foreign or hooked) and self.penalized and self.given is not None:
             try_score(*self.given)  # Dynamo's graph does not show what their backward does
         with self.stores(), _torch.inductor_pass(GraphPasses()), _cacheable(graphs, inputs):
             return self.inner(graph, inputs)

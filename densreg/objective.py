@@ -337,7 +337,7 @@ class RegularizedObjective(nn.Module):
         batch = detached_batch(batch)
         xs = batch.xs
         if self._compiled_step is not None:
-            target = target if plain else tree_map(lambda v: for_graph(v, xs[0].device), target)
+            target = target.resolve_neg() if plain else tree_map(lambda v: for_graph(v, xs[0].device), target)
         if not spec.trained:
             raise ValueError("no parameter of the model requires grad: there is nothing to train")
         if self._known.wrappers != wrapped.wrappers_made():
@@ -461,8 +461,8 @@ class RegularizedObjective(nn.Module):
         return result._replace(logits=torch.empty_like(result.logits).index_copy_(0, order, result.logits))
 
     def _samples_interact(self, spec: StepSpec, batch: Batch) -> bool:
-        """:func:`densreg.step.samples_interact`, tried once for each mode of the modules."""
-        mode = tuple(module.training for module in self.model.modules())
+        """:func:`densreg.step.samples_interact`, tried once for each mode and make of the modules."""
+        mode = tuple(_torch.traits_of(module) for module in self.model.modules())
         interacting = self._known.interacting
         if mode not in interacting:
             found = samples_interact(spec, batch)
@@ -481,7 +481,7 @@ class RegularizedObjective(nn.Module):
         return step(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled_step": None}
+        return {**self.__dict__, "_compiled_step": None, "_interacting": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these

@@ -39,7 +39,7 @@ _COMPILED_MODEL = (
     "uncompiled model (compiled._orig_mod), or compile the whole training step, penalty included: "
     "with torch._dynamo.config.patch(trace_autograd_ops=True): torch.compile(step, fullgraph=True)(x, y)"
 )
-_NOT_TWICE = (
+NOT_TWICE = (
     "the score cannot be differentiated again, so the penalty would train nothing, or not all of the model: the "
     "backward of {} runs outside autograd, is once_differentiable or adds the gradient of another loss. Write it in "
     "torch's elementary operations (such a loss: in the criterion), or train with RegularizedObjective(..., "
@@ -59,7 +59,7 @@ _SHARDED = (
     "train with DistributedDataParallel(RegularizedObjective(model, ...))"
 )
 _OBSTACLES = {
-    "once": _NOT_TWICE.format(_SOME_LAYER),
+    "once": NOT_TWICE.format(_SOME_LAYER),
     "no formula": f"the model calls {NO_FORMULA.format('an operator')}",
     "higher order": f"the model calls {HIGHER_ORDER}",
     "compiled": _COMPILED_MODEL,
@@ -220,18 +220,18 @@ def _check_backward(node: Any, gradients: Sequence[Tensor | None], incoming: Seq
         return
     _, name = _torch.forward_of(node)
     if name == _torch.CHUNKED:
-        raise RuntimeError(_NOT_TWICE.format("F.linear_cross_entropy with options"))
+        raise RuntimeError(NOT_TWICE.format("F.linear_cross_entropy with options"))
     for g, (child, _) in zip(gradients, node.next_functions, strict=True):
         if g is None or g.requires_grad or child is None or not (g.is_floating_point() or g.is_complex()):
             continue
         if _torch.engine_runs(child) and (g.layout != torch.strided or bool(g.any())):  # zeros may well be constant
-            raise RuntimeError(_NOT_TWICE.format(name))
+            raise RuntimeError(NOT_TWICE.format(name))
 
 
 def check_score(score: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The score, made by :func:`vjp`; raises RuntimeError where it is a constant."""
     if not all(g.requires_grad for g in score):
-        raise RuntimeError(_NOT_TWICE.format(_SOME_LAYER))
+        raise RuntimeError(NOT_TWICE.format(_SOME_LAYER))
     return score
 
 

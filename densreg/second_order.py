@@ -9,6 +9,7 @@ replaces both kinds without touching the model: its modules, parameters and stat
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from densreg import _torch
 from densreg.functional import _Function, _transformed, _undifferentiated
+from densreg.paths import NOT_TWICE
 
 # --------------------------------------------------------------------------------------------------------------------
 # convolution
@@ -181,6 +183,22 @@ def _attention(function: Callable) -> Callable:
     return attend
 
 
+def _register_hook(tensor: Tensor, hook: Callable) -> Any:
+    """A hook that makes a constant of a gradient is an error, as it is of a Function's backward."""
+    if torch.compiler.is_dynamo_compiling():
+        return tensor.register_hook(hook)
+
+    @functools.wraps(hook)
+    def checked(grad: Tensor) -> Tensor | None:
+        found = hook(grad)
+        constant = found is not None and not found.requires_grad and grad.requires_grad and torch.is_grad_enabled()
+        if constant and bool(found.any()):  # zeros may well be constant
+            raise RuntimeError(NOT_TWICE.format("a tensor with a hook (Tensor.register_hook)"))
+        return found
+
+    return tensor.register_hook(checked)
+
+
 _REPLACEMENTS: dict[Callable, Callable] = {
     torch.conv1d: _conv,
     torch.conv2d: _conv,
@@ -193,6 +211,7 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     _torch.weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _attention(F.multi_head_attention_forward),
+    Tensor.register_hook: _register_hook,
 }
 
 

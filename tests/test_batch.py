@@ -90,6 +90,35 @@ def test_subclasses_in_the_model(fresh_dynamo):
         objective_of(model, "aot_eager")(x, Y)
 
 
+class _Negated(Product):
+    """Of two inputs, and perhaps of a buffer."""
+
+    def __init__(self, shift=None):
+        super().__init__(3, 3)
+        self.register_buffer("shift", shift)
+
+    def forward(self, u, v):
+        return super().forward(u if self.shift is None else u + self.shift, v)
+
+
+def test_what_is_negated_lazily(fresh_dynamo):
+    """inductor's kernels read the memory of the imaginary part of a conjugate, whose sign is another."""
+    u, v, soft = torch.randn(3, 5, 3, dtype=torch.complex128).conj().imag
+    assert u.is_neg()
+    model = _Negated().double()
+    found, expected = [], []
+    for compiler, grads in (("inductor", found), (None, expected)):
+        objective = objective_of(model, compiler, criterion=nothing, penalized=0)
+        objective.zero_grad()
+        objective((u, v), Y).loss.backward()
+        grads += gradients(model)
+    assert relative_error(found, expected) < 1e-10
+    for target in (soft, [soft]):  # what is lazily negated in a graph is refused, with each compiler
+        objective_of(model, "eager", criterion=lambda f, y: f.mean() * y[0].sum(), penalized=0)((u, v), target)
+    with pytest.raises(RuntimeError, match=r"got one that is negated lazily, .*use .*resolve_neg"):
+        objective_of(_Negated(u).double(), "eager")((u, v), Y)
+
+
 class _Masked(nn.Module):
     """As Hugging Face's models are called, and with what they return."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -204,7 +206,20 @@ def _sparse(t: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def _hooked(t: Tensor, hook) -> Tensor:
+    t = t.sin()
+    t.register_hook(hook)
+    return t
+
+
+@torch.no_grad()
+def _clipped(grad: Tensor) -> Tensor:
+    return grad.clamp(-1, 1)
+
+
 LEAVE_AUTOGRAD = {
+    "detached in a hook": lambda t: _hooked(t, lambda grad: 2 * grad.detach()),
+    "no_grad in a hook": lambda t: _hooked(t, _clipped),
     "no_grad": _NoGrad,
     "numpy": _Numpy,
     "once_differentiable": Once,
@@ -280,6 +295,24 @@ def test_functions_and_operators_that_are_right_are_not_refused(compiler, operat
     plain.load_state_dict(model.state_dict())
     objective_of(model, compiler, 1.0, criterion=nothing)(x, Y).loss.backward()
     assert relative_error(gradients(model), by_autograd(plain, x, Y, 1.0, criterion=nothing)[1]) < 1e-10
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_hooks_in_a_forward(compiler, fresh_dynamo):
+    """Right where autograd sees what they do; what it does not see is refused in steps with a penalty alone."""
+    x, seen = torch.randn(5, 4, dtype=torch.float64), []
+
+    def layer(t):
+        looked = _hooked(t, lambda grad: seen.append(1)) if compiler is None else t.sin()
+        return _hooked(t, lambda grad: grad * grad.tanh()) + looked + _hooked(t, lambda grad: torch.zeros_like(grad))
+
+    model = Net(Layer(layer)).double()
+    expected = by_autograd(copy.deepcopy(model), x, Y, 1.0, criterion=nothing)[1]
+    objective_of(model, compiler, 1.0, criterion=nothing)(x, Y).loss.backward()
+    assert relative_error(gradients(model), expected) < 1e-10
+    assert bool(seen) == (compiler is None)
+    detached = Net(Layer(lambda t: _hooked(t, _clipped))).double()
+    objective_of(detached, compiler, interval=None)(x, Y).loss.backward()
 
 
 class _TwoWays(torch.autograd.Function):

@@ -148,6 +148,36 @@ def test_fraction_where_samples_meet_or_buffers_change(body, compiler, fresh_dyn
         torch.testing.assert_close(a, b)
 
 
+class _Centered(nn.Module):
+    """Where it is asked for, among the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.centered = False
+
+    def forward(self, x):
+        return x - x.mean(0) if self.centered else x
+
+
+LATER = {
+    "module": lambda model: setattr(model, "body", nn.BatchNorm1d(6, affine=False).double()),
+    "flag": lambda model: setattr(model.body, "centered", True),
+    "hook": lambda model: model.body.register_forward_hook(lambda module, given, output: output - output.mean(0)),
+    "pre-hook": lambda model: model.body.register_forward_pre_hook(lambda module, given: given[0] - given[0].mean(0)),
+}
+
+
+@pytest.mark.parametrize("compiler", [None, "eager"])
+@pytest.mark.parametrize("change", LATER.values(), ids=LATER)
+def test_fraction_where_samples_meet_only_later(change, compiler, fresh_dynamo):
+    model, x = Net(_Centered()).double(), torch.randn(5, 4, dtype=torch.float64)
+    objective = objective_of(model, compiler, fraction=0.4)
+    objective(x, Y)
+    change(model)
+    out = objective(x, Y)
+    torch.testing.assert_close(out.ce.detach(), F.cross_entropy(model(x), Y).detach())
+
+
 def test_fraction_costs_no_more_where_samples_do_not_meet():
     """Dropout and layer normalization couple nothing: each sample goes through the model once."""
     sizes = []
