@@ -182,7 +182,7 @@ def graph_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = (), known:
 def _checked_nodes(outputs: Sequence[Tensor], inputs: Sequence[Tensor], known: Iterable[Any] = ()) -> list[Any]:
     """:func:`graph_nodes`; raises RuntimeError of one that torch cannot differentiate twice, or loses gradients at.
 
-    None under torch.compile, whose graph is looked at in :mod:`densreg.compiling`.
+    Empty under torch.compile, whose graph is looked at in :mod:`densreg.compiling`.
     """
     if _compiling():
         return []
