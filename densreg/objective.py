@@ -481,7 +481,7 @@ class RegularizedObjective(nn.Module):
         return step(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled_step": None, "_interacting": {}}
+        return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these
