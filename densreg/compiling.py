@@ -247,6 +247,11 @@ _REMEDIES = (
         "operator for which nothing is registered with autograd",
         "leave it out",
     ),
+    (  # no trained layer is in front of the Function; otherwise it is in the graph, see _LOSES_SECOND_ORDER
+        "the score cannot be differentiated again",
+        "the score comes through an autograd.Function, whose second order torch.compile loses without an error",
+        "mark its class with torch.compiler.allow_in_graph",
+    ),
     ("data-dependent", "a tensor's value decides what is computed", "use torch.where"),
     (
         "RNG ops in recompute",
@@ -295,7 +300,8 @@ def explanation(failure: BaseException, model: nn.Module, xs: tuple[Tensor, ...]
     layer = next((layer for error in chain if (layer := _layer_of(error, model))), "")
     if words.startswith("consumed"):
         layer, meaning, remedy = _keeping_a_graph(model) or (layer, meaning, remedy)
-    meaning = f"{meaning} ({reason})" if meaning else reason
+    if reason != "Observed exception" or not meaning:
+        meaning = f"{meaning} ({reason})" if meaning else reason
     return "".join((f"{layer}: " if layer else "", meaning, f"; {remedy}" if remedy else ""))
 
 

@@ -92,8 +92,9 @@ class RegularizedObjective(nn.Module):
             GoogLeNet and Inception return auxiliary logits in training: these enter the cross-entropy at their usual
             weights. A compiled model is unwrapped. The model is not changed, and stays available as
             ``objective.model``.
-        coeff: weight of the penalty, >= 0. ``objective.coeff`` is a tensor buffer: ``objective.coeff.fill_(0.2)``,
-            or ``objective.coeff = 0.2``, changes it without a recompilation. It is not part of the state_dict.
+        coeff: weight of the penalty, >= 0; for pixels in [0, 1] begin with 0.1 or less, and for x divided by a standard
+            deviation s with 1 / s of that. ``objective.coeff`` is a tensor buffer: ``objective.coeff.fill_(0.2)``, or
+            ``objective.coeff = 0.2``, changes it without a recompilation. It is not part of the state_dict.
         p: order of the norm, 1 <= p <= inf.
         path: a name in the table of :mod:`densreg.paths`; or "directional", a finite difference that needs first-order
             kernels only, for models that cannot be differentiated twice (which :func:`densreg.check_model` finds out):
@@ -117,8 +118,8 @@ class RegularizedObjective(nn.Module):
         head: the model's last layer, an nn.Linear or its name, to be computed without logits [B, C]: for very many
             classes (:mod:`densreg.linear`). The model must return its output untouched, and criterion, output,
             fraction, path and regularizer must be the defaults. The output is a :class:`HeadOutput`. "auto": the layer
-            that comes last in the first batch, if all of that holds and it has at least ``densreg.head.AUTO_CLASSES``
-            classes; otherwise as without ``head``.
+            that comes last in the first batch, if all of that holds and it has at least 100,000 classes
+            (``densreg.head.AUTO_CLASSES``); otherwise as without ``head``.
 
     Raises:
         TypeError, ValueError: what was given and what was expected.
@@ -481,7 +482,7 @@ class RegularizedObjective(nn.Module):
         return step(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled_step": None, "_interacting": {}}
+        return {**self.__dict__, "_compiled_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these

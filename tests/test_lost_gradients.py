@@ -87,6 +87,9 @@ def test_a_function_that_would_lose_second_order_is_refused(compiler, fresh_dyna
     x = torch.randn(5, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"autograd\.Function.*allow_in_graph.*compile=False"):
         RegularizedObjective(net(), 1.0, backend=compiler)(x, Y)
+    first = nn.Sequential(Layer(lambda x: Sine.apply(x)), nn.Linear(4, 7)).double()
+    with pytest.raises(RuntimeError, match=r"comes through an autograd\.Function.*error; mark .*allow_in_graph"):
+        RegularizedObjective(first, 1.0, backend=compiler)(x, Y)
     _, expected = by_autograd(net(), x, Y, 1.0, criterion=nothing)
     eager = RegularizedObjective(net(), 1.0, compile=False, criterion=nothing)
     eager(x, Y).loss.backward()

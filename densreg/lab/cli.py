@@ -204,6 +204,8 @@ def _train(options: dict) -> int:
     if out is None:
         request = replace(request, out=f"runs/{request.name()}")
     training.fit(request, overwrite=overwrite, resume=resume, quiet=quiet)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
+        return 0
     if request == config.Config(request.out) and not quiet:
         print(_next_steps(request))
     print(f"run directory: {request.out}")

@@ -130,7 +130,7 @@ def _train(problem: Problem, state: State, monitor: Monitor) -> list[dict[str, A
             state.write_tables(rows)
             monitor.scalars(rows[-1])
             monitor.draw(rows)
-        monitor.say(summary(rows[-1], config.epochs))
+        monitor.say(summary(rows[-1], config))
         if state.step == config.max_steps:
             break
     with state.writing():

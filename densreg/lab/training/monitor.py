@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from densreg.lab import runs
+from densreg.lab.config import Config
 from densreg.lab.runs import NotFiniteError, RunError
 from densreg.lab.training.problem import Problem, StepOutput
 
@@ -222,11 +223,12 @@ class Monitor:
             self.events.close()
 
 
-def summary(row: dict[str, Any], epochs: int) -> str:
+def summary(row: dict[str, Any], config: Config) -> str:
     """A row of metrics.csv in one line."""
     penalty = f"penalty {row['train_penalty']:.4f}, " if row["train_penalty"] == row["train_penalty"] else ""
+    measured = "held-out" if config.val_size else "test"
     return (
-        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, {penalty}"
-        f"accuracy {row['train_accuracy']:.4f}; test accuracy {row['test_accuracy']:.4f}, "
+        f"epoch {row['epoch']}/{config.epochs}: loss {row['train_loss']:.4f}, {penalty}"
+        f"accuracy {row['train_accuracy']:.4f}; {measured} accuracy {row['test_accuracy']:.4f}, "
         f"penalty {row['test_penalty']:.4f}; {row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
     )
