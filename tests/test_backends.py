@@ -278,6 +278,12 @@ def test_lesser_instruction_sets(isa):
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 200
 
 
+def test_an_instruction_set_that_is_not_known():
+    done = _run(["-c", "import densreg"], DENSREG_CPU_CAPABILITY="AVX2")
+    assert done.returncode == 1
+    assert "ImportError: DENSREG_CPU_CAPABILITY: expected avx512, avx2 or scalar, got 'AVX2'" in done.stderr
+
+
 _SMALL_TILES = """
 import sys
 from densreg.kernels import rows

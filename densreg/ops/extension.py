@@ -78,6 +78,11 @@ if UNAVAILABLE is not None and os.environ.get("DENSREG_REQUIRE_EXTENSION") == "1
     raise ImportError(f"DENSREG_REQUIRE_EXTENSION=1, and densreg's C++ extension is not available: {UNAVAILABLE}")
 
 
+_asked = os.environ.get("DENSREG_CPU_CAPABILITY")
+if _asked not in (None, "avx512", "avx2", "scalar"):
+    raise ImportError(f"DENSREG_CPU_CAPABILITY: expected avx512, avx2 or scalar, got {_asked!r}")
+
+
 def instruction_set() -> str | None:
     """What the C++ kernels use: "avx512", "avx2" or "scalar"; None without the extension.
 
