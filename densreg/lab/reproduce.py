@@ -531,7 +531,8 @@ def _write(
     notes = "".join(f"\n{run}: {error}\n" for run, error in diverged.items())
     first = f"The first {budget.test_size}" if budget.test_size else "All"
     images = f"of {budget.val_size} held-out training" if budget.val_size else "test"
-    page = f"# {chosen.what}\n\n{first} {images} images.\n\n{markdown(chosen, table)}\n{notes}"
+    of = ", ".join(budget.data or chosen.data)
+    page = f"# {chosen.what}\n\n{first} {images} images of {of}.\n\n{markdown(chosen, table)}\n{notes}"
     with runs.writing(folder):
         runs.write_json(folder / CONFIG, _plain(about))
         runs.write_text(folder / TABLE, page)
