@@ -277,9 +277,9 @@ def floors(case: Case) -> dict[str, float]:
     where memory is what limits the products this ratio is the floor.
     """
     counts = []
-    with _torch.FakeTensorMode():  # shapes only
-        model = case.build()
-        parameters = list(model.parameters())
+    model = case.build()  # where tensors have values, which initializers may look at
+    parameters = list(model.parameters())
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True):  # shapes only
         x, y = torch.rand(case.batch, *case.image_shape), torch.zeros(case.batch, dtype=torch.int64)
         for penalized in (False, True):
             with _Products() as products, densreg.fast_second_order():

@@ -660,3 +660,11 @@ def test_gpu_kernel_that_was_wrong_is_not_timed(tmp_path):
     assert short["torch"]["seconds"] > 0
     assert short["torch"]["error"] < 2e-6
     assert long["torch"] == {"note": "not timed: long_rows found it wrong"}
+
+
+@pytest.mark.parametrize(("model", "expected"), [("resnet20", 2.0), ("mlp", 7 / 3), ("vit_b_16", 2.04)])
+def test_products_of_a_penalized_step(model, expected):
+    """Twice a plain step's, and more where the first layer, of which a plain step needs no gradient in x, is large."""
+    floors = steps.floors(steps.CASES[model])
+    assert floors["operations"] == pytest.approx(expected, abs=0.01)
+    assert floors["bytes"] >= 2

@@ -191,7 +191,9 @@ def test_a_model_that_ignores_its_input_has_no_row(command, tmp_path):
         *(("0.5", "0"), ("0.1", "0"), ("0.1", "1"))
     ]
     assert json.loads((tmp_path / "search" / "chosen.json").read_text())["blockmnist mlp"]["density"]["best"] == 0.1
-    assert "The first 20 of 40 held-out training images of blockmnist." in (tmp_path / "search" / "table.md").read_text()
+    assert (
+        "The first 20 of 40 held-out training images of blockmnist." in (tmp_path / "search" / "table.md").read_text()
+    )
     found = coefficients.read_chosen(str(tmp_path / "search"))
     with pytest.raises(ValueError, match="--coeff-from has no coefficient of hessian for blockmnist and mlp"):
         rows_of("table1", Budget(methods=("density", "hessian"), chosen=found))
