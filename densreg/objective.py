@@ -54,7 +54,7 @@ class _Known:
     wrappers: int | None = None
     """How many wrappers had been made when the modules were last looked for in them."""
     interacting: dict[tuple, bool] = field(default_factory=dict)
-    """Whether samples interact, by the mode of each module."""
+    """Whether samples interact, by :func:`densreg._torch.traits_of` of each module."""
 
 
 class RegularizedObjective(nn.Module):
@@ -482,7 +482,7 @@ class RegularizedObjective(nn.Module):
         return step(spec, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled_step": None}
+        return {**self.__dict__, "_compiled_step": None, "_known": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"head": None, "_head": None, "_one": None}  # older ones have none of these

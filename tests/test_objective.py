@@ -757,3 +757,16 @@ def test_the_penalty_in_inference_mode(regularizer):
     with torch.inference_mode():
         assert torch.equal(objective.penalty(x + 0, Y + 0), expected)
         assert objective(x + 0, Y).penalty.isnan()
+
+
+def test_what_the_steps_found_out_is_not_pickled():
+    """It names the classes of the model's modules, also of those that were replaced, which may be local."""
+
+    class Local(nn.Identity):
+        pass
+
+    model, x = Net(Local()).double(), torch.randn(5, 4, dtype=torch.float64)
+    objective = objective_of(model, None, fraction=0.4)
+    objective(x, Y)
+    model.body = nn.Identity()
+    model.load_state_dict(pickle.loads(pickle.dumps(objective)).model.state_dict())
