@@ -7,16 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import (
-    Checkpointed,
-    Layer,
-    Net,
-    by_autograd,
-    gradients,
-    next_part,
-    objective_of,
-    smooth_network,
-)
+from reference import Checkpointed, Layer, Net, by_autograd, gradients, next_part, nothing, objective_of, smooth_network
 from torch import nn
 
 import densreg
@@ -172,10 +163,20 @@ LATER = {
 def test_fraction_where_samples_meet_only_later(change, compiler, fresh_dynamo):
     model, x = Net(_Centered()).double(), torch.randn(5, 4, dtype=torch.float64)
     objective = objective_of(model, compiler, fraction=0.4)
-    objective(x, Y)
+    alone = objective_of(model, compiler, fraction=0.4, criterion=nothing)
+    for each in (objective, alone):
+        each(x, Y)
     change(model)
     out = objective(x, Y)
     torch.testing.assert_close(out.ce.detach(), F.cross_entropy(model(x), Y).detach())
+    found = []
+    for each in (alone, objective_of(model, compiler, fraction=0.4, criterion=nothing)):  # a new one is right
+        model.zero_grad()
+        torch.manual_seed(0)
+        each(x, Y).loss.backward()
+        found.append(gradients(model))
+    assert relative_error(*found) < 1e-10
+    assert max(float(g.abs().max()) for g in found[1]) > 1e-5  # small where two samples are normalized
 
 
 def test_fraction_costs_no_more_where_samples_do_not_meet():
